@@ -1,0 +1,242 @@
+"""Weights: read from a checkpoint's files, worn by one resident skeleton, the next read while this one computes."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from headlapse.engine.anatomy import Anatomy, dissect, read_config
+from headlapse.engine.attention import IMPLEMENTATION
+from headlapse.engine.sources import Files
+from headlapse.engine.study import Refusal
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_MASK_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
+"""Tables that old .bin files carry beside the weights.  Ignored only where the skeleton has no such parameter."""
+
+Wanted = Callable[[str], bool]
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def read_weights(files: Files, dtype: torch.dtype, device: str, wanted: Wanted = lambda _name: True) -> dict[str, Tensor]:
+    """The wanted tensors by name, cast to `dtype` on `device`; memory-mapped where nothing has to change.
+
+    Raises `Refusal` for a file that is cut off or is no weight file.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in files.weights:
+        for name, tensor in _tensors(path, wanted):
+            weights[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    return weights
+
+
+def _tensors(path: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for name in filter(wanted, file.keys()):
+                    yield name, file.get_tensor(name)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, loaded[name]) for name in loaded if wanted(name))
+    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"{path} is cut off or no weight file ({reason}); delete it and fetch it again") from error
+    except Exception as error:
+        # pickle's own errors share no base class but Exception.
+        if type(error).__module__ not in ("_pickle", "pickle"):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"{path} holds more than tensors and is not unpickled ({reason})") from error
+
+
+class Skeleton:
+    """One resident model; each checkpoint's weights are swapped into it under a strict key check."""
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
+        self.anatomy: Anatomy = dissect(config)
+        self.dtype = dtype
+        self.device = device
+        self.config_fields = _identity(config)
+        # Buffers (rotary frequencies) are computed, parameters never allocated: they arrive with the weights.
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
+        self.model: PreTrainedModel = model.eval().requires_grad_(False)
+        for name, buffer in list(model.named_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(device))
+        self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._tied = _tied_names(model)
+
+    def fits(self, config: PreTrainedConfig) -> bool:
+        """Whether `config` describes this very architecture."""
+        return _identity(config) == self.config_fields
+
+    def canonical(self, name: str) -> str:
+        """The skeleton's name of a tensor: some files leave the base model's prefix out."""
+        prefix = self.model.base_model_prefix
+        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+            if candidate in self._shapes:
+                return candidate
+        return name
+
+    def wear(self, weights: Mapping[str, Tensor], part: Wanted = lambda _name: True) -> None:
+        """Swap `weights` in.  `part` tells which of the skeleton's parameters they have to cover.
+
+        Raises `Refusal` naming keys that are missing, unknown or of another shape; the worn weights then stay as they were.
+        """
+        named = {self.canonical(name): tensor for name, tensor in weights.items()}
+        unknown = sorted(name for name in named if name not in self._shapes)
+        unknown = [name for name in unknown if not _MASK_BUFFERS.search(name)]
+        missing = sorted(name for name in self._shapes if part(name) and name not in named and name not in self._tied)
+        misshapen = sorted(n for n, t in named.items() if n in self._shapes and tuple(t.shape) != self._shapes[n])
+        who = self.anatomy.architecture
+        if misshapen:
+            name = misshapen[0]
+            raise Refusal(
+                f"{name} has shape {list(named[name].shape)}, {who} as configured needs {list(self._shapes[name])} "
+                f"({_count(misshapen)} of another shape); config.json and weights do not belong together"
+            )
+        if missing or unknown:
+            raise Refusal(f"the weights do not fit {who}: {_listed('missing', missing)}{_listed('unknown', unknown)}")
+        for target, source in self._tied.items():
+            if target in named and source in named and not torch.equal(named[target], named[source]):
+                raise Refusal(f"{who} is configured to tie {target} to {source}, but the file holds two different tensors")
+        self.model.load_state_dict({n: t for n, t in named.items() if n in self._shapes}, strict=False, assign=True)
+        self.model.tie_weights()
+
+    def layer_modules(self) -> list[nn.Module]:
+        return [self.model.get_submodule(path) for path in self.anatomy.layers]
+
+    @contextmanager
+    def stock(self) -> Iterator[PreTrainedModel]:
+        """The model with transformers' own eager attention in place of ours."""
+        self.model.set_attn_implementation("eager")
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(IMPLEMENTATION)
+
+    @contextmanager
+    def starting_at(self, layer: int, resid_pre: Tensor) -> Iterator[None]:
+        """Forward passes skip the layers before `layer`, which receives `resid_pre` whatever the embeddings were."""
+        wrap = self.anatomy.layer_returns_tuple
+
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden,) if wrap else hidden
+
+        def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return (resid_pre, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+        modules = self.layer_modules()
+        with ExitStack() as stack:
+            stack.callback(modules[layer].register_forward_pre_hook(begin, with_kwargs=True).remove)
+            for module in modules[:layer]:
+                module.forward = pass_on
+                stack.callback(module.__dict__.pop, "forward")
+            yield
+
+    @contextmanager
+    def answering(self, answer_tokens: Tensor, read: Tensor) -> Iterator[None]:
+        """Forward passes return only the answers' logits (batch, read, answer), at the positions `read` (read,) or (batch, read).
+
+        Two rows of the unembedding are multiplied instead of the whole vocabulary; what the model does to its
+        logits afterwards (scaling, capping) still happens.
+        """
+        unembed = self.model.get_output_embeddings()
+        self.model.set_output_embeddings(_AnswerRows(unembed, answer_tokens, read))
+        try:
+            yield
+        finally:
+            self.model.set_output_embeddings(unembed)
+
+
+class _AnswerRows(nn.Module):
+    """The rows of the unembedding that the answers need, at the positions that are read."""
+
+    def __init__(self, unembed: nn.Module, answer_tokens: Tensor, read: Tensor) -> None:
+        super().__init__()
+        weight, bias = unembed.weight, getattr(unembed, "bias", None)
+        assert isinstance(weight, Tensor)
+        self.rows = weight[answer_tokens]
+        self.bias = None if bias is None else bias[answer_tokens]
+        self.read = read
+
+    def forward(self, resid: Tensor) -> Tensor:
+        index = self.read if self.read.ndim == 2 else self.read.expand(len(resid), -1)
+        picked = resid.take_along_dim(index[..., None], dim=1)
+        logits = picked @ self.rows.transpose(1, 2)
+        return logits if self.bias is None else logits + self.bias[:, None]
+
+
+def prefetch(
+    items: Iterable[Item], load: Callable[[Item], Value]
+) -> Iterator[tuple[Item, Value | Refusal | OSError]]:
+    """Each item with what `load` gave, or why it could not; the next one loads while this one is used."""
+
+    def attempt(item: Item) -> Value | Refusal | OSError:
+        try:
+            return load(item)
+        except (Refusal, OSError) as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+        waiting = None
+        for item in items:
+            coming = (item, pool.submit(attempt, item))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The checkpoint's own tokenizer.  Raises `Refusal` when the directory holds none."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Refusal(f"{directory} holds no tokenizer that transformers can load ({reason}); put tokenizer.json there") from error
+
+
+def open_skeleton(files: Files, dtype: str, device: str, current: Skeleton | None = None) -> Skeleton:
+    """The resident skeleton where it fits the checkpoint's config, else a new one."""
+    config = read_config(files.config.parent)
+    if current is not None and current.fits(config):
+        return current
+    return Skeleton(config, DTYPES[dtype], device)
+
+
+def _identity(config: PreTrainedConfig) -> str:
+    passing = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in passing}, sort_keys=True, default=str)
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that share another's storage, and so may be absent from the files, each with that other."""
+    return dict(getattr(model, "all_tied_weights_keys", {}))
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f"{_count(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}) " if names else ""
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} key{'s' if len(names) != 1 else ''}"
+
+
+transformers_logging.disable_progress_bar()

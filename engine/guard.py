@@ -1,0 +1,31 @@
+"""How a script ends: what a user caused is one line and a status, never a traceback."""
+
+import errno
+import sys
+from collections.abc import Callable
+
+from headlapse.engine.study import Inexact, Refusal
+
+DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def guarded(main: Callable[[], int]) -> int:
+    """Run `main` and return its exit status: 2 for a refusal, 1 for inexact numbers or a full disk, 130 when interrupted."""
+    try:
+        return main()
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return REFUSED
+    except Inexact as difference:
+        print(f"error: {difference}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        place = f" {error.filename}" if error.filename else ""
+        print(f"error: cannot write{place}: {error.strerror}; what was finished is kept, make room and run it again",
+              file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED

@@ -1,0 +1,93 @@
+"""What a patched run says: rates and differences from the raw logit differences.  Pure."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+CLEAR_OF_ZERO = 0.5
+"""Nats between clean and corrupt below which a recovered fraction means nothing and is left out."""
+
+
+def success(logit_diff: xr.DataArray) -> xr.DataArray:
+    """1 where the right answer's logit is above the wrong one's, NaN where nothing was computed."""
+    return (logit_diff > 0).where(logit_diff.notnull())
+
+
+def recovered(patched: xr.DataArray, source: xr.DataArray, target: xr.DataArray) -> xr.DataArray:
+    """Share of the gap between target and source run that the patch closes; NaN where the gap is near zero.
+
+    (patched - target) / (source - target), the normalised metric of activation patching
+    (Wang et al. 2022, arXiv:2211.00593; Zhang and Nanda 2023, arXiv:2309.16042).
+    """
+    gap = source - target
+    return (patched - target) / gap.where(abs(gap) >= CLEAR_OF_ZERO)
+
+
+def finished(run: xr.Dataset) -> xr.Dataset:
+    """Only the checkpoints whose patched runs are all there, in order of training."""
+    order = np.lexsort((run.step.values, run.step.values < 0))
+    kept = run.isel(checkpoint=order)
+    return kept.isel(checkpoint=np.flatnonzero(kept.complete.values))
+
+
+def effect(run: xr.Dataset, direction: str) -> xr.DataArray:
+    """How far each patched run moved the logit difference towards the source run, in nats."""
+    target = run.corrupt_logit_diff if direction == "denoise" else run.clean_logit_diff
+    sign = 1 if direction == "denoise" else -1
+    return sign * (run.logit_diff - target)
+
+
+def best_layer(run: xr.Dataset, direction: str) -> xr.DataArray:
+    """Per checkpoint the layer whose patch moves the logit difference most, averaged over trials.
+
+    Judged by patching `all` heads where that was run, else by the strongest subset.
+    """
+    moved = effect(run, direction).mean("trial")
+    strongest = moved.sel(subset="all") if "all" in run.subset.values else moved.max("subset")
+    return strongest.idxmax("layer")
+
+
+def timeline(run: xr.Dataset, direction: str) -> pd.DataFrame:
+    """One row a checkpoint: unpatched runs, and even, odd and all heads of the checkpoint's best layer.
+
+    Columns: step, `clean`, `corrupt` and, where run, `even`, `odd`, `all` (mean logit difference, nats), each with its
+    `_rate` (success rate), `strength` (even rate minus odd rate), `best_layer`.
+    """
+    done = finished(run)
+    columns: dict[str, Float[np.ndarray, " checkpoint"]] = {"step": done.step.values}
+    layer = best_layer(done, direction)
+    at_best = done.logit_diff.sel(layer=layer)
+    named = [name for name in ("even", "odd", "all") if name in done.subset.values]
+    series = {"clean": done.clean_logit_diff, "corrupt": done.corrupt_logit_diff}
+    series |= {name: at_best.sel(subset=name) for name in named}
+    for name, values in series.items():
+        columns[name] = values.mean("trial").values
+        columns[f"{name}_rate"] = success(values).mean("trial").values
+    if {"even", "odd"} <= set(named):
+        columns["strength"] = columns["even_rate"] - columns["odd_rate"]
+    columns["best_layer"] = layer.values
+    return pd.DataFrame(columns, index=pd.Index(done.checkpoint.values, name="checkpoint"))
+
+
+def format_timeline(run: xr.Dataset, settings: dict[str, Any]) -> str:
+    """The timeline as a plain table, with a line that says how to read it."""
+    frame = timeline(run, settings["direction"])
+    table = pd.DataFrame(index=frame.index)
+    table["step"] = [str(step) if step >= 0 else "?" for step in frame["step"]]
+    for name in ("clean", "corrupt", "even", "odd", "all"):
+        if name in frame:
+            pairs = zip(frame[name], frame[f"{name}_rate"], strict=True)
+            table[name] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in pairs]
+    if "strength" in frame:
+        table["strength"] = [f"{value:+.2f}" for value in frame["strength"]]
+    table["best layer"] = [str(layer) for layer in frame["best_layer"]]
+    judge = "all heads" if "all" in run.subset.values else "the strongest subset"
+    n = run.sizes["trial"]
+    return (
+        f"{table.to_string()}\n"
+        f"mean logit difference (right - wrong, nats) and success rate over {n} distinct prompt{'s' * (n != 1)}; "
+        f"patched columns are at the row's best layer (most moved by {judge}, {settings['direction']})"
+    )

@@ -1,0 +1,43 @@
+"""What is asked: one study, validated before anything is loaded.  Knows no model and no torch."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+RUNS = ("clean", "corrupt")
+"""Order of every `run` axis."""
+
+
+class Refusal(ValueError):
+    """What was asked cannot be done.  The message says what was asked, what was found and what to do."""
+
+
+class Inexact(RuntimeError):
+    """Replay and a full hooked forward disagree: the numbers must not be used."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question, asked of every checkpoint with the same prompts."""
+
+    model: str = "demo"
+    """`demo`, a hub id, or a directory."""
+
+    task: str = "decimal"
+    """A built-in task or the path of a JSON Lines file."""
+
+    trials: int | None = None
+    """Distinct prompt pairs; None is the task's own number."""
+
+    sites: tuple[str, ...] = ("all",)
+    """What is kept of every checkpoint: `all`, the layers to be patched (`6`, `4-8`), or `z` alone."""
+
+    dtype: Dtype = "float32"
+    """Arithmetic of capture, and the stored precision."""
+
+    def __post_init__(self) -> None:
+        if self.trials is not None and self.trials < 1:
+            raise Refusal(f"--trials {self.trials}: at least one trial is needed")
+        if self.dtype not in get_args(Dtype):
+            raise Refusal(f"--dtype {self.dtype}: choose one of {', '.join(get_args(Dtype))}")

@@ -1,0 +1,85 @@
+"""Run every checkpoint of a model once on a contrastive task and keep every head's activations in a zarr store."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from headlapse.engine.guard import DONE, FAILED, guarded
+from headlapse.engine.study import Refusal, Study
+
+CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="demo", help="demo (trained here), a hub id or a directory, e.g. EleutherAI/pythia-160m")
+    add("--checkpoints", nargs="+", default=[], metavar="C", help=(
+        "labels, a range or a set (study = the published eleven, log, all),\ne.g. step1000 main | step120000..step143000 | study"))
+    add("--task", default="decimal", help="decimal, published or a JSON Lines file, e.g. prompts.jsonl with lines such as\n"
+        '{"clean": "2+2=", "corrupt": "2+3=", "answer": "4", "wrong": "5"}')
+    add("--trials", type=int, help="distinct prompt pairs, e.g. 30 (default: 15, or all lines of a file)")
+    add("--sites", nargs="+", default=["all"], metavar="S", help=(
+        "what to keep: all, only what patching some layers needs, or z alone,\ne.g. all | 6 | 4-8 | z"))
+    add("--store", type=Path, help="where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)")
+    add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
+    add("--dtype", default="float32", help="float32, float16 or bfloat16: arithmetic and what is stored")
+    add("--plan", action="store_true", help="say what would be fetched and stored, and stop")
+    add("--overwrite", action="store_true", help="replace a store that answers another question")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    study = Study(args.model, args.task, args.trials, tuple(args.sites), args.dtype)
+    # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
+    from headlapse.engine import plan, series, sources, store
+
+    checkpoints = sources.resolve(study.model, args.checkpoints, CACHE)
+    path = args.store or CACHE / series.store_name(study)
+    if args.plan:
+        print(plan.describe(study, checkpoints, CACHE, path))
+        return DONE
+    device = series.checked_device(args.device)
+    with store.locked(path):
+        if args.overwrite:
+            store.remove(path)
+        missing = series.pending(study, checkpoints, path)
+        if not missing:
+            print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
+            return DONE
+        started = time.perf_counter()
+        bar = tqdm(series.cache_series(study, missing, path, CACHE, device), total=len(missing), desc="cache", unit="ckpt")
+        problems = tell(bar)
+        seconds = time.perf_counter() - started
+    done = len(missing) - len(problems)
+    if not done:
+        raise Refusal(f"none of {len(missing)} checkpoints could be cached; nothing was written")
+    opened = store.Store(path)
+    for warning in series.twins(opened):
+        print(f"warning: {warning}", file=sys.stderr)
+    n_prompts = opened.trials().length.size
+    print(f"cached {done} checkpoints x {n_prompts} prompts in {path} ({seconds:.1f} s on {device}, {study.dtype})")
+    for label, problem in problems.items():
+        print(f"error: {label}: {problem}", file=sys.stderr)
+    return FAILED if problems else DONE
+
+
+def tell(outcomes: Any) -> dict[str, str]:
+    """Say what each checkpoint has to say as it comes; what could not be done, by label."""
+    problems = {}
+    for outcome in outcomes:
+        for note in outcome.notes:
+            outcomes.write(f"note: {note}", file=sys.stderr)
+        if outcome.problem:
+            problems[outcome.label] = outcome.problem
+    return problems
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

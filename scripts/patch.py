@@ -1,0 +1,81 @@
+"""Patch heads between the clean and the corrupt run at every checkpoint of a store, exactly, without running a prompt."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded
+from headlapse.engine.study import Refusal
+
+CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("store", nargs="?", type=Path, help="e.g. cache/demo-decimal.zarr (default: the newest under cache/)")
+    add("--subsets", nargs="+", default=["even", "odd", "all", "each"], metavar="S", help=(
+        "which heads: even odd none all, each (single heads), but (all but one), balanced (every\nsplit in halves), lattice "
+        "(all 2^H), size:K, random:N, or heads, e.g. even odd 0,2,4"))
+    add("--layers", nargs="+", default=["all"], metavar="L", help="which layers, one at a time, e.g. all | 6 | 4-8 11")
+    add("--joint", action="store_true", help="patch those layers all at once, e.g. --layers 4-8 --joint")
+    add("--positions", default="last", help="where: last, end:K (the last K tokens) or all, e.g. end:3")
+    add("--direction", default="denoise", help="denoise (clean into corrupt) or noise (corrupt into clean)")
+    add("--protocol", default="corrected", choices=["corrected"], help="z of true heads at aligned positions")
+    add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
+    add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
+    add("--dtype", help="arithmetic of the replay, e.g. float32 (default: the store's)")
+    add("--overwrite", action="store_true", help="replace a run of that name")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.name and ("/" in args.name or args.name.startswith(".")):
+        raise Refusal(f"--name {args.name}: a name is one word without slashes that does not start with a dot")
+    # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
+    from headlapse.engine import measures, series, store, sweep
+
+    asked = sweep.Sweep(tuple(args.subsets), tuple(args.layers), args.joint, args.positions, args.direction, args.dtype)
+    path = args.store or store.find_store(CACHE)
+    held = store.Store(path)
+    plan = sweep.spell_out(asked, held)
+    name = args.name or asked.name()
+    device = series.checked_device(args.device)
+    with store.locked(path):
+        if args.overwrite:
+            store.remove(path / "patches" / name)
+        run = sweep.open_run(held, plan, name)
+        missing = [label for label in held.complete() if label not in run.complete()]
+        started = time.perf_counter()
+        with tqdm(total=plan.n_runs * len(missing), desc="patch", unit="run", unit_scale=True, disable=not missing) as bar:
+            outcomes = list(sweep.patch_series(held, plan, run, missing, CACHE, device, bar.update))
+        seconds = time.perf_counter() - started
+    problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
+    dataset = run.dataset()
+    if dataset.complete.any():
+        print(measures.format_timeline(dataset, plan.settings))
+    tell(path, name, plan, dataset, len(missing) - len(problems), seconds, device)
+    for label, problem in problems.items():
+        print(f"error: {label}: {problem}", file=sys.stderr)
+    return DONE if not problems else FAILED if dataset.complete.any() else REFUSED
+
+
+def tell(path: Path, name: str, plan: Any, dataset: Any, n_done: int, seconds: float, device: str) -> None:
+    """Where the numbers are, how exact they are and how long they took."""
+    if not n_done:
+        print(f"nothing to do: {name} is complete in {path}")
+    else:
+        n_runs = n_done * plan.n_runs
+        print(f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {device}, {plan.dtype}); {name} in {path}")
+    worst = float(dataset.self_check.max())
+    print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
