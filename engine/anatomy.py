@@ -57,7 +57,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
-        raise Refusal(f"{directory / 'config.json'} is no config of a model transformers knows: {_line(error)}") from error
+        raise Refusal(
+            f"{directory / 'config.json'} is no config of a model transformers knows: {_line(error)}"
+        ) from error
 
 
 def dissect(config: PreTrainedConfig) -> Anatomy:
@@ -92,17 +94,19 @@ class _DryRun:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note every module with weights of its own that runs right after an attention, and what every module returns."""
+        """Note which module with weights runs right after each attention, and what every module returns."""
 
         def before(path: str):
             def hook(module: nn.Module, _args: Any) -> None:
                 if self._waiting is not None and next(module.parameters(recurse=False), None) is not None:
                     self.out_proj[self._waiting], self._waiting = path, None
+
             return hook
 
         def after(path: str):
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
                 self.outputs[path] = isinstance(output, tuple)
+
             return hook
 
         handles = [module.register_forward_pre_hook(before(path)) for path, module in model.named_modules()]
@@ -136,7 +140,8 @@ def _weightless(config: PreTrainedConfig) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise Refusal(
-            f"model type {config.model_type!r} cannot be built on transformers' attention interface: {_line(error)}; not supported"
+            f"model type {config.model_type!r} cannot be built on transformers' attention interface "
+            f"({_line(error)}); not supported"
         ) from error
 
 

@@ -6,7 +6,7 @@ What runs inside it is a *mode*, set for the length of a `with` block: capture, 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ IMPLEMENTATION = "headlapse"
 """The name under which transformers knows our function.  It has no mask function: models then build no mask."""
 
 
+@runtime_checkable
 class AttentionMode(Protocol):
     """What to do when layer `layer` attends; returns z."""
 
@@ -71,16 +72,22 @@ def refuse_unknown(module: nn.Module, attention_mask: Any, longest: int, kwargs:
     who = type(module).__name__
     window = kwargs.get("sliding_window")
     if attention_mask is not None:
-        raise Refusal(f"{who} builds its own attention mask, which headlapse cannot reproduce; this model is not supported")
+        raise Refusal(
+            f"{who} builds its own attention mask, which headlapse cannot reproduce; this model is not supported"
+        )
     if kwargs.get("softcap") is not None:
         raise Refusal(f"{who} caps its attention scores (softcap {kwargs['softcap']}); this model is not supported")
     if window is not None and window < longest:
-        raise Refusal(f"{who} attends through a sliding window of {window} tokens, the prompts have {longest}; shorten them")
+        raise Refusal(
+            f"{who} attends through a sliding window of {window} tokens, the prompts have {longest}; shorten them"
+        )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise Refusal(f"{who} attends in both directions; only causal models can be patched from a cache")
     unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and isinstance(value, Tensor)]
     if unknown:
-        raise Refusal(f"{who} passes {', '.join(unknown)} to its attention, which headlapse does not know; not supported")
+        raise Refusal(
+            f"{who} passes {', '.join(unknown)} to its attention, which headlapse does not know; not supported"
+        )
 
 
 def _attend(

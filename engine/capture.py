@@ -2,43 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from headlapse.engine.activations import KINDS, Capture
 from headlapse.engine.attention import attending, causal_attention
 from headlapse.engine.checkpoints import Skeleton
 from headlapse.engine.tasks import Trials
-
-KINDS = ("z", "key", "value", "resid_pre")
-"""What is captured of every layer; all but `z` serve replay."""
-
-
-class Activations(Protocol):
-    """Captured tensors of one checkpoint, by kind and layer: (run, trial, position, ...)."""
-
-    def read(self, kind: str, layer: int) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Capture:
-    """Everything one forward over all prompts of a checkpoint left behind, on the CPU."""
-
-    kept: dict[str, list[Tensor]]
-    """Kind -> one tensor a layer: `z` (run, trial, position, head, head_dim), `key` and `value` (run, trial,
-    position, kv_head, head_dim), `resid_pre` (run, trial, position, d_model)."""
-
-    answer_logits: Float[Tensor, "run trial answer"]
-    """Logits of the right and the wrong answer at the branching token."""
-
-    def read(self, kind: str, layer: int) -> Tensor:
-        return self.kept[kind][layer]
 
 
 def capture(skeleton: Skeleton, trials: Trials, memory: int) -> Capture:
@@ -49,16 +24,17 @@ def capture(skeleton: Skeleton, trials: Trials, memory: int) -> Capture:
     answers = torch.from_numpy(np.tile(trials.answer_tokens, (n_runs, 1))).to(skeleton.device)
     first_try = min(len(tokens), max(1, memory // _bytes_per_prompt(skeleton, n_positions)))
 
-    @find_executable_batch_size(starting_batch_size=first_try)  # halves the batch when a device runs out of memory
     def run(batch_size: int) -> tuple[dict[str, list[Tensor]], Tensor]:
         parts = [
-            _forward(skeleton, *batch) for batch in zip(*(x.split(batch_size) for x in (tokens, read, answers)), strict=True)
+            _forward(skeleton, *batch)
+            for batch in zip(*(x.split(batch_size) for x in (tokens, read, answers)), strict=True)
         ]
         layers = range(skeleton.anatomy.n_layers)
         kept = {kind: [torch.cat([kept[kind][layer] for kept, _ in parts]) for layer in layers] for kind in KINDS}
         return kept, torch.cat([logits for _, logits in parts])
 
-    kept, logits = run()
+    # Runs with the first batch size that the device's memory allows.
+    kept, logits = find_executable_batch_size(run, starting_batch_size=first_try)()
     by_run = (n_runs, n_trials)
     return Capture(
         kept={kind: [tensor.unflatten(0, by_run) for tensor in tensors] for kind, tensors in kept.items()},
@@ -88,6 +64,7 @@ class _Capturing:
         def keep(layer: int):
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self.kept["resid_pre"][layer] = (args[0] if args else kwargs["hidden_states"]).cpu()
+
             return hook
 
         with ExitStack() as stack:
@@ -97,7 +74,9 @@ class _Capturing:
 
 
 @torch.inference_mode()
-def _forward(skeleton: Skeleton, tokens: Tensor, read: Tensor, answers: Tensor) -> tuple[dict[str, list[Tensor]], Tensor]:
+def _forward(
+    skeleton: Skeleton, tokens: Tensor, read: Tensor, answers: Tensor
+) -> tuple[dict[str, list[Tensor]], Tensor]:
     capturing = _Capturing(skeleton.anatomy.n_layers, tokens.shape[1])
     with attending(capturing), capturing.watching(skeleton.layer_modules()), skeleton.answering(answers, read):
         logits = skeleton.model(tokens, use_cache=False).logits

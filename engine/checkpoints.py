@@ -30,7 +30,9 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
-def read_weights(files: Files, dtype: torch.dtype, device: str, wanted: Wanted = lambda _name: True) -> dict[str, Tensor]:
+def read_weights(
+    files: Files, dtype: torch.dtype, device: str, wanted: Wanted = lambda _name: True
+) -> dict[str, Tensor]:
     """The wanted tensors by name, cast to `dtype` on `device`; memory-mapped where nothing has to change.
 
     Raises `Refusal` for a file that is cut off or is no weight file.
@@ -95,7 +97,7 @@ class Skeleton:
     def wear(self, weights: Mapping[str, Tensor], part: Wanted = lambda _name: True) -> None:
         """Swap `weights` in.  `part` tells which of the skeleton's parameters they have to cover.
 
-        Raises `Refusal` naming keys that are missing, unknown or of another shape; the worn weights then stay as they were.
+        Raises `Refusal` naming keys that are missing, unknown or of another shape, and changes nothing then.
         """
         named = {self.canonical(name): tensor for name, tensor in weights.items()}
         unknown = sorted(name for name in named if name not in self._shapes)
@@ -113,7 +115,9 @@ class Skeleton:
             raise Refusal(f"the weights do not fit {who}: {_listed('missing', missing)}{_listed('unknown', unknown)}")
         for target, source in self._tied.items():
             if target in named and source in named and not torch.equal(named[target], named[source]):
-                raise Refusal(f"{who} is configured to tie {target} to {source}, but the file holds two different tensors")
+                raise Refusal(
+                    f"{who} is configured to tie {target} to {source}, but the file holds two different tensors"
+                )
         self.model.load_state_dict({n: t for n, t in named.items() if n in self._shapes}, strict=False, assign=True)
         self.model.tie_weights()
 
@@ -151,7 +155,7 @@ class Skeleton:
 
     @contextmanager
     def answering(self, answer_tokens: Tensor, read: Tensor) -> Iterator[None]:
-        """Forward passes return only the answers' logits (batch, read, answer), at the positions `read` (read,) or (batch, read).
+        """Forward passes return only the answers' logits (batch, read, answer) at the positions `read` (batch, read).
 
         Two rows of the unembedding are multiplied instead of the whole vocabulary; what the model does to its
         logits afterwards (scaling, capping) still happens.
@@ -176,15 +180,12 @@ class _AnswerRows(nn.Module):
         self.read = read
 
     def forward(self, resid: Tensor) -> Tensor:
-        index = self.read if self.read.ndim == 2 else self.read.expand(len(resid), -1)
-        picked = resid.take_along_dim(index[..., None], dim=1)
+        picked = resid.take_along_dim(self.read[..., None], dim=1)
         logits = picked @ self.rows.transpose(1, 2)
         return logits if self.bias is None else logits + self.bias[:, None]
 
 
-def prefetch(
-    items: Iterable[Item], load: Callable[[Item], Value]
-) -> Iterator[tuple[Item, Value | Refusal | OSError]]:
+def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[tuple[Item, Value | Refusal | OSError]]:
     """Each item with what `load` gave, or why it could not; the next one loads while this one is used."""
 
     def attempt(item: Item) -> Value | Refusal | OSError:
@@ -210,7 +211,9 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{directory} holds no tokenizer that transformers can load ({reason}); put tokenizer.json there") from error
+        raise Refusal(
+            f"{directory} holds no tokenizer that transformers can load ({reason}); put tokenizer.json there"
+        ) from error
 
 
 def open_skeleton(files: Files, dtype: str, device: str, current: Skeleton | None = None) -> Skeleton:

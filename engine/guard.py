@@ -10,7 +10,7 @@ DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Run `main` and return its exit status: 2 for a refusal, 1 for inexact numbers or a full disk, 130 when interrupted."""
+    """Run `main` and return its exit status: 2 refused, 1 inexact or disk full, 130 interrupted."""
     try:
         return main()
     except Refusal as refusal:
@@ -23,8 +23,10 @@ def guarded(main: Callable[[], int]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         place = f" {error.filename}" if error.filename else ""
-        print(f"error: cannot write{place}: {error.strerror}; what was finished is kept, make room and run it again",
-              file=sys.stderr)
+        print(
+            f"error: cannot write{place}: {error.strerror}; what was finished is kept, make room and run it again",
+            file=sys.stderr,
+        )
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from headlapse.engine.activations import Activations
 from headlapse.engine.attention import attending
-from headlapse.engine.capture import Activations
 from headlapse.engine.checkpoints import Skeleton
 from headlapse.engine.study import RUNS
 from headlapse.engine.tasks import Alignment, Trials
@@ -117,8 +117,11 @@ class _Replaying:
             # Nothing upstream has changed: the target's own z is the captured one.
             z = field.patched("z", layer, field.target)[:, None]
         else:
+            query, key, value = (x.unflatten(2, (n_subsets, -1)) for x in (query, key, value))
             z = attend_shared_prefix(
-                *(x.unflatten(2, (n_subsets, -1)) for x in (query, key, value)),
+                query,
+                key,
+                value,
                 field.prefix("key", layer),
                 field.prefix("value", layer),
                 field.positions[field.target, :, 0],

@@ -1,6 +1,6 @@
 """A checkpoint series through one resident skeleton: cached once, then patched from the cache."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headlapse.engine.capture import KINDS, Capture, capture, memory_budget
+from headlapse.engine.activations import KINDS, Capture
+from headlapse.engine.arrays import Row, refuse_difference
+from headlapse.engine.capture import capture, memory_budget
 from headlapse.engine.checkpoints import DTYPES, Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
 from headlapse.engine.sources import Checkpoint, Files, fetch
-from headlapse.engine.store import Row, Store, create_store, refuse_difference
+from headlapse.engine.store import Store, create_store
 from headlapse.engine.study import Refusal, Study
 from headlapse.engine.subsets import parse_layers
 from headlapse.engine.tasks import DEFAULT_TRIALS, TASKS, Trials, draw_trials, task_digest
@@ -65,7 +67,7 @@ def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path) -> list
     if not path.exists():
         return list(checkpoints)
     store = Store(path)
-    refuse_difference(str(path), store.study, identity(study), "choose another --store, or replace it with --overwrite")
+    refuse_difference(path, store.study, identity(study), "choose another --store, or replace it with --overwrite")
     done = store.complete()
     return [checkpoint for checkpoint in checkpoints if checkpoint.label not in done]
 
@@ -117,10 +119,10 @@ def twins(store: Store) -> list[str]:
     """Warnings about checkpoints of different steps whose weight files are the same, byte for byte."""
     by_hash: dict[str, list[str]] = {}
     for label in store.complete():
-        hashes = store.attrs["checkpoints"][label]["sha256"]
+        hashes = store.provenance(label)["sha256"]
         by_hash.setdefault(" ".join(sorted(hashes.values())), []).append(label)
     return [
-        f"{', '.join(labels)} serve the same weights (sha256 {digest[:12]}...): at most one of them is what its name says"
+        f"{', '.join(labels)} serve the same weights (sha256 {digest[:12]}): at most one is what its name says"
         for digest, labels in by_hash.items()
         if len({row.step for row in store.rows() if row.label in labels}) > 1
     ]
@@ -132,7 +134,9 @@ def _loaded(loaded: tuple[Files, dict[str, Tensor]] | Refusal | OSError) -> tupl
     return loaded
 
 
-def _make(path: Path, study: Study, rows: Sequence[Row], skeleton: Skeleton, trials: Trials, captured: Capture) -> Store:
+def _make(
+    path: Path, study: Study, rows: Sequence[Row], skeleton: Skeleton, trials: Trials, captured: Capture
+) -> Store:
     """The store, kept from the first layer that is to be patched on: replay needs every later one."""
     everything = list(range(skeleton.anatomy.n_layers))
     only_z = tuple(study.sites) == ("z",)

@@ -148,10 +148,10 @@ def parse_layers(words: Sequence[str], held: Sequence[int]) -> list[int]:
     """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `Refusal` for one that is not in `held`."""
     layers: set[int] = set()
     for word in words:
-        first, _, last = word.partition("-")
+        first, dash, last = word.partition("-")
         if word == "all":
             layers.update(held)
-        elif first.isdecimal() and (last.isdecimal() or not last):
+        elif first.isdecimal() and (last.isdecimal() if dash else True):
             layers.update(range(int(first), int(last or first) + 1))
         else:
             raise Refusal(f"{word}: not a layer; write all, a layer such as 6, or a range such as 4-8")

@@ -50,8 +50,9 @@ class Sweep:
         words = [self.direction, self.positions.replace(":", ""), subsets]
         if self.layers != ("all",):
             words.append("layers" + "+".join(self.layers))
-        words += ["joint"] * self.joint + [self.dtype] * bool(self.dtype)
-        return "-".join(map(str, words))[:120]
+        words += ["joint"] if self.joint else []
+        words += [self.dtype] if self.dtype else []
+        return "-".join(words)[:120]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Plan:
 def spell_out(sweep: Sweep, store: Store) -> Plan:
     """Sites, subsets and positions of a sweep over `store`.  Raises `Refusal` for what the store cannot answer."""
     if "resid_pre" not in store.kinds():
-        raise Refusal(f"{store.path} was cached with --sites z and cannot be patched; cache again with --sites all --overwrite")
+        raise Refusal(
+            f"{store.path} was cached with --sites z and cannot be patched; cache again with --sites all --overwrite"
+        )
     layers = parse_layers(sweep.layers, store.layers)
     sites = (tuple(layers),) if sweep.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
@@ -89,15 +92,19 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
 
 
 def open_run(store: Store, plan: Plan, name: str) -> PatchedRun:
-    """The patched run `name` of the store, made where it is not there, grown where checkpoints came since."""
+    """The patched run `name` of the store, made where it is not there."""
     first_layers = [site[0] for site in plan.sites]
-    run = store.new_patch(name, plan.settings, first_layers, plan.subsets.labels, plan.subsets.mask)
-    run.grow()
-    return run
+    return store.open_patch(name, plan.settings, first_layers, plan.subsets.labels, plan.subsets.mask)
 
 
 def patch_series(
-    store: Store, plan: Plan, run: PatchedRun, missing: Sequence[str], cache: Path, device: str, done: Callable[[int], object]
+    store: Store,
+    plan: Plan,
+    run: PatchedRun,
+    missing: Sequence[str],
+    cache: Path,
+    device: str,
+    done: Callable[[int], object],
 ) -> Iterator[Outcome]:
     """Replay the plan at every missing checkpoint and verify a few patched runs of each.
 
@@ -144,12 +151,12 @@ def _verified(skeleton: Skeleton, store: Store, plan: Plan, label: str, logit_di
 
 def _recorded(store: Store, label: str) -> Checkpoint:
     """The checkpoint as the store remembers it, pinned to its commit."""
-    fields = {k: v for k, v in store.attrs["checkpoints"][label].items() if k != "sha256"}
+    fields = {k: v for k, v in store.provenance(label).items() if k != "sha256"}
     return Checkpoint(**fields)
 
 
 def _refuse_other_weights(store: Store, label: str, files: Files) -> None:
-    held = store.attrs["checkpoints"][label]["sha256"]
+    held = store.provenance(label)["sha256"]
     if files.sha256 != held:
         raise Refusal(
             f"the weights in {files.directory} are not those that were cached (sha256 {_digests(files.sha256)} now, "

