@@ -1,5 +1,6 @@
 """What a model is made of, found by a dry run without weights: no table of module names per architecture."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class Anatomy:
     context: int
     """Longest prompt in tokens."""
 
+    n_parameters: int
+
     def layer_of(self, parameter: str) -> int | None:
         """The layer a parameter belongs to, None outside the layers."""
         for layer, path in enumerate(self.layers):
@@ -64,7 +67,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
 def dissect(config: PreTrainedConfig) -> Anatomy:
     """The anatomy of the model `config` describes.  Raises `Refusal`, naming it, for one that cannot be patched."""
-    model = _weightless(config)
+    model = _weightless(copy.deepcopy(config))  # choosing an attention implementation writes into it
     name = type(model).__name__
     record = _DryRun()
     try:
@@ -131,6 +134,7 @@ class _DryRun:
             d_model=int(config.hidden_size), head_dim=head_dim, value_dim=value_dim,
             layers=layers, out_proj=tuple(self.out_proj[layer] for layer in range(n_layers)),
             layer_returns_tuple=self.outputs[layers[0]], context=int(config.max_position_embeddings),
+            n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Weights: read from a checkpoint's files, worn by one resident skeleton, the next read while this one computes."""
 
+import copy
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from headlapse.engine import layout
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.attention import IMPLEMENTATION
 from headlapse.engine.sources import Files
@@ -24,6 +26,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _MASK_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Tables that old .bin files carry beside the weights.  Ignored only where the skeleton has no such parameter."""
+
+_ALIASES = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
+"""GPT-NeoX's unembedding: the name in its files and the one in newer versions of transformers."""
 
 Wanted = Callable[[str], bool]
 Item = TypeVar("Item")
@@ -53,7 +58,7 @@ def _tensors(path: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             yield from ((name, loaded[name]) for name in loaded if wanted(name))
-    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Refusal(f"{path} is cut off or no weight file ({reason}); delete it and fetch it again") from error
     except Exception as error:
@@ -68,6 +73,7 @@ class Skeleton:
     """One resident model; each checkpoint's weights are swapped into it under a strict key check."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
+        config = copy.deepcopy(config)  # choosing an attention implementation writes into it
         self.anatomy: Anatomy = dissect(config)
         self.dtype = dtype
         self.device = device
@@ -89,7 +95,7 @@ class Skeleton:
     def canonical(self, name: str) -> str:
         """The skeleton's name of a tensor: some files leave the base model's prefix out."""
         prefix = self.model.base_model_prefix
-        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."), _ALIASES.get(name, name)):
             if candidate in self._shapes:
                 return candidate
         return name
@@ -207,13 +213,14 @@ def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[t
 
 def load_tokenizer(directory: Path) -> Any:
     """The checkpoint's own tokenizer.  Raises `Refusal` when the directory holds none."""
+    if not any((directory / name).is_file() for name in layout.VOCABULARY):
+        # transformers would make an empty one without a word.
+        raise Refusal(f"{directory} holds no tokenizer (no {' or '.join(layout.VOCABULARY)}); put tokenizer.json there")
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(
-            f"{directory} holds no tokenizer that transformers can load ({reason}); put tokenizer.json there"
-        ) from error
+        raise Refusal(f"the tokenizer in {directory} cannot be loaded ({reason}); put another there") from error
 
 
 def open_skeleton(files: Files, dtype: str, device: str, current: Skeleton | None = None) -> Skeleton:

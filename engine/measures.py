@@ -46,7 +46,7 @@ def best_layer(run: xr.Dataset, direction: str) -> xr.DataArray:
     Judged by patching `all` heads where that was run, else by the strongest subset.
     """
     moved = effect(run, direction).mean("trial")
-    strongest = moved.sel(subset="all") if "all" in run.subset.values else moved.max("subset")
+    strongest = moved.sel(subset="all", drop=True) if "all" in run.subset.values else moved.max("subset")
     return strongest.idxmax("layer")
 
 
@@ -68,7 +68,7 @@ def timeline(run: xr.Dataset, direction: str) -> pd.DataFrame:
         columns[f"{name}_rate"] = success(values).mean("trial").values
     if {"even", "odd"} <= set(named):
         columns["strength"] = columns["even_rate"] - columns["odd_rate"]
-    columns["best_layer"] = layer.values
+    columns["best_layer"] = layer.values.astype(int)
     return pd.DataFrame(columns, index=pd.Index(done.checkpoint.values, name="checkpoint"))
 
 
@@ -83,11 +83,15 @@ def format_timeline(run: xr.Dataset, settings: dict[str, Any]) -> str:
             table[name] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in pairs]
     if "strength" in frame:
         table["strength"] = [f"{value:+.2f}" for value in frame["strength"]]
-    table["best layer"] = [str(layer) for layer in frame["best_layer"]]
+    if not settings["joint"]:
+        table["best layer"] = frame["best_layer"].astype(str)
     judge = "all heads" if "all" in run.subset.values else "the strongest subset"
     n = run.sizes["trial"]
+    where = f"the row's best layer (most moved by {judge})"
+    if settings["joint"]:
+        where = f"layers {', '.join(map(str, settings['layers']))} at once"
     return (
         f"{table.to_string()}\n"
         f"mean logit difference (right - wrong, nats) and success rate over {n} distinct prompt{'s' * (n != 1)}; "
-        f"patched columns are at the row's best layer (most moved by {judge}, {settings['direction']})"
+        f"even, odd and all: {settings['direction']} at {where}"
     )

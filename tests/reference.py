@@ -25,12 +25,12 @@ CLEAN, CORRUPT = 0, 1
 
 OUTPUT_PROJECTION = {
     "cohere": "model.layers.{}.self_attn.o_proj",
+    "gemma2": "model.layers.{}.self_attn.o_proj",
     "gpt2": "transformer.h.{}.attn.c_proj",
     "gpt_neox": "gpt_neox.layers.{}.attention.dense",
     "granite": "model.layers.{}.self_attn.o_proj",
     "llama": "model.layers.{}.self_attn.o_proj",
     "mistral": "model.layers.{}.self_attn.o_proj",
-    "mixtral": "model.layers.{}.self_attn.o_proj",
     "olmo": "model.layers.{}.self_attn.o_proj",
     "olmo2": "model.layers.{}.self_attn.o_proj",
     "opt": "model.decoder.layers.{}.self_attn.out_proj",

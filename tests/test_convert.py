@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from headlapse.engine.guard import guarded
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")
 MERGES = ("Ġ Ġ", "i s", "Ġ is", "Ċ Ċ", "Ġ 9", "1 1")
 """The last two join a digit to what is beside it: they may only happen where digits are not split off first."""
 
@@ -61,10 +61,19 @@ def interleaved(weight: np.ndarray, n_heads: int) -> np.ndarray:
 
 def write_gguf(path: Path, tied: bool = True, rule: str = "smollm", bos: bool = False) -> dict[str, Tensor]:
     """A 2-layer Llama with 4 heads, 2 of them for keys, as llama.cpp stores it; returns what its weights stand for."""
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "max_position_embeddings": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENS), tie_word_embeddings=tied, **sizes, **heads))
+    config = LlamaConfig(
+        vocab_size=len(TOKENS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
     writer = GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(64)
@@ -143,6 +152,8 @@ def test_the_tokenizer_splits_digits_off_before_words_adds_no_bos_and_returns_th
     assert tokenizer.tokenize("a is  9.11\n\n8") == ["a", "Ġis", "ĠĠ", "9", ".", "1", "1", "ĊĊ", "8"]
     assert tokenizer("9").input_ids == [TOKENS.index("9")]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert tokenizer.decode(tokenizer("is<repo_name><|im_end|>").input_ids, skip_special_tokens=True) == "is"
+    assert tokenizer.vocab_size == len(tokenizer) == len(TOKENS)
     for text in ("Which is bigger: 9.8 or 9.11?\nAnswer:", "  9 é漢 \t\r\n\n", "<|im_start|>user\nis<|im_end|>"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
@@ -205,7 +216,7 @@ def test_a_tokenizer_of_another_family_is_refused(convert, tmp_path: Path, capsy
     write_gguf(tmp_path / "starcoder.gguf", rule="starcoder")
     refused(convert(tmp_path / "starcoder.gguf", tmp_path / "out"), capsys, "'starcoder'", "only the SmolLM family")
     write_gguf(tmp_path / "bos.gguf", bos=True)
-    refused(convert(tmp_path / "bos.gguf", tmp_path / "out"), capsys, "'tokenizer.ggml.add_bos_token': True")
+    refused(convert(tmp_path / "bos.gguf", tmp_path / "out"), capsys, "'ggml.add_bos_token': True")
 
 
 def test_without_the_gguf_package_the_refusal_names_the_command_that_installs_it(

@@ -1,15 +1,18 @@
 """Laws of the reference itself, two models worked out by hand, and of the models that tests run on."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import log, sqrt
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
-from models import (
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedConfig, PreTrainedModel
+
+from headlapse.engine.tasks import draw_trials
+from tests.models import (
     FORMS,
     LEARNED_POSITIONS,
     MAIN,
@@ -18,6 +21,7 @@ from models import (
     N_LAYERS,
     SHARD_BYTES,
     Form,
+    Lengths,
     clean_to_clean,
     legacy_buffers,
     random_subsets,
@@ -28,7 +32,7 @@ from models import (
     tiny_tokenizer,
     trials_of,
 )
-from reference import (
+from tests.reference import (
     CLEAN,
     CORRUPT,
     Direction,
@@ -40,15 +44,15 @@ from reference import (
     run_logit_diff,
     source_z,
 )
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedModel
-
-from headlapse.engine.tasks import draw_trials
 
 SUPPORTED = [*MAIN, *MORE]
-DIRECTIONS = get_args(Direction)
-ROUNDING = 2e-5
-"""Of a logit difference of order 1 in float32, computed by the same operations on other batch shapes."""
+DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
+ROUNDING = 1e-5
+"""Of a logit difference of order 1 in float32: products differ in their last bits with batch and place in memory."""
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=ROUNDING)
 
 
 def heads_of(model: PreTrainedModel) -> range:
@@ -65,13 +69,16 @@ def heads_of(model: PreTrainedModel) -> range:
 RIGHT, WRONG = 4, 5
 
 
-def by_hand(model: PreTrainedModel, weights: dict[str, list[tuple[tuple[int, ...], float]]]) -> PreTrainedModel:
-    """All weights 0 but the named entries; gains 1."""
+def by_hand(config: PreTrainedConfig, weights: dict[str, list[tuple[tuple[int, ...], float]]]) -> PreTrainedModel:
+    """All weights 0 but the named entries; gains 1; the answers' logits are the first number and the second."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0)
             for index, value in weights.pop(name, []):
                 parameter[index] = value
+        unembedding = model.get_output_embeddings().weight
+        unembedding[RIGHT, 0] = unembedding[WRONG, 1] = 1.0
     assert not weights
     return model.eval()
 
@@ -93,18 +100,16 @@ def neox_by_hand() -> PreTrainedModel:
         bos_token_id=0,
         eos_token_id=0,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     fused = "gpt_neox.layers.0.attention.query_key_value.weight"
     dense = "gpt_neox.layers.0.attention.dense.weight"
     return by_hand(
-        model,
+        config,
         {
             "gpt_neox.embed_in.weight": [*row(1, 1, -1, 1, -1), *row(2, -1, 1, -1, 1)],
             # Rows are per head (query, key, value) of 2 each: 4 is head 0's first value, 10 is head 1's.
             fused: [((4, 0), 1.0), ((10, 2), 1.0)],
             # Head 0 times -2 onto a, head 1 times 6 onto b.
             dense: [((0, 0), -2.0), ((1, 0), 2.0), ((2, 2), 6.0), ((3, 2), -6.0)],
-            "embed_out.weight": [((RIGHT, 0), 1.0), ((WRONG, 1), 1.0)],
         },
     )
 
@@ -121,7 +126,7 @@ def neox_by_hand() -> PreTrainedModel:
 )
 def test_a_neox_with_even_attention_worked_by_hand(heads: list[int], denoised: float, noised: float) -> None:
     trials = trials_of(clean=[[1, 1]], corrupt=[[2, 1]], answers=[(RIGHT, WRONG)])
-    for direction, expected in (("denoise", denoised), ("noise", noised)):
+    for direction, expected in zip(DIRECTIONS, (denoised, noised), strict=True):
         for positions in ("last", "end:2", "all"):  # one layer: what is patched elsewhere is never read
             found = logit_diff(neox_by_hand(), trials, positions, [0], heads, direction)
             assert found == pytest.approx([expected], abs=1e-6)
@@ -141,10 +146,9 @@ def gpt2_by_hand() -> PreTrainedModel:
         eos_token_id=0,
         tie_word_embeddings=False,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     attention = "transformer.h.0.attn"
     return by_hand(
-        model,
+        config,
         {
             "transformer.wte.weight": [*row(1, 1, -1, -1, 1), *row(2, -1, 1, -1, 1), *row(3, 1, -1, 1, -1)],
             # Columns are queries, keys, values, each of two heads of 2: 4 and 6 are keys, 8 and 10 values.
@@ -152,7 +156,6 @@ def gpt2_by_hand() -> PreTrainedModel:
             f"{attention}.c_attn.bias": [((0,), sqrt(2) * log(3)), ((2,), sqrt(2) * log(3))],
             # Head 0 times 4 onto a, head 1 times 6 onto b.
             f"{attention}.c_proj.weight": [*row(0, 4, -4, 0, 0), *row(2, 0, 0, 6, -6)],
-            "lm_head.weight": [((RIGHT, 0), 1.0), ((WRONG, 1), 1.0)],
         },
     )
 
@@ -170,7 +173,7 @@ def gpt2_by_hand() -> PreTrainedModel:
 )
 def test_a_gpt2_with_uneven_attention_worked_by_hand(heads: list[int], denoised: float, noised: float) -> None:
     trials = trials_of(clean=[[1, 1, 3]], corrupt=[[2, 3]], answers=[(RIGHT, WRONG)])
-    for direction, expected in (("denoise", denoised), ("noise", noised)):
+    for direction, expected in zip(DIRECTIONS, (denoised, noised), strict=True):
         for positions in ("last", "end:2"):
             found = logit_diff(gpt2_by_hand(), trials, positions, [0], heads, direction)
             assert found == pytest.approx([expected], abs=1e-6)
@@ -203,7 +206,7 @@ def test_patching_no_head_is_the_target_run(name: str, direction: Direction) -> 
     target = run_logit_diff(model, trials)[CORRUPT if direction == "denoise" else CLEAN]
     for positions in ("last", "end:3"):
         found = logit_diff(model, trials, positions, range(N_LAYERS), [], direction)
-        np.testing.assert_array_equal(found, target)
+        assert_same(found, target)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -216,7 +219,7 @@ def test_patching_every_head_of_every_layer_is_the_source_run_where_the_last_tok
     trials = random_trials(lengths="paired" if name in LEARNED_POSITIONS else "unequal", shared_end=1)
     source = run_logit_diff(model, trials)[CLEAN if direction == "denoise" else CORRUPT]
     found = logit_diff(model, trials, "last", range(N_LAYERS), heads_of(model), direction)
-    np.testing.assert_allclose(found, source, rtol=0, atol=ROUNDING)
+    assert_same(found, source)
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -227,7 +230,7 @@ def test_patching_every_head_of_every_layer_is_not_the_source_run_where_token_or
     for shared_end in (0, 1) if name in LEARNED_POSITIONS else (0,):
         trials = random_trials(shared_end=shared_end)
         found = logit_diff(model, trials, "last", range(N_LAYERS), heads_of(model), "denoise")
-        assert (np.abs(found - run_logit_diff(model, trials)[CLEAN]) > 1e-2).all()
+        assert np.abs(found - run_logit_diff(model, trials)[CLEAN]).mean() > 0.1
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -238,14 +241,14 @@ def test_a_clean_to_clean_patch_changes_nothing(name: str) -> None:
         for layers in ([0], [1], range(N_LAYERS)):
             for heads in ([0], [1, 3], heads_of(model)):
                 found = logit_diff(model, trials, positions, layers, heads, "denoise")
-                np.testing.assert_array_equal(found, clean)
+                assert_same(found, clean)
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_noise_is_denoise_with_the_runs_swapped(name: str) -> None:
     model, trials = tiny(name), random_trials()
     noised = logit_diff(model, trials, "end:3", [0, 1], [1, 4, 6], "noise")
-    np.testing.assert_array_equal(noised, logit_diff(model, swapped(trials), "end:3", [0, 1], [1, 4, 6], "denoise"))
+    assert_same(noised, logit_diff(model, swapped(trials), "end:3", [0, 1], [1, 4, 6], "denoise"))
 
 
 def test_padding_is_never_read() -> None:
@@ -253,23 +256,25 @@ def test_padding_is_never_read() -> None:
     padded = np.arange(trials.tokens.shape[-1]) >= trials.length[..., None]
     other = replace(trials, tokens=np.where(padded, 7, trials.tokens))
     assert padded.any()
-    np.testing.assert_array_equal(answer_logits(model, trials), answer_logits(model, other))
+    assert_same(answer_logits(model, trials), answer_logits(model, other))
     found, again = (logit_diff(model, each, "end:3", [0], [2], "noise") for each in (trials, other))
-    np.testing.assert_array_equal(found, again)
+    assert_same(found, again)
 
 
 def test_a_patch_in_the_last_layer_adds_what_its_heads_write_to_the_residual_stream() -> None:
     """resid_post = target + sum over patched heads of (z_source - z_target) W_O, with a parallel residual."""
     model, trials, heads = tiny("neox-parallel"), random_trials(n_trials=1), [0, 3, 7]
     z_source, z_target = (source_z(model, prompt(trials, run, 0))[N_LAYERS - 1][-1] for run in (CLEAN, CORRUPT))
-    stack = model.get_submodule("gpt_neox")
+    stack: Any = model.get_submodule("gpt_neox")
     resid: list[Tensor] = []
-    handle = stack.final_layer_norm.register_forward_pre_hook(lambda _, args: resid.append(args[0][0, -1]))
-    with handle, torch.no_grad():
-        model(input_ids=prompt(trials, CORRUPT, 0)[None])
+    handle = stack.final_layer_norm.register_forward_pre_hook(lambda _, args: resid.append(args[0]))
+    with torch.no_grad():
+        with handle:
+            model(input_ids=prompt(trials, CORRUPT, 0)[None])
         w_o = stack.layers[-1].attention.dense.weight.unflatten(1, (N_HEADS, -1))
         written = torch.einsum("hd,ohd->o", (z_source - z_target)[heads], w_o[:, heads])
-        logits = model.get_submodule("embed_out")(stack.final_layer_norm(resid[0] + written))
+        unembed: Any = model.get_output_embeddings()
+        logits = unembed(stack.final_layer_norm(resid[0][0, -1] + written))
     right, wrong = trials.answer_tokens[0]
     found = logit_diff(model, trials, "last", [N_LAYERS - 1], heads, "denoise")
     assert found == pytest.approx([float(logits[right] - logits[wrong])], abs=ROUNDING)
@@ -285,7 +290,7 @@ def test_subsets_in_one_batch_equal_one_at_a_time(name: str, direction: Directio
         for layers in ([0], [1, 2]):
             batched = logit_diffs(model, trials, positions, layers, mask, direction)
             each = [logit_diff(model, trials, positions, layers, np.flatnonzero(row), direction) for row in mask]
-            np.testing.assert_allclose(batched, each, rtol=0, atol=ROUNDING)
+            assert_same(batched, np.array(each))
 
 
 # The models
@@ -310,8 +315,8 @@ def test_attention_is_far_from_even(name: str) -> None:
     model, tokens = tiny(name), prompt(random_trials(), CLEAN, 0)
     with torch.no_grad():
         attentions = model(input_ids=tokens[None], output_attentions=True).attentions
-    for weights in attentions:
-        assert weights[0, :, -1].amax(-1).mean() > 1.5 / len(tokens)
+    largest = torch.stack([weights[0, :, -1].amax(-1) for weights in attentions])
+    assert largest.mean() > 1.5 / len(tokens)
 
 
 def test_a_seed_gives_the_same_model_again_and_another_seed_another() -> None:
@@ -333,7 +338,7 @@ def test_stock_transformers_reads_back_what_is_saved(name: str, form: Form, tmp_
     assert len(files) == 1 or max(path.stat().st_size for path in files) < 2 * SHARD_BYTES
     read = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     trials = random_trials()
-    np.testing.assert_array_equal(answer_logits(read, trials), answer_logits(model, trials))
+    assert_same(answer_logits(read, trials), answer_logits(model, trials))
 
 
 def weights_name(suffix: str) -> str:
@@ -348,16 +353,14 @@ def test_the_tokenizer_covers_the_decimal_prompts() -> None:
     assert trials.n_trials == 20 and trials.notes == ()
 
 
-@pytest.mark.parametrize("lengths", ["unequal", "paired", "equal"])
+@pytest.mark.parametrize("lengths", get_args(Lengths))
 @pytest.mark.parametrize("shared_end", [0, 1, 3])
-def test_random_trials_have_the_lengths_and_the_shared_end_asked_for(lengths: str, shared_end: int) -> None:
-    make: Callable[..., object] = random_trials
-    trials = random_trials(4, seed=3, lengths=lengths, shared_end=shared_end)  # type: ignore[arg-type]
-    assert make is random_trials
+def test_random_trials_have_the_lengths_and_the_shared_end_asked_for(lengths: Lengths, shared_end: int) -> None:
+    trials = random_trials(4, seed=3, lengths=lengths, shared_end=shared_end)
     clean, corrupt = trials.length
     assert len(np.unique(trials.length)) == {"unequal": 8, "paired": 4, "equal": 1}[lengths]
     assert (lengths == "unequal") == (clean != corrupt).any()
     for trial in range(4):
         a, b = prompt(trials, CLEAN, trial), prompt(trials, CORRUPT, trial)
         assert torch.equal(a[len(a) - shared_end :], b[len(b) - shared_end :])
-        assert not torch.equal(a[-shared_end - 1 :], b[-shared_end - 1 :])
+        assert a[-shared_end - 1] != b[-shared_end - 1]

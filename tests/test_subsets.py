@@ -54,7 +54,9 @@ def test_random_subsets_are_the_same_for_the_same_seed_and_others_for_another() 
     assert first == again != other
 
 
-@pytest.mark.parametrize("word", ["evens", "0,12", "-1", "size:13", "size:", "random:0", "random:x", "lattice:3", "", "0,,1"])
+@pytest.mark.parametrize(
+    "word", ["evens", "0,12", "-1", "size:13", "size:", "random:0", "random:x", "lattice:3", "", "0,,1"]
+)
 def test_a_word_outside_the_language_is_refused_by_name(word: str) -> None:
     with pytest.raises(Refusal, match="--subsets"):
         parse_subsets([word], HEADS)

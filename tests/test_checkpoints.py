@@ -1,0 +1,145 @@
+"""Laws of the checkpoint room: every weight form gives the same model, and only the right keys are worn."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from headlapse.engine.checkpoints import Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
+from headlapse.engine.sources import Checkpoint, Files, fetch
+from headlapse.engine.study import Refusal
+from tests.models import FORMS, MAIN, MORE, Form, legacy_buffers, save, tiny, tiny_tokenizer
+
+TOKENS = torch.arange(2, 10)[None]
+
+
+def files_of(directory: Path) -> Files:
+    from headlapse.engine.sources import resolve
+
+    [checkpoint] = resolve(str(directory), [], directory / "cache")
+    assert isinstance(checkpoint, Checkpoint)
+    return fetch(checkpoint, directory / "cache")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["neox-parallel", "gpt2"])
+def test_every_weight_form_gives_the_stock_models_logits(tmp_path: Path, name: str, form: Form) -> None:
+    model = tiny(name)
+    extra = legacy_buffers(model) if name.startswith("neox") and form.endswith("bin") else None
+    files = files_of(save(model, tmp_path, form, extra=extra))
+    skeleton = open_skeleton(files, "float32", "cpu")
+    skeleton.wear(read_weights(files, torch.float32, "cpu"))
+    with torch.no_grad(), skeleton.stock() as stock:
+        assert torch.equal(stock(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", [*MAIN, *(name for name in MORE if name != "mixtral")])
+def test_one_skeleton_wears_one_checkpoint_after_the_other(name: str) -> None:
+    first, second = tiny(name, seed=1), tiny(name, seed=2)
+    skeleton = Skeleton(first.config, torch.float32, "cpu")
+    for model in (first, second, first):
+        skeleton.wear(model.state_dict())
+        with torch.no_grad(), skeleton.stock() as stock:
+            torch.testing.assert_close(stock(TOKENS).logits, model(TOKENS).logits, atol=1e-6, rtol=0)
+
+
+def test_the_resident_skeleton_is_kept_while_the_config_is_the_same(tmp_path: Path) -> None:
+    files = files_of(save(tiny("gpt2"), tmp_path / "a"))
+    other = files_of(save(tiny("neox-parallel"), tmp_path / "b"))
+    skeleton = open_skeleton(files, "float32", "cpu")
+    assert open_skeleton(files, "float32", "cpu", skeleton) is skeleton
+    assert open_skeleton(other, "float32", "cpu", skeleton) is not skeleton
+
+
+def test_the_dtype_is_the_one_asked_for_whatever_the_file_holds(tmp_path: Path) -> None:
+    files = files_of(save(tiny("neox-parallel").half(), tmp_path))
+    assert {t.dtype for t in read_weights(files, torch.float32, "cpu").values()} == {torch.float32}
+    assert {t.dtype for t in read_weights(files, torch.bfloat16, "cpu").values()} == {torch.bfloat16}
+
+
+def test_only_the_wanted_tensors_are_read(tmp_path: Path) -> None:
+    files = files_of(save(tiny("neox-parallel"), tmp_path))
+    found = read_weights(files, torch.float32, "cpu", lambda name: ".layers.2." in name)
+    assert found and all(".layers.2." in name for name in found)
+
+
+def test_a_file_without_the_base_models_prefix_is_worn_too() -> None:
+    model = tiny("gpt2")
+    skeleton = Skeleton(model.config, torch.float32, "cpu")
+    skeleton.wear(
+        {name.removeprefix("transformer."): t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+    )
+    with torch.no_grad(), skeleton.stock() as stock:
+        assert torch.equal(stock(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_missing_unknown_and_misshapen_keys_are_refused_by_name_and_nothing_is_worn() -> None:
+    model = tiny("neox-parallel")
+    skeleton = Skeleton(model.config, torch.float32, "cpu")
+    good = model.state_dict()
+    skeleton.wear(good)
+    missing = {name: t for name, t in good.items() if name != "lm_head.weight"}
+    with pytest.raises(Refusal, match=r"1 key missing \(lm_head.weight\)"):
+        skeleton.wear(missing)
+    with pytest.raises(Refusal, match=r"1 key unknown \(gpt_neox.layers.0.adapter\)"):
+        skeleton.wear({**good, "gpt_neox.layers.0.adapter": torch.zeros(1)})
+    with pytest.raises(Refusal, match=r"lm_head.weight has shape \[3, 4\]"):
+        skeleton.wear({**good, "lm_head.weight": torch.zeros(3, 4)})
+    with torch.no_grad(), skeleton.stock() as stock:
+        assert torch.equal(stock(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_tied_embeddings_that_differ_in_the_file_are_refused() -> None:
+    model = tiny("gpt2")
+    skeleton = Skeleton(model.config, torch.float32, "cpu")
+    with pytest.raises(Refusal, match="configured to tie"):
+        skeleton.wear({**model.state_dict(), "lm_head.weight": torch.zeros_like(model.lm_head.weight)})
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cut_off_weight_file_is_refused_by_name(tmp_path: Path, form: Form) -> None:
+    files = files_of(save(tiny("neox-parallel"), tmp_path, form))
+    whole = files.weights[-1].read_bytes()
+    files.weights[-1].write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(Refusal, match=files.weights[-1].name):
+        read_weights(files, torch.float32, "cpu")
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    files = files_of(save(tiny("neox-parallel"), tmp_path, "bin"))
+    torch.save({"a": threading.Lock}, files.weights[0])
+    with pytest.raises(Refusal, match="not unpickled"):
+        read_weights(files, torch.float32, "cpu")
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    save(tiny("neox-parallel"), tmp_path / "without")
+    save(tiny("neox-parallel"), tmp_path / "with", tokenizer=tiny_tokenizer())
+    assert load_tokenizer(tmp_path / "with")("Answer").input_ids
+    with pytest.raises(Refusal, match="no tokenizer"):
+        load_tokenizer(tmp_path / "without")
+
+
+def test_the_next_item_loads_while_this_one_is_used() -> None:
+    loading = threading.Event()
+
+    def load(item: int) -> int:
+        if item == 1:
+            loading.set()
+        return item * 10
+
+    for item, value in prefetch([0, 1, 2], load):
+        assert value == item * 10
+        if item == 0:
+            assert loading.wait(5)
+
+
+def test_an_item_that_cannot_be_loaded_comes_as_its_error_and_the_others_go_on() -> None:
+    def load(item: int) -> int:
+        if item == 1:
+            raise Refusal("bad")
+        return item
+
+    values = [value for _, value in prefetch([0, 1, 2], load)]
+    assert values[0] == 0 and isinstance(values[1], Refusal) and values[2] == 2

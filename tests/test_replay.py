@@ -1,0 +1,242 @@
+"""Laws of replay: a patched run from the cache equals its definition in reference.py."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from headlapse.engine.activations import Capture
+from headlapse.engine.capture import capture
+from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.replay import Site, replay
+from headlapse.engine.study import Refusal
+from headlapse.engine.tasks import Trials, align
+from tests.models import (
+    LEARNED_POSITIONS,
+    MAIN,
+    MORE,
+    N_LAYERS,
+    Lengths,
+    all_subsets,
+    clean_to_clean,
+    random_subsets,
+    random_trials,
+    swapped,
+    tiny,
+    trials_of,
+)
+from tests.reference import CLEAN, CORRUPT, Direction, logit_diff, logit_diffs, run_logit_diff
+
+EXACT = 1e-4
+"""Largest difference allowed between replay and a full hooked forward, in nats."""
+
+MEMORY = 2**30
+
+DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
+LAYOUTS: tuple[tuple[str, Lengths], ...] = (("last", "unequal"), ("end:3", "unequal"), ("all", "paired"))
+"""Positions, and the lengths they allow."""
+
+SINGLE: tuple[Site, ...] = tuple((layer,) for layer in range(N_LAYERS))
+JOINT: tuple[Site, ...] = ((0, 1), (0, 2), (1, 2), (0, 1, 2))
+
+
+Pair = tuple[PreTrainedModel, Skeleton]
+"""A stock model, and a skeleton that wears its weights."""
+
+
+def dressed(model: PreTrainedModel) -> Pair:
+    skeleton = Skeleton(model.config, torch.float32, "cpu")
+    skeleton.wear(model.state_dict())
+    return model, skeleton
+
+
+@cache
+def pair(name: str) -> Pair:
+    return dressed(tiny(name))
+
+
+def replayed(
+    skeleton: Skeleton,
+    trials: Trials,
+    positions: str,
+    direction: Direction,
+    sites: Sequence[Site],
+    mask: np.ndarray,
+    activations: Capture | None = None,
+) -> np.ndarray:
+    kept = activations or capture(skeleton, trials, MEMORY)
+    return replay(skeleton, kept, trials, align(trials, positions), direction, sites, mask)
+
+
+def largest_difference(
+    both: Pair, trials: Trials, positions: str, direction: Direction, sites: Sequence[Site], mask: np.ndarray
+) -> float:
+    """The largest difference between replay and the definition, in nats."""
+    model, skeleton = both
+    found = replayed(skeleton, trials, positions, direction, sites, mask)
+    expected = np.stack([logit_diffs(model, trials, positions, site, mask, direction) for site in sites])
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max())
+
+
+# Against the definition
+
+
+@pytest.mark.parametrize("sites", [SINGLE, JOINT], ids=["single", "joint"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("positions", "lengths"), LAYOUTS)
+@pytest.mark.parametrize("name", MAIN)
+def test_replay_equals_a_full_hooked_forward_for_200_random_subsets(
+    name: str, positions: str, lengths: Lengths, direction: Direction, sites: Sequence[Site]
+) -> None:
+    _, skeleton = pair(name)
+    mask = random_subsets(200, skeleton.anatomy.n_heads)
+    difference = largest_difference(pair(name), random_trials(lengths=lengths), positions, direction, sites, mask)
+    print(f"{name} {positions} {direction}: {difference:.1e}")
+    assert len(mask) == 200 and difference <= EXACT
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("positions", "lengths"), LAYOUTS)
+@pytest.mark.parametrize("name", MORE)
+def test_replay_equals_a_full_hooked_forward_for_other_architectures(
+    name: str, positions: str, lengths: Lengths, direction: Direction
+) -> None:
+    _, skeleton = pair(name)
+    mask = random_subsets(12, skeleton.anatomy.n_heads)
+    trials = random_trials(2, lengths=lengths)
+    difference = largest_difference(pair(name), trials, positions, direction, (*SINGLE, *JOINT), mask)
+    print(f"{name} {positions} {direction}: {difference:.1e}")
+    assert difference <= EXACT
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_replay_equals_the_definition_one_run_at_a_time(name: str) -> None:
+    """The tests above run the definition's subsets as one batch; here it stands alone."""
+    model, skeleton = pair(name)
+    mask = random_subsets(4, skeleton.anatomy.n_heads, seed=1)
+    for positions, lengths in LAYOUTS:
+        trials = random_trials(seed=1, lengths=lengths)
+        for direction in DIRECTIONS:
+            found = replayed(skeleton, trials, positions, direction, [(1,), (0, 2)], mask)
+            for row, site in enumerate([(1,), (0, 2)]):
+                expected = [
+                    logit_diff(model, trials, positions, site, np.flatnonzero(heads), direction) for heads in mask
+                ]
+                np.testing.assert_allclose(found[row], expected, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_replay_is_exact_when_the_patch_covers_a_whole_short_prompt(name: str) -> None:
+    """No prefix is left whose keys and values are known, neither in the source nor in the target run."""
+    clean, corrupt = [[2, 3, 4, 5, 6, 7], [8, 9, 10]], [[11, 12, 13], [14, 15, 16, 17]]
+    trials = trials_of(clean, corrupt, answers=[(20, 21), (22, 23)])
+    mask = random_subsets(20, 8)
+    for direction in DIRECTIONS:
+        assert largest_difference(pair(name), trials, "end:3", direction, (*SINGLE, *JOINT), mask) <= EXACT
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_replay_is_exact_for_prompts_of_a_single_token(name: str) -> None:
+    trials = trials_of([[2], [3, 4, 5]], [[6, 7], [8]], answers=[(20, 21), (22, 23)])
+    mask = random_subsets(20, 8)
+    for direction in DIRECTIONS:
+        assert largest_difference(pair(name), trials, "last", direction, (*SINGLE, *JOINT), mask) <= EXACT
+    trials = trials_of([[2], [3, 4, 5]], [[6], [8, 9, 10]], answers=[(20, 21), (22, 23)])
+    assert largest_difference(pair(name), trials, "all", "denoise", (*SINGLE, *JOINT), mask) <= EXACT
+
+
+def test_a_sliding_window_just_as_long_as_the_longest_prompt_is_exact_and_a_shorter_one_refused() -> None:
+    trials, mask = random_trials(), random_subsets(20, 8)
+    longest = int(trials.length.max())
+    exact = dressed(tiny("mistral-wide-window", sliding_window=longest))
+    assert largest_difference(exact, trials, "end:3", "denoise", (*SINGLE, *JOINT), mask) <= EXACT
+    _, short = dressed(tiny("mistral-wide-window", sliding_window=longest - 1))
+    with pytest.raises(Refusal, match=f"window of {longest - 1}"):
+        capture(short, trials, MEMORY)
+
+
+# Laws
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", MAIN)
+def test_patching_no_head_is_the_target_run(name: str, direction: Direction) -> None:
+    model, skeleton = pair(name)
+    for positions, lengths in LAYOUTS:
+        trials = random_trials(lengths=lengths)
+        target = run_logit_diff(model, trials)[CORRUPT if direction == "denoise" else CLEAN]
+        found = replayed(skeleton, trials, positions, direction, (*SINGLE, *JOINT), all_subsets(8)[:1])
+        np.testing.assert_allclose(found, np.broadcast_to(target, found.shape), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", MAIN)
+def test_patching_every_head_of_every_layer_is_the_source_run_where_the_last_tokens_are_the_same(
+    name: str, direction: Direction
+) -> None:
+    """And their places too, where positions are learned and added to the residual stream."""
+    model, skeleton = pair(name)
+    trials = random_trials(lengths="paired" if name in LEARNED_POSITIONS else "unequal", shared_end=1)
+    source = run_logit_diff(model, trials)[CLEAN if direction == "denoise" else CORRUPT]
+    found = replayed(skeleton, trials, "last", direction, [tuple(range(N_LAYERS))], all_subsets(8)[-1:])
+    np.testing.assert_allclose(found[0, 0], source, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_a_clean_to_clean_patch_changes_nothing(name: str) -> None:
+    model, skeleton = pair(name)
+    trials = clean_to_clean(random_trials())
+    clean = run_logit_diff(model, trials)[CLEAN]
+    for positions in ("last", "end:3", "all"):
+        found = replayed(skeleton, trials, positions, "denoise", (*SINGLE, *JOINT), random_subsets(20, 8))
+        np.testing.assert_allclose(found, np.broadcast_to(clean, found.shape), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_noise_is_denoise_with_the_runs_swapped(name: str) -> None:
+    _, skeleton = pair(name)
+    trials, mask = random_trials(), random_subsets(20, 8)
+    noised = replayed(skeleton, trials, "end:3", "noise", (*SINGLE, *JOINT), mask)
+    denoised = replayed(skeleton, swapped(trials), "end:3", "denoise", (*SINGLE, *JOINT), mask)
+    np.testing.assert_allclose(noised, denoised, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("name", MAIN)
+def test_a_run_does_not_depend_on_what_runs_beside_it(name: str) -> None:
+    """Whatever the split into passes, and with other subsets, sites and trials left out."""
+    _, skeleton = pair(name)
+    trials, mask = random_trials(), random_subsets(30, 8)
+    kept, alignment = capture(skeleton, trials, MEMORY), align(trials, "end:3")
+    together = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask)
+    for rows in (7, 100):
+        split = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, rows=rows)
+        np.testing.assert_allclose(split, together, rtol=0, atol=EXACT)
+    alone = replay(skeleton, kept, trials, alignment, "denoise", [JOINT[1]], mask[7:8])
+    np.testing.assert_allclose(alone[0, 0], together[N_LAYERS + 1, 7], rtol=0, atol=EXACT)
+
+
+def test_replay_is_the_same_bit_for_bit_again_and_leaves_the_skeleton_as_it_was() -> None:
+    for name in MAIN:
+        model, skeleton = pair(name)
+        trials, mask = random_trials(), random_subsets(30, 8)
+        kept = capture(skeleton, trials, MEMORY)
+        first, again = (replayed(skeleton, trials, "last", "noise", (*SINGLE, *JOINT), mask, kept) for _ in range(2))
+        np.testing.assert_array_equal(first, again)
+        worn = dict(skeleton.model.named_parameters())
+        assert all(torch.equal(worn[key], value) for key, value in model.named_parameters())
+        tokens = torch.from_numpy(trials.tokens[0])
+        with torch.no_grad(), skeleton.stock() as stock:
+            torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+def test_replay_reports_every_patched_run_once() -> None:
+    _, skeleton = pair("gpt2")
+    trials, mask = random_trials(), random_subsets(30, 8)
+    kept, heard = capture(skeleton, trials, MEMORY), list[int]()
+    alignment = align(trials, "last")
+    found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, rows=16)
+    assert len(heard) > 1 and sum(heard) == found.size

@@ -1,0 +1,491 @@
+"""Laws of the report: the page says what the store holds, needs nothing but itself, and appears whole or not at all."""
+
+import importlib.util
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from headlapse.engine import report
+from headlapse.engine.activations import Capture
+from headlapse.engine.arrays import Row
+from headlapse.engine.guard import guarded
+from headlapse.engine.measures import timeline
+from headlapse.engine.report import choose_ticks, place_steps, ranges, read_result, signed, write_report
+from headlapse.engine.store import PatchedRun, Store, create_store
+from headlapse.engine.study import Refusal
+from headlapse.engine.subsets import parse_subsets
+from headlapse.engine.tasks import Contrast, Trials
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
+TRIALS, LAYERS, HEADS, POSITIONS = 3, 3, 4, 6
+STEPS = (0, 1, 10, 100, -1)
+FIGURES = ("timeline", "heatmap", "heads")
+DEFAULT = ("even", "odd", "all", "each")
+
+
+def some_trials(prompt: str = "<b>q</b>") -> Trials:
+    text = np.array([["Q", ":", " 9", "\n", " &", "<i>"]] * 2 * TRIALS).reshape(2, TRIALS, POSITIONS)
+    contrasts = tuple(Contrast(prompt, f"x{i}", " a", " b", "mine.jsonl", repeats=1 + i % 2) for i in range(TRIALS))
+    length = np.array([[POSITIONS] * TRIALS, [POSITIONS - 1] * TRIALS])
+    return Trials(np.ones(text.shape, int), length, np.ones((TRIALS, 2), int), text, contrasts, notes=())
+
+
+def some_store(path: Path, steps: Sequence[int] = STEPS, same_weights: bool = False, cached: bool = True) -> Store:
+    """A store without a single activation worth reading, of checkpoints `step{N}`, and `main` for an unknown step."""
+    z = [torch.zeros(2, TRIALS, POSITIONS, HEADS, 1)] * LAYERS
+    captured = Capture(kept={"z": z}, answer_logits=torch.zeros(2, TRIALS, 2))
+    study = {"model": "org/tiny", "task": "mine.jsonl", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
+    rows = [Row(f"step{step}" if step >= 0 else "main", step) for step in steps]
+    store = create_store(path, study, rows, range(LAYERS), ["z"], some_trials(), captured)
+    for row in rows if cached else ():
+        digest = "f" * 64 if same_weights else f"{row.step % 16:x}" * 64
+        store.write(row.label, captured, {"commit": f"commit-{row.label}", "sha256": {"model.safetensors": digest}})
+    return store
+
+
+def some_run(
+    store: Store, words: Sequence[str] = DEFAULT, name: str = "run", layers: Sequence[int] = range(LAYERS),
+    joint: bool = False, direction: str = "denoise", positions: str = "last", seed: int = 0,
+    done: Callable[[str], bool] = lambda label: True, values: Callable[[np.ndarray], np.ndarray] = lambda x: x,
+) -> PatchedRun:  # fmt: skip
+    """A patched run of random numbers; `done` says which checkpoints are finished, `values` changes what they hold."""
+    rng, subsets = np.random.default_rng(seed), parse_subsets(words, HEADS)
+    settings = {
+        "protocol": "corrected", "direction": direction, "positions": positions, "layers": list(layers),
+        "joint": joint, "subsets": list(words), "dtype": "float32",
+    }  # fmt: skip
+    sites = [layers[0]] if joint else list(layers)
+    run = store.open_patch(name, settings, sites, subsets.labels, subsets.mask)
+    for row in store.rows():
+        patched = rng.normal(size=(len(sites), len(subsets), TRIALS)).astype("float32")
+        answers = rng.normal(size=(2, TRIALS, 2)).astype("float32")
+        if done(row.label):
+            run.write(row.label, values(patched), answers, 2.5e-6)
+    return run
+
+
+def text_of(page: Path) -> str:
+    """The words of a page, without markup, styles and figures, single-spaced."""
+    return Reader(page).text
+
+
+class Reader(HTMLParser):
+    """Collects a page's words, its links and its open elements; tags must nest."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.words: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "svg"} & set(self.open):
+            self.words.append(data)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return some_store(tmp_path / "tiny.zarr")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    """One store and the folder of its report, for all laws that only read."""
+    folder = tmp_path_factory.mktemp("written")
+    store = some_store(folder / "tiny.zarr")
+    some_run(store)
+    return store, write_report(store, folder / "out").parent
+
+
+# --- the page ---
+
+
+def test_the_page_needs_nothing_from_outside(written: tuple[Store, Path]) -> None:
+    _, out = written
+    page = Reader(out / "index.html")
+    assert not page.open, "every element is closed"
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    for link in page.links:
+        assert link.startswith(("#", "data:image/png;base64,")) or (out / link).is_file(), link
+    source = (out / "index.html").read_text()
+    assert "@import" not in source and "url(http" not in source and "url(//" not in source
+    assert len(page.ids) == len(set(page.ids)), "figures share no id"
+    assert all(ord(letter) < 0x2600 for letter in source), "no emoji"
+
+
+def test_the_page_links_to_every_file_beside_it(written: tuple[Store, Path]) -> None:
+    _, out = written
+    files = {path.name for path in out.iterdir()}
+    assert files == {"index.html", "timeline.csv", "patched.csv"} | {f"{f}.{s}" for f in FIGURES for s in ("png", "svg")}
+    assert files - {"index.html"} <= set(Reader(out / "index.html").links)
+
+
+def test_the_page_says_what_was_asked_and_where_it_comes_from(written: tuple[Store, Path]) -> None:
+    store, out = written
+    text = text_of(out / "index.html")
+    for said in (
+        "org/tiny", "mine.jsonl, 3 distinct prompt pairs (asked 4 times", "denoise: heads’ outputs of the clean run",
+        "positions: last", "cached in float32", f"torch {store.attrs['versions']['torch']}", "even odd all each (7 subsets",
+        "2.5e-06 nats", "up to 1.0e-04", "commit-step100", "f" * 64, "n = 3 distinct prompts", "5 of 5 checkpoints",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+def test_prompts_are_shown_as_they_are_and_never_read_as_markup(written: tuple[Store, Path]) -> None:
+    _, out = written
+    page = Reader(out / "index.html")
+    assert "<b>q</b>" in page.text and "<i>" in page.text and "i" not in page.tags
+    assert "\\n" in page.text
+
+
+@pytest.mark.parametrize(("positions", "n_patched"), [("last", 1), ("end:3", 3)])
+def test_the_patched_tokens_are_marked(store: Store, positions: str, n_patched: int) -> None:
+    example = report._example(store.trials(), positions)
+    assert {run: sum(patched for _, patched in tokens) for run, tokens in example.items()} == dict.fromkeys(
+        ("clean", "corrupt"), n_patched
+    )
+    assert [text for text, _ in example["corrupt"]] == ["Q", ":", " 9", "\\n", " &"], "padding is no token"
+    assert example["clean"][-1] == ("<i>", True)
+
+
+def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_path: Path) -> None:
+    run = store.open_patch(
+        "known",
+        {"protocol": "corrected", "direction": "denoise", "positions": "last", "layers": [0, 1, 2], "joint": False,
+         "subsets": ["even", "odd", "all"], "dtype": "float32"},
+        [0, 1, 2], ("even", "odd", "all"), parse_subsets(["even", "odd", "all"], HEADS).mask,
+    )  # fmt: skip
+    patched = np.full((3, 3, TRIALS), -2, dtype="float32")
+    patched[1] = [[1.5, -1.5, 0.75], [-1, -1, -1], [3, 3, 3]]
+    answers = np.array([[[4, 0]] * 3, [[0, 2]] * 3], dtype="float32")
+    run.write("step10", patched, answers, 0.0)
+    text = text_of(write_report(store, tmp_path / "out"))
+    assert "step10 10 +4.00 100% −2.00 0% +0.25 67% −1.00 0% +3.00 100% +0.67 1" in text
+    assert "At the last checkpoint, step 10: clean, unpatched 100% +4.00 nats corrupt, unpatched 0% −2.00 nats" in text
+    assert "all heads of layer 1 100% +3.00 nats" in text
+    change = read_result(store, "known").change
+    assert change.sel(subset="all").values.tolist() == [[0, 5, 0]]
+
+
+def test_the_newest_run_is_shown_and_every_run_is_listed(store: Store, tmp_path: Path) -> None:
+    some_run(store, name="first")
+    some_run(store, name="second", direction="noise")
+    newest = text_of(write_report(store, tmp_path / "out"))
+    assert "second (this page)" in newest and "first denoise last 0–2 even odd all each" in newest
+    assert "first (this page)" in text_of(write_report(store, tmp_path / "out", "first"))
+
+
+# --- tables ---
+
+
+def test_patched_csv_holds_every_value_of_the_store_bit_for_bit(written: tuple[Store, Path]) -> None:
+    store, out = written
+    frame = pd.read_csv(out / "patched.csv", dtype={"subset": str})
+    assert list(frame) == [
+        "checkpoint", "step", "layer", "subset", "trial", "logit_diff", "clean_logit_diff", "corrupt_logit_diff",
+    ]  # fmt: skip
+    data = store.patch_dataset("run").load()
+    assert len(frame) == data.logit_diff.size
+    for name in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff"):
+        dims = [dim for dim in ("checkpoint", "layer", "subset", "trial") if dim in data[name].dims]
+        for keys, rows in frame.groupby(dims):
+            expected = data[name].sel({dim: key for dim, key in zip(dims, keys, strict=True) if dim != "trial"})
+            assert (rows[name].astype("float32") == expected.isel(trial=keys[-1]).item()).all()
+    assert (frame.step == frame.checkpoint.map({f"step{n}": n for n in STEPS} | {"main": -1})).all()
+
+
+def test_timeline_csv_is_the_timeline(written: tuple[Store, Path]) -> None:
+    store, out = written
+    frame = pd.read_csv(out / "timeline.csv", index_col="checkpoint")
+    expected = timeline(store.patch_dataset("run").load(), "denoise")
+    assert list(frame.index) == list(map(str, expected.index))
+    assert list(frame) == list(expected)
+    for name in expected:
+        assert (frame[name].to_numpy().astype(expected[name].dtype) == expected[name].to_numpy()).all()
+
+
+def test_a_sweep_of_too_many_values_is_written_as_means_and_says_so(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_run(store)
+    monkeypatch.setattr(report, "TIDY_ROWS", 10)
+    page = write_report(store, tmp_path / "out")
+    assert "averaged over prompts: the 315 single values are in the store" in text_of(page)
+    frame = pd.read_csv(page.with_name("patched.csv"), dtype={"subset": str})
+    data = store.patch_dataset("run").load()
+    assert len(frame) == 5 * 3 * 7
+    for row in frame.itertuples():
+        at = data.sel(checkpoint=row.checkpoint)
+        patched = at.logit_diff.sel(layer=row.layer, subset=row.subset)
+        assert np.float32(row.mean_logit_diff) == patched.mean("trial").item()
+        assert row.success_rate == (patched > 0).mean("trial").item()
+        assert np.float32(row.mean_clean_logit_diff) == at.clean_logit_diff.mean("trial").item()
+        assert np.float32(row.mean_corrupt_logit_diff) == at.corrupt_logit_diff.mean("trial").item()
+
+
+# --- figures ---
+
+
+def test_figures_come_as_png_and_svg_and_show_something(written: tuple[Store, Path]) -> None:
+    _, out = written
+    for stem in FIGURES:
+        with Image.open(out / f"{stem}.png") as image:
+            assert min(image.size) > 400
+            colours = image.convert("RGB").getcolors(1 << 24)
+        assert colours is not None and len(colours) > 50
+        svg = ET.parse(out / f"{stem}.svg").getroot()
+        assert svg.tag.endswith("svg") and len(list(svg.iter())) > 100
+
+
+def test_every_figure_of_the_page_takes_its_ink_from_the_page(written: tuple[Store, Path]) -> None:
+    _, out = written
+    source = (out / "index.html").read_text()
+    figures = source.split("<svg")[1:]
+    assert len(figures) == 3
+    for figure in figures:
+        svg = figure[: figure.index("</svg>")]
+        assert 'role="img"' in svg and "currentColor" in svg and report.INK not in svg
+    assert report.INK in (out / "timeline.svg").read_text()
+
+
+def test_the_timeline_shows_every_finished_checkpoint_in_both_panels(store: Store) -> None:
+    some_run(store, done=lambda label: label != "step1")
+    upper, lower = report.draw(read_result(store, "run"))["timeline"].axes[:2]
+    for axes in (upper, lower):
+        for colour in report.COLOURS.values():
+            lines = [line for line in axes.get_lines() if line.get_color() == colour]
+            assert sum(len(line.get_xdata()) for line in lines) == 4
+    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["0", "10", "100", "main"]
+    assert {text.get_text() for text in upper.figure.legends[0].get_texts()} == {
+        "clean, unpatched", "corrupt, unpatched", "even heads patched", "odd heads patched", "all heads patched",
+    }  # fmt: skip
+
+
+def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: Store) -> None:
+    some_run(store)
+    result = read_result(store, "run")
+    upper, lower = report.draw(result)["heatmap"].axes[:2]
+    change, rate = upper.get_images()[0], lower.get_images()[0]
+    data = store.patch_dataset("run").sel(subset="all").load()
+    expected = (data.logit_diff - data.corrupt_logit_diff).mean("trial").transpose("layer", "checkpoint").values
+    assert np.allclose(np.asarray(change.get_array()), expected, atol=1e-6)
+    assert change.norm.vmin == -change.norm.vmax and change.norm.vmax == pytest.approx(abs(expected).max())
+    assert np.allclose(np.asarray(rate.get_array()) / 100, (data.logit_diff > 0).mean("trial").values.T)
+
+
+def test_the_head_map_needs_every_single_head(store: Store) -> None:
+    some_run(store, ["3", "1", "all", "0", "2"], name="each-in-disorder")
+    some_run(store, ["0", "1", "2", "all"], name="three-of-four")
+    figure = report.draw(read_result(store, "each-in-disorder"))["heads"]
+    data = store.patch_dataset("each-in-disorder").isel(checkpoint=-1).load()
+    expected = [data.logit_diff.sel(subset=str(head)).mean("trial").values for head in range(HEADS)]
+    shown = np.asarray(figure.axes[0].get_images()[0].get_array())
+    assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
+    assert "heads" not in report.draw(read_result(store, "three-of-four"))
+
+
+def test_steps_over_a_factor_of_ten_are_logarithmic_with_zero_and_unknown_steps_apart() -> None:
+    x, is_log = place_steps(np.array([0, 1, 10, 100, -1, -1]))
+    assert is_log and (np.diff(x) > 0.1).all() and x[3] - x[2] == x[2] - x[1] == 1
+    x, is_log = place_steps(np.array([0, 1000, 2000, -1]))
+    assert not is_log and x[:3].tolist() == [0, 1000, 2000] and x[3] > 2000
+    for lone in (0, 7, -1):
+        assert np.isfinite(place_steps(np.array([lone]))[0]).all()
+    assert len(set(place_steps(np.array([-1, -1]))[0])) == 2
+
+
+def test_tick_labels_never_touch_and_the_ends_have_theirs() -> None:
+    x, labels = np.linspace(0, 1, 200), ["143k"] * 200
+    ticks = choose_ticks(x, labels, 6.0, range(200))
+    assert ticks[0] == 0 and ticks[-1] == 199 and 5 < len(ticks) < 20
+    assert (np.diff(x[ticks]) * 6.0 > 4 * report.CHARACTER).all()
+
+
+def test_numbers_are_written_with_a_true_minus_and_zero_without_a_sign() -> None:
+    assert [signed(value, 1) for value in (1.25, -1.26, 0.0, -0.04, 0.04)] == ["+1.2", "−1.3", "0.0", "0.0", "0.0"]
+    assert ranges([4, 5, 6, 7, 8, 11]) == "4–8, 11" and ranges([2]) == "2"
+
+
+# --- every kind of run gives a readable page ---
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "one checkpoint": ({"steps": [5]}, {}, "At the last checkpoint, step 5"),
+    "one checkpoint of an unknown step": ({"steps": [-1]}, {}, "At the last checkpoint, checkpoint main"),
+    "two unfinished": ({}, {"done": lambda label: label in ("step1", "step10", "main")}, "not patched in this run"),
+    "no even, odd and all": ({}, {"words": ["0,1", "2,3", "0,1,2", "1"]}, "move the last checkpoint most"),
+    "no head": ({}, {"words": ["none"], "values": np.zeros_like}, "No head patched"),
+    "the lattice": ({}, {"words": ["lattice"]}, "lattice (16 subsets of 4 heads)"),
+    "joint layers": ({}, {"layers": [1, 2], "joint": True}, "of layers 1–2 together"),
+    "one layer": ({}, {"layers": [2]}, "layer 2; positions: last"),
+    "noise": ({}, {"direction": "noise"}, "of the corrupt run are put into the clean run"),
+    "end:3": ({}, {"positions": "end:3"}, "positions: end:3"),
+    "equal weights": ({"same_weights": True}, {}, "serve the same weights"),
+    "a long series": ({"steps": range(0, 143001, 3250)}, {}, "143,000"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_gives_a_readable_page(case: str, tmp_path: Path) -> None:
+    of_store, of_run, said = CASES[case]
+    store = some_store(tmp_path / "tiny.zarr", **of_store)
+    some_run(store, **of_run)
+    page = write_report(store, tmp_path / "out")
+    read = Reader(page)
+    assert said in read.text and "nan" not in read.text.split()
+    assert not read.open and read.tags.count("svg") == len(list(page.parent.glob("*.svg")))
+
+
+def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_path: Path) -> None:
+    some_run(store, values=lambda values: values)
+    index = [row.label for row in store.rows()].index("step10")
+    store.patch("run").array("logit_diff")[index, 0, 0, 0] = np.nan
+    text = text_of(write_report(store, tmp_path / "out"))
+    assert "left out because not all of their numbers are finite: step10" in text
+    assert "step10" not in pd.read_csv(tmp_path / "out" / "patched.csv").checkpoint.unique()
+
+
+def test_checkpoints_that_were_never_cached_are_named(tmp_path: Path) -> None:
+    store = some_store(tmp_path / "tiny.zarr", steps=[1, 2])
+    store.add([Row("step3", 3)])
+    some_run(store, done=lambda label: label != "step3")
+    assert "not cached completely, so not here (run scripts/cache.py again): step3" in text_of(
+        write_report(store, tmp_path / "out")
+    )
+
+
+# --- whole or not at all ---
+
+
+def test_the_same_run_gives_the_same_files(written: tuple[Store, Path], tmp_path: Path) -> None:
+    store, out = written
+    write_report(store, tmp_path / "again")
+    for path in sorted(out.iterdir()):
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_report_cut_off_leaves_no_half_file_under_its_name(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some_run(store)
+    out = tmp_path / "out"
+
+    def cut_off(_figure: Figure, file: Path, **_options: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Figure, "savefig", cut_off)
+        write_report(store, out)
+    assert {path.name for path in out.iterdir() if path.suffix != ".partial"} == {"timeline.csv", "patched.csv"}
+    write_report(store, out)
+    assert not list(out.glob(".*"))
+
+
+def test_no_figure_of_another_run_stays_behind(store: Store, tmp_path: Path) -> None:
+    some_run(store, name="each")
+    some_run(store, ["all"], name="all")
+    mine = tmp_path / "out" / "notes.txt"
+    write_report(store, tmp_path / "out", "each")
+    mine.write_text("mine")
+    write_report(store, tmp_path / "out", "all")
+    assert not (tmp_path / "out" / "heads.png").exists() and mine.exists()
+
+
+# --- refused ---
+
+
+def test_a_store_without_a_patched_run_is_refused(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(Refusal, match=r"no patched run yet; make one with: python scripts/patch\.py"):
+        write_report(store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_a_finished_checkpoint_is_refused(store: Store, tmp_path: Path) -> None:
+    some_run(store, done=lambda label: False)
+    with pytest.raises(Refusal, match="patched run run of .* has no finished checkpoint"):
+        write_report(store, tmp_path / "out")
+    some_run(store, name="broken", values=lambda values: values * np.float32("nan"))
+    with pytest.raises(Refusal, match="only numbers that are not finite"):
+        write_report(store, tmp_path / "out", "broken")
+
+
+def test_a_run_that_is_not_there_and_a_file_in_the_way_are_refused(store: Store, tmp_path: Path) -> None:
+    some_run(store)
+    with pytest.raises(Refusal, match="has no patched run other; it has run"):
+        write_report(store, tmp_path / "out", "other")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(Refusal, match="a file in the way"):
+            write_report(store, out)
+
+
+# --- the script ---
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path))
+    spec = importlib.util.spec_from_file_location("script_report", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_takes_the_newest_store_and_prints_the_page(
+    script: ModuleType, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some_run(store)
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    assert guarded(script.main) == 0
+    page = tmp_path / "tiny-report" / "index.html"
+    assert capsys.readouterr().out == f"{page}\n" and page.is_file()
+
+
+def test_the_script_writes_where_it_is_told(
+    script: ModuleType, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    some_run(store, name="mine")
+    some_run(store, name="newer")
+    words = [str(store.path), "--out", str(tmp_path / "deep" / "out"), "--name", "mine"]
+    monkeypatch.setattr("sys.argv", ["report.py", *words])
+    assert guarded(script.main) == 0
+    assert "mine (this page)" in text_of(Path(capsys.readouterr().out.strip()))
+
+
+def test_the_script_refuses_in_one_line(
+    script: ModuleType, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in ([], [str(store.path / "nowhere")]):
+        monkeypatch.setattr("sys.argv", ["report.py", *words])
+        assert guarded(script.main) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1

@@ -1,0 +1,61 @@
+"""Laws of the backstop: it agrees with replay where replay is right, and it is loud where it is not."""
+
+import numpy as np
+import pytest
+import torch
+
+from headlapse.engine.capture import capture
+from headlapse.engine.replay import replay
+from headlapse.engine.study import Inexact
+from headlapse.engine.tasks import align
+from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact, tolerance
+from tests.models import MAIN, random_subsets, random_trials, tiny
+from tests.test_capture import dressed
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("site", [(1,), (0, 2)])
+def test_a_full_hooked_forward_agrees_with_replay(name: str, site: tuple[int, ...]) -> None:
+    skeleton, trials = dressed(tiny(name)), random_trials()
+    mask, alignment = random_subsets(5, 8), align(trials, "end:2")
+    patched = replay(skeleton, capture(skeleton, trials, 2**30), trials, alignment, "denoise", [site], mask)
+    for row, heads in zip(patched[0], mask, strict=True):
+        expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", site, heads)
+        assert np.abs(row - expected).max() <= 1e-4
+
+
+def test_weights_that_changed_since_the_capture_are_noticed() -> None:
+    skeleton, trials = dressed(tiny("neox-parallel")), random_trials()
+    captured = capture(skeleton, trials, 2**30)
+    skeleton.wear(tiny("neox-parallel", seed=9).state_dict())
+    mask, alignment = random_subsets(2, 8), align(trials, "last")
+    patched = replay(skeleton, captured, trials, alignment, "denoise", [(1,)], mask)[0, 0]
+    expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", (1,), mask[0])
+    with pytest.raises(Inexact, match="not those that were cached"):
+        require_exact(float(np.abs(patched - expected).max()), tolerance("float32"), "step1")
+
+
+def test_a_nan_is_never_taken_for_exact() -> None:
+    with pytest.raises(Inexact):
+        require_exact(float("nan"), 1e-4, "step1")
+    require_exact(1e-5, 1e-4, "step1")
+
+
+def test_the_tolerance_grows_with_the_coarsest_rounding_only() -> None:
+    assert tolerance("float32") == tolerance("float32", "float32") == 1e-4
+    assert tolerance("float32", "float16") == tolerance("float16") == pytest.approx(1e-4 * 2**13)
+    assert tolerance("bfloat16", "float32") == pytest.approx(1e-4 * 2**16)
+
+
+def test_the_pairs_are_random_over_checkpoints_and_the_same_for_the_same_checkpoint() -> None:
+    sites = [(layer,) for layer in range(12)]
+    assert choose_pairs("step1", sites, 4096, 2) == choose_pairs("step1", sites, 4096, 2)
+    assert len({tuple(choose_pairs(f"step{i}", sites, 4096, 2)) for i in range(20)}) == 20
+    assert choose_pairs("step1", sites[:1], 1, 2) == [(0, 0)]
+
+
+def test_stock_attention_is_gone_after_the_check() -> None:
+    skeleton, trials = dressed(tiny("neox-parallel")), random_trials()
+    hooked_logit_diff(skeleton, trials, align(trials, "last"), "noise", (0,), np.ones(8, dtype=bool))
+    captured = capture(skeleton, trials, 2**30)
+    assert torch.isfinite(captured.answer_logits).all()
