@@ -20,9 +20,9 @@ from headlapse.engine import layout
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.attention import IMPLEMENTATION
 from headlapse.engine.sources import Files
-from headlapse.engine.study import Refusal
+from headlapse.engine.study import DTYPES, Dtype, Refusal
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES: dict[Dtype, torch.dtype] = {dtype: getattr(torch, dtype) for dtype in DTYPES}
 
 _MASK_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Tables that old .bin files carry beside the weights.  Ignored only where the skeleton has no such parameter."""
@@ -223,12 +223,12 @@ def load_tokenizer(directory: Path) -> Any:
         raise Refusal(f"the tokenizer in {directory} cannot be loaded ({reason}); put another there") from error
 
 
-def open_skeleton(files: Files, dtype: str, device: str, current: Skeleton | None = None) -> Skeleton:
+def open_skeleton(files: Files, dtype: Dtype, device: str, current: Skeleton | None = None) -> Skeleton:
     """The resident skeleton where it fits the checkpoint's config, else a new one."""
     config = read_config(files.config.parent)
     if current is not None and current.fits(config):
         return current
-    return Skeleton(config, DTYPES[dtype], device)
+    return Skeleton(config, TORCH_DTYPES[dtype], device)
 
 
 def _identity(config: PreTrainedConfig) -> str:

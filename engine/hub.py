@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from headlapse.engine.study import Refusal
 
-
 _KEPT = "run it again, files that are complete are kept"
 
 
@@ -106,10 +105,10 @@ def download(revision: Revision, names: Collection[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repo, name = revision.repo, revision.name
-    with _explaining(repo, name, downloading=True):
+    with _explaining(repo, name, downloading=True), _one_bar() as bar:
         # By name, not by commit: so the client notes in its cache which commit the name stands for, and the name is
         # found again without a network.
-        directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=_Bar))
+        directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=bar))
     if directory.name != revision.commit:
         raise Refusal(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
     for file in names:
@@ -194,7 +193,7 @@ def _explaining(repo: str, name: str | None = None, downloading: bool = False) -
         raise Unreachable(f"{failed} ({_line(error)}); {mend}") from error
     except (ValueError, KeyError) as error:
         raise Unreachable(
-            f"{hub} does not answer {asked} as a hub does ({_line(error)}); check HF_ENDPOINT, or log in to your network"
+            f"{hub} does not answer {asked} as a hub does ({_line(error)}); check HF_ENDPOINT and the network"
         ) from error
 
 
@@ -229,10 +228,22 @@ def _line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
-class _Bar(tqdm):  # type: ignore[misc]
-    """Bytes as they come in, on a terminal only, and gone afterwards; the client by itself would leave three bars."""
+@contextmanager
+def _one_bar() -> Iterator[type[tqdm]]:
+    """The client's bars while it downloads: bytes as they come in, on a terminal, gone afterwards.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.pop("name", None)
-        shown = str(kwargs.get("desc", "")).startswith("Downloading bytes")
-        super().__init__(*args, **{**kwargs, "leave": False, "disable": None if shown else True})
+    By itself it shows three, does not close them, and shows one wherever its output goes.
+    """
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            shown = str(kwargs.get("desc", "")).startswith("Downloading bytes")
+            super().__init__(*args, **{**kwargs, "leave": False, "disable": None if shown else True})
+            bars.append(self)
+
+    try:
+        yield Bar
+    finally:
+        for bar in bars:
+            bar.close()

@@ -10,7 +10,7 @@ import torch
 
 from headlapse.engine.activations import KINDS
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
-from headlapse.engine.checkpoints import DTYPES, load_tokenizer
+from headlapse.engine.checkpoints import TORCH_DTYPES, load_tokenizer
 from headlapse.engine.series import kept_layers, pending
 from headlapse.engine.sources import DEMO, Checkpoint, Supply, description, plan
 from headlapse.engine.study import Study
@@ -56,7 +56,7 @@ def load_of(study: Study, body: Anatomy, trials: Trials) -> Load:
     assert set(widths) == set(KINDS)
     width = sum(widths[kind] for kind in kinds)
     return Load(
-        stored=trials.tokens.size * len(layers) * width * DTYPES[study.dtype].itemsize,
+        stored=trials.tokens.size * len(layers) * width * TORCH_DTYPES[study.dtype].itemsize,
         flops=2 * body.n_parameters * trials.tokens.size,
     )
 
@@ -76,7 +76,9 @@ def _sums(study: Study, todo: Sequence[Supply], cache: Path, path: Path, device:
     load = load_of(study, body, trials)
     stored = load.stored * len(todo)
     weights = sum(supply.n_bytes or 0 for supply in todo)
-    computing = load.flops * len(todo) / _matmul_rate(device, DTYPES[study.dtype]) + (weights + stored) / DISK_RATE
+    computing = (
+        load.flops * len(todo) / _matmul_rate(device, TORCH_DTYPES[study.dtype]) + (weights + stored) / DISK_RATE
+    )
     free = shutil.disk_usage(_existing(path)).free
     short = f"; NOT ENOUGH: {_size(free)} are free" if stored > free else f" ({_size(free)} are free)"
     return [

@@ -17,7 +17,6 @@ from jaxtyping import Float, Int
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 
 from headlapse.engine.measures import effect, finished, success, timeline
@@ -37,18 +36,19 @@ NAMED = ("even", "odd", "all")
 STRONGEST = 3
 """So many of the strongest subsets stand in the timeline where none of `NAMED` was patched."""
 
-INK, FAINT = "#22262b", "#8d949c"
-"""Lines and words of a figure, and its grid.  On the page ink becomes the page's own, light or dark."""
+INK, PAPER, FAINT = "#22262b", "#fefefe", "#8d949c"
+"""Lines and words of a figure, its background, its grid.  On the page ink and paper become the page's own."""
 
 COLOURS = {"clean": "#2a78b8", "corrupt": "#d1590a", "even": "#b0559b", "odd": "#a8810a", "all": "#0a9468"}
 MARKERS = {"clean": "^", "corrupt": "v", "even": "s", "odd": "D", "all": "o"}
 SPARE = (("#0a9468", "o"), ("#b0559b", "s"), ("#a8810a", "D"))
 """Colours and markers told apart with any colour vision and on either background."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.titlelocation": "left",
+    "figure.facecolor": PAPER,
     "axes.facecolor": "none",
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
@@ -127,15 +127,18 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     with _appearing(out / "patched.csv") as partial:
         _write_patched(result, partial)
     figures = draw(result)
+    drawn = {stem: _svg(figure) for stem, figure in figures.items()}
     for stem in ("timeline", "heatmap", "heads"):
-        for suffix in ("png", "svg"):
-            if stem in figures:
-                with _appearing(out / f"{stem}.{suffix}") as partial, matplotlib.rc_context(STYLE):
-                    figures[stem].savefig(partial, format=suffix, dpi=160, metadata=_no_metadata(suffix))
-            else:  # left by a report of another run
+        if stem not in figures:  # left by a report of another run
+            for suffix in ("png", "svg"):
                 (out / f"{stem}.{suffix}").unlink(missing_ok=True)
+            continue
+        with _appearing(out / f"{stem}.svg") as partial:
+            partial.write_text(drawn[stem], encoding="utf-8")
+        with _appearing(out / f"{stem}.png") as partial:
+            figures[stem].savefig(partial, format="png", dpi=160, metadata={"Software": None})
     with _appearing(out / "index.html") as partial:
-        partial.write_text(_page(store, result, figures), encoding="utf-8")
+        partial.write_text(_page(store, result, drawn), encoding="utf-8")
     return out / "index.html"
 
 
@@ -146,30 +149,27 @@ def read_result(store: Store, name: str) -> Result:
     """
     patch = store.patch(name)
     run, direction = finished(patch.dataset()), patch.settings["direction"]
-    finite, nats, rate, rows = [], [], [], []
+    finite, means, rates, rows = [], [], [], []
     for one in _checkpoints(run):
-        held = [one[name].values for name in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
+        held = [one[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
         finite.append(all(np.isfinite(values).all() for values in held))
         if finite[-1]:
-            nats.append(one.logit_diff.mean("trial").values)
-            rate.append(success(one.logit_diff).mean("trial").values)
+            means.append(one.logit_diff.mean("trial").values)
+            rates.append(success(one.logit_diff).mean("trial").values)
             rows.append(timeline(one, direction))
     if not rows:
         found = "only numbers that are not finite" if finite else "no finished checkpoint"
         raise Refusal(f"patched run {name} of {store.path} has {found}; run its scripts/patch.py command again")
     not_finite = tuple(map(str, run.checkpoint.values[~np.array(finite)]))
     run = run.isel(checkpoint=np.flatnonzero(finite))
-    like = run.logit_diff.isel(trial=0, drop=True)
-    means = [
-        xr.DataArray(np.concatenate(values), coords={dim: like[dim].values for dim in like.dims}, dims=like.dims)
-        for values in (nats, rate)
-    ]
+    like = run.logit_diff.isel(trial=0).reset_coords(drop=True)
+    nats, rate = (like.copy(data=np.concatenate(values)) for values in (means, rates))
     table = pd.concat(rows)
     shown = tuple(word for word in NAMED if word in run.subset.values)
     if not shown:
         shown = strongest(run.isel(checkpoint=[-1]), direction, STRONGEST)
-        table = _with_subsets(table, shown, *means)
-    return Result(name, patch.settings, run, *means, table, shown, not_finite)
+        table = _with_subsets(table, shown, nats, rate)
+    return Result(name, patch.settings, run, nats, rate, table, shown, not_finite)
 
 
 def strongest(run: xr.Dataset, direction: str, n: int = 1) -> tuple[str, ...]:
@@ -195,9 +195,7 @@ def _checkpoints(run: xr.Dataset) -> Iterator[xr.Dataset]:
         yield run.isel(checkpoint=[index]).load()
 
 
-def _with_subsets(
-    table: pd.DataFrame, shown: Sequence[str], nats: xr.DataArray, rate: xr.DataArray
-) -> pd.DataFrame:
+def _with_subsets(table: pd.DataFrame, shown: Sequence[str], nats: xr.DataArray, rate: xr.DataArray) -> pd.DataFrame:
     """The timeline with two more columns for every subset, at each checkpoint's best layer."""
     layer = xr.DataArray(table["best_layer"].to_numpy(), dims="checkpoint")
     more = {}
@@ -243,6 +241,9 @@ def draw(result: Result) -> dict[str, Figure]:
         figures = {"timeline": _draw_timeline(result), "heatmap": _draw_heatmap(result)}
         if single := _single_heads(result):
             figures["heads"] = _draw_heads(result, single)
+        for figure in figures.values():  # laid out once, not for every format again
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
     return figures
 
 
@@ -340,12 +341,11 @@ def choose_ticks(
 
 def _step_labels(result: Result) -> list[str]:
     """Steps as short as they can be written; an unknown step's place goes by its label."""
-    rows = zip(result.table.index, result.table["step"], strict=True)
-    return [_short(str(label)) if step < 0 else f"{step / 1000:g}k" if step >= 10_000 else f"{step}" for label, step in rows]
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 12 else f"{label[:11]}…"
+    labels = []
+    for label, step in result.table["step"].items():
+        short = str(label) if len(str(label)) <= 12 else f"{str(label)[:11]}…"
+        labels.append(short if step < 0 else str(step) if step < 10_000 else f"{step / 1000:g}k")
+    return labels
 
 
 def _draw_heatmap(result: Result) -> Figure:
@@ -449,8 +449,9 @@ def _draw_map(
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     if values.shape[1] <= 14 and values.shape[0] <= 16:
+        shades = image.to_rgba(values)
         for (layer, column), value in np.ndenumerate(values):
-            colour = _readable(image.cmap, image.norm, float(value))
+            colour = _readable(shades[layer, column])
             axes.text(column, layer, write(float(value)), ha="center", va="center", color=colour, fontsize=7)
 
 
@@ -460,17 +461,17 @@ def signed(value: float, digits: int) -> str:
     return text if text.strip("+−0.") else text[1:]
 
 
-def _readable(colours: Colormap, norm: Normalize, value: float) -> str:
-    """Black or white, whichever stands out against the value's colour (relative luminance, WCAG 2)."""
-    red, green, blue, _ = colours(norm(value))
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (red, green, blue)]
-    return "#ffffff" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] < 0.18 else "#111111"
+def _readable(shade: Float[np.ndarray, " rgba"]) -> str:
+    """Black or white, whichever stands out more against a colour (relative luminance, WCAG 2)."""
+    rgb = shade[:3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "#ffffff" if linear @ [0.2126, 0.7152, 0.0722] < 0.18 else "#111111"
 
 
 # --- the page ---
 
 
-def _page(store: Store, result: Result, figures: dict[str, Figure]) -> str:
+def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -490,7 +491,7 @@ def _page(store: Store, result: Result, figures: dict[str, Figure]) -> str:
         n_sites=result.run.sizes["layer"],
         prompts=trials.contrasts[:SHOWN_PROMPTS],
         example=_example(trials, result.settings["positions"]),
-        figures={stem: _inline(figure, stem) for stem, figure in figures.items()},
+        figures={stem: _inline(svg, stem) for stem, svg in drawn.items()},
         mapped=heads_of(_mapped(result)),
         where=_where(result),
         judge="all heads" if "all" in result.run.subset.values else "the strongest subset",
@@ -511,21 +512,20 @@ def _page(store: Store, result: Result, figures: dict[str, Figure]) -> str:
     )
 
 
-def _inline(figure: Figure, stem: str) -> Markup:
-    """The figure as an SVG element that takes its ink from the page and shares no id with another."""
+def _svg(figure: Figure) -> str:
     text = StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", facecolor="none", metadata=_no_metadata("svg"))
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    return text.getvalue()
+
+
+def _inline(svg: str, stem: str) -> Markup:
+    """A figure as an element that takes its ink and its paper from the page and shares no id with another figure."""
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{stem}-", svg)
-    inches = figure.get_figwidth()
-    looks = f'role="img" aria-label="{stem}" style="max-width: {inches}in; min-width: {min(inches, 4.8)}in"'
+    width = float(svg.partition('width="')[2].partition('pt"')[0])
+    looks = f'role="img" aria-label="{stem}" style="max-width: {width}pt; min-width: {min(width, 350)}pt"'
     return Markup(svg.replace("<svg", f"<svg {looks}", 1))
-
-
-def _no_metadata(suffix: str) -> dict[str, None]:
-    return dict.fromkeys(["Date", "Creator", "Format", "Type"] if suffix == "svg" else ["Software"])
 
 
 def _example(trials: Trials, positions: str) -> dict[str, list[tuple[str, bool]]]:
@@ -583,14 +583,14 @@ def _warnings(store: Store, result: Result) -> list[str]:
     right = {run: result.table[f"{run}_rate"].to_numpy() for run in RUNS}
     found = {
         "not cached completely, so not here (run scripts/cache.py again)": [r for r in rows if r not in held],
-        "cached but not patched in this run (run its scripts/patch.py command again)": [h for h in held if h not in done],
-        "left out because not all of their numbers are finite": result.not_finite,
+        "cached but not patched yet (run the same scripts/patch.py again)": [h for h in held if h not in done],
+        "left out because not all of their numbers are finite": list(result.not_finite),
         "the unpatched corrupt run already succeeds on half of the prompts or more, so there is little to tell": (
-            result.table.index[right["corrupt"] >= 0.5]
+            list(result.table.index[right["corrupt"] >= 0.5])
         ),
-        "the clean run itself fails on half of the prompts or more": result.table.index[right["clean"] <= 0.5],
+        "the clean run itself fails on half of the prompts or more": list(result.table.index[right["clean"] <= 0.5]),
     }
-    return twins(store) + [f"{said}: {_list(labels)}" for said, labels in found.items() if len(labels)]
+    return twins(store) + [f"{said}: {_list(labels)}" for said, labels in found.items() if labels]
 
 
 def _list(labels: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ from torch import Tensor
 from headlapse.engine.activations import KINDS, Capture
 from headlapse.engine.arrays import Row, refuse_difference
 from headlapse.engine.capture import capture, memory_budget
-from headlapse.engine.checkpoints import DTYPES, Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
-from headlapse.engine.sources import Checkpoint, Files, fetch
+from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
+from headlapse.engine.sources import DEMO, Checkpoint, Files, fetch
 from headlapse.engine.store import Store, create_store
 from headlapse.engine.study import Refusal, Study
 from headlapse.engine.subsets import parse_layers
@@ -49,7 +49,7 @@ def checked_device(name: str | None) -> str:
 def identity(study: Study) -> dict[str, Any]:
     """What makes two studies the same question: what a store holds and compares."""
     trials = study.trials or (DEFAULT_TRIALS if study.task in TASKS else None)
-    model = str(Path(study.model).resolve()) if Path(study.model).is_dir() else study.model
+    model = str(Path(study.model).expanduser().resolve()) if _is_directory(study.model) else study.model
     task = study.task if study.task in TASKS else Path(study.task).name
     fields = {"model": model, "task": task, "task_digest": task_digest(study.task), "trials": trials}
     return {**fields, "sites": list(study.sites), "dtype": study.dtype}
@@ -57,7 +57,7 @@ def identity(study: Study) -> dict[str, Any]:
 
 def store_name(study: Study) -> str:
     """`pythia-160m-decimal.zarr`"""
-    model = Path(study.model).resolve().name if Path(study.model).is_dir() else study.model.split("/")[-1]
+    model = Path(study.model).expanduser().resolve().name if _is_directory(study.model) else study.model.split("/")[-1]
     task = study.task if study.task in TASKS else Path(study.task).stem
     return f"{model}-{task}.zarr"
 
@@ -80,7 +80,7 @@ def cache_series(
     A checkpoint that cannot be read is an `Outcome` with a problem, and the others go on; a task that cannot be
     asked raises `Refusal`.
     """
-    dtype = DTYPES[study.dtype]
+    dtype = TORCH_DTYPES[study.dtype]
 
     def load(checkpoint: Checkpoint) -> tuple[Files, dict[str, Tensor]]:
         files = fetch(checkpoint, cache)
@@ -134,6 +134,11 @@ def twins(store: Store) -> list[str]:
         for digest, labels in by_hash.items()
         if len({row.step for row in store.rows() if row.label in labels}) > 1
     ]
+
+
+def _is_directory(model: str) -> bool:
+    """As in `sources`: the embedded series goes before a folder of its name."""
+    return model != DEMO and Path(model).expanduser().is_dir()
 
 
 def _loaded(loaded: tuple[Files, dict[str, Tensor]] | Refusal | OSError) -> tuple[Files, dict[str, Tensor]]:

@@ -133,8 +133,8 @@ def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
     if checkpoint.model == DEMO or os.path.isabs(checkpoint.location):
         directory = Path(checkpoint.location)
         return layout.config_file(directory).parent if directory.is_dir() else None
-    revision = _look_up(checkpoint.location, checkpoint.commit or checkpoint.label)
-    return hub.download(revision, _beside(revision))
+    found = _find(checkpoint)
+    return found if isinstance(found, Path) else hub.download(found, _beside(found))
 
 
 def _shelf(model: str, cache: Path) -> tuple[Shelf, Path | None]:
@@ -153,7 +153,9 @@ def _shelf(model: str, cache: Path) -> tuple[Shelf, Path | None]:
     if _PYTHIA_NAME.fullmatch(model):
         known = {f"step{step}": step for step in PYTHIA} | {"main": PYTHIA[-1]}
         # Other names are revisions all the same: a commit, a branch added later.
-        return Shelf(model, lambda: known, "study", lambda label: label != "main" and step_of(label) < 0), None
+        return Shelf(
+            model, lambda: known, "study", lambda label: label not in ("", "main") and step_of(label) < 0
+        ), None
     ask = functools.cache(lambda: {name: step_of(name) for name in hub.revisions(model)})
     return Shelf(model, ask, "main", bool), None
 
@@ -198,26 +200,21 @@ def _on_disk(directory: Path, commit: str | None = None, told: Mapping[str, str 
 
 
 def _from_hub(checkpoint: Checkpoint) -> Files:
-    repo, name = checkpoint.location, checkpoint.commit or checkpoint.label
+    repo, commit = checkpoint.location, checkpoint.commit
     # A commit never changes: once it is here whole, there is nothing to ask.
-    if checkpoint.commit and (directory := hub.cached(repo, name)) and layout.is_whole(directory):
+    if commit and (directory := hub.cached(repo, commit)) and layout.is_whole(directory):
         return _in_hub_cache(directory)
-    try:
-        revision = _look_up(repo, name)
-    except hub.Unreachable as unreachable:
-        directory = hub.cached(repo, name)
-        if directory is None:
-            raise
-        logger.warning("%s; %s %s is read from the cache", unreachable, repo, name)
-        return _in_hub_cache(directory)
+    revision = _find(checkpoint)
+    if isinstance(revision, Path):
+        return _in_hub_cache(revision)
     form = _form(revision)
     weights = [form]
     if layout.is_index(form):
         weights += layout.shards(hub.download(revision, weights) / form)
         if absent := [file for file in weights if file not in revision.files]:
             raise Refusal(
-                f"{repo} revision {name} is incomplete on the hub: {form} names {absent[0]}, which is not there; "
-                "leave it out"
+                f"{repo} revision {revision.name} is incomplete on the hub: {form} names {absent[0]}, "
+                "which is not there; leave it out"
             )
     directory = hub.download(revision, {*weights, *_beside(revision)})
     return _on_disk(directory, revision.commit, {file: revision.files[file].sha256 for file in weights})
@@ -228,11 +225,19 @@ def _in_hub_cache(directory: Path) -> Files:
     return _on_disk(directory, directory.name, told)
 
 
-def _look_up(repo: str, name: str) -> hub.Revision:
+def _find(checkpoint: Checkpoint) -> hub.Revision | Path:
+    """What the hub tells of a checkpoint, or its folder in the cache where the hub tells nothing."""
+    repo, name = checkpoint.location, checkpoint.commit or checkpoint.label
     try:
         return hub.look_up(repo, name)
     except hub.NoRevision:
         raise unknown(name, repo, hub.revisions(repo)) from None
+    except hub.Unreachable as unreachable:
+        directory = hub.cached(repo, name)
+        if directory is None:
+            raise
+        logger.warning("%s; %s %s is read from the cache", unreachable, repo, name)
+        return directory
 
 
 def _form(revision: hub.Revision) -> str:
@@ -271,14 +276,9 @@ def _need(checkpoint: Checkpoint, cache: Path) -> _Need:
 
 
 def _hub_need(checkpoint: Checkpoint) -> _Need:
-    repo, name = checkpoint.location, checkpoint.commit or checkpoint.label
-    try:
-        revision = _look_up(repo, name)
-    except hub.Unreachable:
-        directory = hub.cached(repo, name)
-        if directory is None:
-            raise
-        return _Need(Supply(replace(checkpoint, commit=directory.name), layout.n_bytes(directory)))
+    revision = _find(checkpoint)
+    if isinstance(revision, Path):
+        return _Need(Supply(replace(checkpoint, commit=revision.name), layout.n_bytes(revision)))
     form = _form(revision)
     weights = [form]
     if layout.is_index(form):

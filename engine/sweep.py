@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from headlapse.engine.checkpoints import DTYPES, Skeleton, open_skeleton, prefetch, read_weights
+from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, open_skeleton, prefetch, read_weights
 from headlapse.engine.replay import Direction, Site, replay
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch
@@ -37,12 +37,6 @@ class Sweep:
     direction: Direction = "denoise"
     dtype: Dtype | None = None
     """Arithmetic of the replay; None is the store's."""
-
-    def __post_init__(self) -> None:
-        if self.direction not in get_args(Direction):
-            raise Refusal(f"--direction {self.direction}: choose one of {', '.join(get_args(Direction))}")
-        if self.dtype not in (None, *get_args(Dtype)):
-            raise Refusal(f"--dtype {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
 
     def name(self) -> str:
         """What the run is called when the user does not say."""
@@ -116,7 +110,7 @@ def patch_series(
     def load(label: str) -> tuple[Files, dict[str, Tensor]]:
         files = fetch(_recorded(store, label), cache)
         _refuse_other_weights(store, label, files)
-        return files, read_weights(files, DTYPES[plan.dtype], device)
+        return files, read_weights(files, TORCH_DTYPES[plan.dtype], device)
 
     skeleton: Skeleton | None = None
     for label, loaded in prefetch(missing, load):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from headlapse.engine.checkpoints import DTYPES, Skeleton
+from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton
 from headlapse.engine.replay import Direction, Site, source_and_target
 from headlapse.engine.study import Dtype, Inexact
 from headlapse.engine.tasks import Alignment, Trials
@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 def tolerance(*dtypes: Dtype) -> float:
     """The largest difference allowed where the coarsest of `dtypes` rounds: as many roundings as in float32."""
     float32 = torch.finfo(torch.float32).eps
-    return TOLERANCE * max(torch.finfo(DTYPES[dtype]).eps / float32 for dtype in dtypes)
+    return TOLERANCE * max(torch.finfo(TORCH_DTYPES[dtype]).eps / float32 for dtype in dtypes)
 
 
 def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int) -> list[tuple[int, int]]:

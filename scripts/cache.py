@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headlapse.engine.guard import DONE, FAILED, guarded
-from headlapse.engine.study import Refusal, Study
+from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded
+from headlapse.engine.study import DTYPES, Study
 
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
 
@@ -32,7 +32,7 @@ def parse_args() -> argparse.Namespace:
     add("--sites", nargs="+", default=["all"], metavar="S", help=SITES)
     add("--store", type=Path, help="where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
-    add("--dtype", default="float32", help="float32, float16 or bfloat16: arithmetic and what is stored")
+    add("--dtype", default="float32", choices=DTYPES, help="arithmetic and what is stored, e.g. float16")
     add("--plan", action="store_true", help="say what would be fetched and stored, and stop")
     add("--overwrite", action="store_true", help="replace a store that answers another question")
     return parser.parse_args()
@@ -63,16 +63,16 @@ def main() -> int:
         )
         problems = tell(bar)
         seconds = time.perf_counter() - started
+    for label, problem in problems.items():
+        print(f"error: {label}: {problem}", file=sys.stderr)
     done = len(missing) - len(problems)
     if not done:
-        raise Refusal(f"none of {len(missing)} checkpoints could be cached; nothing was written")
+        return FAILED if len(problems) < len(checkpoints) else REFUSED
     opened = store.Store(path)
     for warning in series.twins(opened):
         print(f"warning: {warning}", file=sys.stderr)
     n_prompts = opened.trials().length.size
     print(f"cached {done} checkpoints x {n_prompts} prompts in {path} ({seconds:.1f} s on {device}, {study.dtype})")
-    for label, problem in problems.items():
-        print(f"error: {label}: {problem}", file=sys.stderr)
     return FAILED if problems else DONE
 
 

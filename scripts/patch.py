@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded
-from headlapse.engine.study import Refusal
+from headlapse.engine.study import DTYPES, Refusal
 
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
 
@@ -26,11 +26,16 @@ def parse_args() -> argparse.Namespace:
     add("--layers", nargs="+", default=["all"], metavar="L", help="which layers, one at a time, e.g. all | 6 | 4-8 11")
     add("--joint", action="store_true", help="patch those layers all at once, e.g. --layers 4-8 --joint")
     add("--positions", default="last", help="where: last, end:K (the last K tokens) or all, e.g. end:3")
-    add("--direction", default="denoise", help="denoise (clean into corrupt) or noise (corrupt into clean)")
+    add(
+        "--direction",
+        default="denoise",
+        choices=["denoise", "noise"],
+        help="denoise (clean into corrupt) or noise (corrupt into clean)",
+    )
     add("--protocol", default="corrected", choices=["corrected"], help="z of true heads at aligned positions")
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
-    add("--dtype", help="arithmetic of the replay, e.g. float32 (default: the store's)")
+    add("--dtype", choices=DTYPES, help="arithmetic of the replay, e.g. float32 (default: the store's)")
     add("--overwrite", action="store_true", help="replace a run of that name")
     return parser.parse_args()
 

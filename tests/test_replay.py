@@ -40,7 +40,7 @@ LAYOUTS: tuple[tuple[str, Lengths], ...] = (("last", "unequal"), ("end:3", "uneq
 """Positions, and the lengths they allow."""
 
 SINGLE: tuple[Site, ...] = tuple((layer,) for layer in range(N_LAYERS))
-JOINT: tuple[Site, ...] = ((0, 1), (0, 2), (1, 2), (0, 1, 2))
+JOINT: tuple[Site, ...] = ((0, 2), (0, 1, 2))
 
 
 Pair = tuple[PreTrainedModel, Skeleton]
@@ -215,7 +215,7 @@ def test_a_run_does_not_depend_on_what_runs_beside_it(name: str) -> None:
     for rows in (7, 100):
         split = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, rows=rows)
         np.testing.assert_allclose(split, together, rtol=0, atol=EXACT)
-    alone = replay(skeleton, kept, trials, alignment, "denoise", [JOINT[1]], mask[7:8])
+    alone = replay(skeleton, kept, trials, alignment, "denoise", JOINT[1:], mask[7:8])
     np.testing.assert_allclose(alone[0, 0], together[N_LAYERS + 1, 7], rtol=0, atol=EXACT)
 
 

@@ -19,7 +19,7 @@ import pytest
 from safetensors.numpy import save
 
 from headlapse.engine.labels import step_of
-from headlapse.engine.sources import Checkpoint, Files, Supply, fetch, plan, resolve
+from headlapse.engine.sources import Checkpoint, Files, Supply, description, fetch, plan, resolve
 from headlapse.engine.study import Refusal
 from tests.hub_server import Cut, HubServer
 
@@ -322,6 +322,7 @@ def test_labels_of_an_unknown_repository_need_no_network(cache: Path, monkeypatc
     assert labels(checkpoints) == ["step500", "stage1-step1000-tokens5B", commit, "main"]
     assert [checkpoint.step for checkpoint in checkpoints] == [500, 1000, -1, -1]
     assert labels(resolve(PYTHIA, [commit], cache)) == [commit]
+    assert "not among the 155 checkpoints" in refusal(resolve, PYTHIA, [""], cache)
 
 
 def test_sets_ranges_and_numbers_of_an_unknown_repository_come_from_its_branches_and_tags(
@@ -691,6 +692,19 @@ def test_a_plan_of_the_embedded_series_trains_nothing(demo: list[Path], cache: P
     assert not demo and not plan(checkpoints, cache)[0].on_disk
     fetch(checkpoints[0], cache)
     assert [supply.n_bytes for supply in plan(checkpoints, cache)] == [len(weights())] * 4
+
+
+def test_a_description_is_config_and_tokenizer_without_the_weights(
+    hub: HubServer, series: Path, demo: list[Path], cache: Path
+) -> None:
+    directory = description(on_hub("step2000"), cache)
+    assert directory and {path.name for path in directory.iterdir()} == set(COMMON)
+    assert hub.downloads() == sorted(COMMON)
+    [local] = resolve(str(series), ["step0"], cache)
+    assert description(local, cache) == series / "step0"
+    assert description(resolve("demo", (), cache)[0], cache) is None and not demo
+    hub.stop()
+    assert description(on_hub("step2000"), cache) == directory
 
 
 def test_a_plan_of_nothing_is_nothing(cache: Path) -> None:
