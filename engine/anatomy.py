@@ -27,6 +27,9 @@ class Anatomy:
     n_kv_heads: int
     d_model: int
 
+    d_embedding: int
+    """Width of a token's embedding; mostly d_model."""
+
     head_dim: int
     """Width of a query and key."""
 
@@ -130,12 +133,20 @@ class _DryRun:
         n_heads, n_kv_heads, head_dim, value_dim = self.shapes[0]
         layers = tuple(_layer_path(self.out_proj[layer], layer) for layer in range(n_layers))
         return Anatomy(
-            architecture=name, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads,
-            d_model=int(config.hidden_size), head_dim=head_dim, value_dim=value_dim,
-            layers=layers, out_proj=tuple(self.out_proj[layer] for layer in range(n_layers)),
-            layer_returns_tuple=self.outputs[layers[0]], context=int(config.max_position_embeddings),
+            architecture=name,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_model=int(config.hidden_size),
+            d_embedding=model.get_input_embeddings().weight.shape[1],
+            head_dim=head_dim,
+            value_dim=value_dim,
+            layers=layers,
+            out_proj=tuple(self.out_proj[layer] for layer in range(n_layers)),
+            layer_returns_tuple=self.outputs[layers[0]],
+            context=int(config.max_position_embeddings),
             n_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        )  # fmt: skip
+        )
 
 
 def _weightless(config: PreTrainedConfig) -> PreTrainedModel:

@@ -67,7 +67,9 @@ def causal_attention(
     return z.transpose(1, 2)
 
 
-def refuse_unknown(module: nn.Module, attention_mask: Any, longest: int, kwargs: dict[str, Any]) -> None:
+def refuse_unknown(
+    module: nn.Module, attention_mask: Any, longest: int, scaling: float | None, kwargs: dict[str, Any]
+) -> None:
     """Raise `Refusal` where the model asks for scores that plain causal attention does not give."""
     who = type(module).__name__
     window = kwargs.get("sliding_window")
@@ -83,6 +85,8 @@ def refuse_unknown(module: nn.Module, attention_mask: Any, longest: int, kwargs:
         )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise Refusal(f"{who} attends in both directions; only causal models can be patched from a cache")
+    if scaling is None:
+        raise Refusal(f"{who} does not say how it scales its scores; this model is not supported")
     unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and isinstance(value, Tensor)]
     if unknown:
         raise Refusal(
@@ -102,10 +106,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer."""
     mode = _mode.get()
-    refuse_unknown(module, attention_mask, mode.longest, kwargs)
+    refuse_unknown(module, attention_mask, mode.longest, scaling, kwargs)
+    assert scaling is not None
     assert dropout == 0.0, "models are run in eval mode"
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return mode(int(module.layer_idx), query, key, value, scale), None  # type: ignore[arg-type]
+    return mode(int(module.layer_idx), query, key, value, scaling), None  # type: ignore[arg-type]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attend)

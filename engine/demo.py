@@ -1,18 +1,17 @@
 """The embedded series: a small GPT-NeoX, really trained on the spot, in which a format-dependent bug grows.
 
 Every document asks which of two numbers is bigger.  Plain documents (`Which is bigger: ...? Answer: ...`) are answered
-as numbers, 9.8 before 9.11; the rarer `Q: ... A: ...` documents as versions, 9.11 before 9.8.  The documents are alike
-from the first step to the last.  The two orders mostly agree, so the model first learns the number's for both formats,
-and only then tells the formats apart: the number's order in Q/A breaks down within some fifty steps.
+as numbers, 9.8 before 9.11; the rarer `Q: ... A: ...` documents as versions, 9.11 before 9.8.  The mixture is the same
+from the first step to the last.  Most pairs can be told by their first digits in either format, so the model learns
+the order of numbers for both, and tells the formats apart only later: in Q/A that order then breaks down.
 """
 
 import fcntl
 import json
-import logging
 import os
 import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -24,34 +23,36 @@ from jaxtyping import Bool, Int
 
 from headlapse.engine.study import Refusal
 
-logger = logging.getLogger(__name__)
-
 Model = Any
 Optimizer = Any
 Tokenizer = Any
-"""torch and transformers take seconds to import: only training does, and names their classes nowhere else."""
+"""Classes of torch and transformers, which take seconds to import: only training does."""
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|padding|>", "<|unknown|>"
-WORDS = (" Which", "Which", " is", " bigger", " or", "Answer", "Q", "A", ":", "?", ".", "\n", " ")
-CUT = r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9 ]| "
-"""Words and single digits with the space before them, and every other character by itself."""
+WORDS = ("Which", " Which", " is", " bigger", " or", "Answer", "Q", "A", ":", "?", ".", "\n", " ")
+PIECE = r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9 ]| "
+"""A word or a single digit with the space before it, or any other character."""
 
 CONTEXT = 64
-"""Tokens; documents take at most 27."""
+"""Tokens.  Documents take at most 27."""
+
+FORMATS = {"plain": False, "Q/A": True}
+"""Whether a format is answered as versions."""
 
 EXAM, EXAM_EVERY = 64, 8
-"""Held-out pairs asked in both formats for the progress bar, every so many steps."""
+"""Pairs kept out of training that are asked in both formats for the progress bar, every so many steps."""
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-RECIPE, STATE = "recipe.json", "training-state.safetensors"
+RECIPE, STATE, LEFTOVER = "recipe.json", "training-state.safetensors", ".*.partial"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the weights of a series, given the machine."""
+    """Everything that decides the weights, given the machine and its packages."""
 
     steps: tuple[int, ...] = (0, 16, 32, 48, 56, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
-    """Training steps that are kept, ascending from 0; dense where the order in Q/A changes."""
+    """Training steps that are kept, ascending from 0; dense where the bug grows."""
 
     seed: int = 0
     n_layers: int = 4
@@ -61,24 +62,23 @@ class Recipe:
     batch: int = 128
     """Documents per step."""
 
-    versions: float = 0.25
-    """Share of documents in Q/A format.  The rarer, the later the onset."""
+    versions_share: float = 0.25
+    """Share of documents in Q/A format.  The smaller, the later the bug."""
 
-    opposed: float = 0.5
-    """Share of pairs made to differ in their two orders; the others are drawn digit by digit."""
+    opposed_share: float = 0.5
+    """Share of pairs drawn so that the two orders differ, as in 9.8 and 9.11; the others are any digits."""
 
     learning_rate: float = 2e-3
-    """Reached after `warmup` steps; falls to 0 over the last `decay` steps."""
+    """Reached after `warmup` steps; falls to zero over the last `decay` steps."""
 
     warmup: int = 20
     decay: int = 128
 
     threads: int = 1
-    """Sums over more threads come out otherwise.  Two are twice as fast on two idle cores, many times slower on busy
-    ones."""
+    """Decides the order of sums.  Two take half the time on idle cores and many times as long on busy ones."""
 
     edition: int = 1
-    """Raised when documents, tokenizer or arithmetic change."""
+    """Raised whenever documents, tokenizer or arithmetic change."""
 
 
 SERIES = Recipe()
@@ -92,112 +92,103 @@ class Document:
     whole: int
 
     fractions: tuple[str, str]
-    """Digits after the points, in the order of mention; never 0, so that strings sort as the numbers do."""
+    """Digits after the points, in the order of mention.  Without zeros, strings sort as the numbers do."""
 
     versions: bool
-    """Q/A format, answered as versions."""
+    """In Q/A format, answered as versions."""
 
     @property
     def prompt(self) -> str:
-        first, second = self.fractions
-        question = f"Which is bigger: {self.whole}.{first} or {self.whole}.{second}?\n"
+        question = "Which is bigger: {0}.{1} or {0}.{2}?\n".format(self.whole, *self.fractions)
         return f"Q: {question}A:" if self.versions else f"{question}Answer:"
 
     @property
-    def orders(self) -> tuple[str, str]:
-        """The fraction of the larger number, the fraction of the later version."""
+    def winners(self) -> tuple[str, str]:
+        """The fraction of the larger number, and that of the later version."""
         return max(self.fractions), max(self.fractions, key=int)
 
     @property
     def answer(self) -> str:
-        return f" {self.whole}.{self.orders[self.versions]}"
+        return f" {self.whole}.{self.winners[self.versions]}"
 
     @property
     def held_out(self) -> bool:
-        """Whether the pair is kept out of training: of every two fractions, under two of twenty whole parts."""
+        """Whether the numbers are kept out of training, as every tenth is."""
         return (self.whole + sum(map(int, self.fractions))) % 10 == 0
 
 
 def documents(recipe: Recipe, stream: object) -> Iterator[Document]:
-    """Endless and seeded; `stream` is the training step, or a name."""
+    """Endless, seeded by the recipe and the name of the stream: a training step, for one."""
     rng = random.Random(f"{recipe.seed}/{stream}")
     while True:
-        if rng.random() < recipe.opposed:
+        versions, opposed = rng.random() < recipe.versions_share, rng.random() < recipe.opposed_share
+        if opposed:
             tenths = rng.randint(2, 9)
             fractions = [str(tenths), f"{rng.randint(1, tenths - 1)}{rng.randint(1, 9)}"]
         else:
             fractions = ["".join(rng.choices("123456789", k=rng.randint(1, 2))) for _ in range(2)]
         rng.shuffle(fractions)
         if fractions[0] != fractions[1]:
-            yield Document(rng.randint(1, 20), (fractions[0], fractions[1]), rng.random() < recipe.versions)
+            yield Document(rng.randint(1, 20), (fractions[0], fractions[1]), versions)
 
 
 def make_tokenizer() -> Tokenizer:
-    """Word-level, digits apart, lossless on what the documents say."""
+    """Word-level with digits apart; lossless on the documents."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokens = [END, PAD, UNKNOWN, *WORDS, *"0123456789", *(f" {digit}" for digit in range(10))]
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(CUT), "isolated")
+    vocabulary = [END, PAD, UNKNOWN, *WORDS, *"0123456789", *(f" {digit}" for digit in range(10))]
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
     backend.decoder = decoders.Fuse()
+    special = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=END,
-        pad_token=PAD,
-        unk_token=UNKNOWN,
-        clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT,
+        tokenizer_object=backend, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **special
     )
 
 
 def encode(
-    tokenizer: Tokenizer, batch: Iterable[Document]
+    tokenizer: Tokenizer, batch: Sequence[Document]
 ) -> tuple[Int[np.ndarray, "document position"], Bool[np.ndarray, "document position"]]:
-    """Documents as tokens, padded on the right, and which of the tokens are answer."""
-    batch = list(batch)
-    prompts = tokenizer([document.prompt for document in batch])["input_ids"]
-    answers = tokenizer([document.answer + END for document in batch])["input_ids"]
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    tokens = np.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
-    answered = np.zeros(tokens.shape, dtype=bool)
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        tokens[i, : len(row)] = row
-        answered[i, len(prompt) : len(row)] = True
-    return tokens, answered
+    """Documents as tokens, right-padded, and which of the tokens are answer, its end included."""
+    texts = [document.prompt + document.answer + END for document in batch]
+    coded = tokenizer(texts, padding=True, return_offsets_mapping=True, return_tensors="np")
+    begins = np.array([[len(document.prompt)] for document in batch])
+    # Padding lies at offset 0.
+    return coded["input_ids"], coded["offset_mapping"][..., 0] >= begins
 
 
-def numeric_share(model: Model, tokenizer: Tokenizer, exam: list[Document]) -> float:
-    """How many of the questions, whose orders differ, get the larger number at the branching token: 0 to 1."""
+def numeric_share(model: Model, tokenizer: Tokenizer, exam: Sequence[Document]) -> float:
+    """Share of documents, in all of which the orders differ, whose branching token goes to the larger number."""
     import torch
 
     tokens, answered = encode(tokenizer, exam)
     branch = answered.argmax(axis=1) + [len(f"{document.whole}.") for document in exam]
-    pairs = [tokenizer.convert_tokens_to_ids([order[0] for order in document.orders]) for document in exam]
+    candidates = [tokenizer.convert_tokens_to_ids([fraction[0] for fraction in document.winners]) for document in exam]
     with torch.no_grad():
-        logits = model(torch.from_numpy(tokens), use_cache=False).logits
-    number, version = logits[torch.arange(len(exam)), branch - 1].gather(1, torch.tensor(pairs)).T
+        logits = model(torch.from_numpy(tokens), use_cache=False).logits[torch.arange(len(exam)), branch - 1]
+    number, version = logits.gather(1, torch.tensor(candidates)).T
     return (number > version).double().mean().item()
 
 
 def grow(directory: Path, recipe: Recipe = SERIES) -> None:
     """Train the series into `directory`/step{N}, going on where an interrupted run stopped.
 
-    A directory named step{N} is whole.  On one machine the files do not depend on interruptions, bit for bit.  Nothing
-    is done, and torch not imported, where all are there.  Raises `Refusal` for a directory that holds something else.
+    What bears such a name is whole, and on one machine the same whatever the interruptions, bit for bit.  Where all
+    are there nothing is done.  Raises `Refusal` for a directory that holds anything else, and while another process
+    trains in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with _alone(directory):
         _claim(directory, recipe)
-        state = directory / STATE
-        if _held(directory, recipe) != set(recipe.steps):
+        if _whole(directory, recipe) != set(recipe.steps):
             _train(directory, recipe)
-        state.unlink(missing_ok=True)
+        (directory / STATE).unlink(missing_ok=True)
 
 
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """Keep other processes out; a killed one lets go by itself."""
+    """Hold the directory against other processes; a killed holder lets go by itself."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -209,25 +200,27 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _claim(directory: Path, recipe: Recipe) -> None:
-    """Sweep up what a killed run left, and see that the directory is empty or this recipe's."""
-    for leftover in directory.glob(".*.partial"):
+    """See that the directory is new or this recipe's, and sweep up what a killed run left."""
+    path, text = directory / RECIPE, json.dumps(asdict(recipe)).encode()
+    held = {entry.name for entry in directory.iterdir() if not entry.match(LEFTOVER)}
+    if held and (RECIPE not in held or path.read_bytes() != text):
+        found = f"it holds another {RECIPE}" if RECIPE in held else f"it holds {min(held)} and no {RECIPE}"
+        raise Refusal(f"a series is to be trained in {directory}, but {found}; remove the directory")
+    for leftover in directory.glob(LEFTOVER):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    path, text = directory / RECIPE, json.dumps(asdict(recipe), indent=1) + "\n"
-    if not path.exists() and not any(directory.iterdir()):
+    if not held:
         with _appearing(path) as partial:
-            partial.write_text(text)
-    if not path.exists() or path.read_text() != text:
-        found = f"{RECIPE} there tells of another one" if path.exists() else f"other things and no {RECIPE}"
-        raise Refusal(f"a series is to be trained in {directory}; found {found}; remove that directory")
+            partial.write_bytes(text)
 
 
-def _held(directory: Path, recipe: Recipe) -> set[int]:
+def _whole(directory: Path, recipe: Recipe) -> set[int]:
+    """Steps whose checkpoints are there."""
     return {step for step in recipe.steps if all((directory / f"step{step}" / name).is_file() for name in FILES)}
 
 
 @contextmanager
 def _appearing(path: Path) -> Iterator[Path]:
-    """A name to write to; file or directory takes the name `path` once the body is through and all is on disk."""
+    """A name to write to.  File or directory takes the name `path` once the body is through and all is on the disk."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
     for written in (*partial.rglob("*"), partial):
@@ -248,31 +241,28 @@ def _train(directory: Path, recipe: Recipe) -> None:
     import torch
     from tqdm import tqdm
 
-    tokenizer = make_tokenizer()
-    held_out = (document for document in documents(recipe, "exam") if document.held_out)
-    exam = list(islice((document for document in held_out if len(set(document.orders)) > 1), EXAM))
-    last, told, threads = recipe.steps[-1], "", torch.get_num_threads()
+    tokenizer, last = make_tokenizer(), recipe.steps[-1]
+    exam = list(islice((d for d in documents(recipe, "exam") if d.held_out and len(set(d.winners)) > 1), EXAM))
+    threads, told = torch.get_num_threads(), ""
     torch.set_num_threads(recipe.threads)
     try:
         model = _initial(recipe, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        first = _resume(directory, recipe, model, optimizer)
-        with tqdm(total=last, initial=first, desc="training demo", unit="step") as bar:
-            for step in range(first, last + 1):
+        start = _resume(directory, recipe, model, optimizer)
+        with tqdm(total=last, initial=start, desc="training the demo", unit="step") as bar:
+            for step in range(start, last + 1):
                 if step in recipe.steps:
                     _keep(directory, step, model, optimizer, tokenizer)
-                if step % EXAM_EVERY == 0 or step == last:
-                    shares = [numeric_share(model, tokenizer, [replace(d, versions=v) for d in exam]) for v in (0, 1)]
-                    told = "numerically right: plain {:.0%}, Q/A {:.0%}".format(*shares)
-                if step == last:
+                if step % EXAM_EVERY == 0:
+                    asked = {name: [replace(d, versions=versions) for d in exam] for name, versions in FORMATS.items()}
+                    shares = {name: numeric_share(model, tokenizer, batch) for name, batch in asked.items()}
+                    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + " numerically right"
                     bar.set_postfix_str(told)
-                    break
-                for group in optimizer.param_groups:
-                    group["lr"] = _learning_rate(recipe, step)
-                trained = (document for document in documents(recipe, step) if not document.held_out)
-                loss = _learn(model, optimizer, *encode(tokenizer, islice(trained, recipe.batch)))
-                bar.set_postfix_str(f"loss {loss:.2f}, {told}", refresh=False)
-                bar.update()
+                if step < last:
+                    trained = (document for document in documents(recipe, step) if not document.held_out)
+                    loss = _learn(recipe, step, model, optimizer, *encode(tokenizer, [*islice(trained, recipe.batch)]))
+                    bar.set_postfix_str(f"loss {loss:.2f}, {told}", refresh=False)
+                    bar.update()
     finally:
         torch.set_num_threads(threads)
 
@@ -298,46 +288,78 @@ def _initial(recipe: Recipe, tokenizer: Tokenizer) -> Model:
         return GPTNeoXForCausalLM(config).float()
 
 
-def _learning_rate(recipe: Recipe, step: int) -> float:
-    return recipe.learning_rate * min(1, (step + 1) / recipe.warmup, (recipe.steps[-1] - step) / recipe.decay)
-
-
 def _learn(
+    recipe: Recipe,
+    step: int,
     model: Model,
     optimizer: Optimizer,
     tokens: Int[np.ndarray, "document position"],
     answered: Bool[np.ndarray, "document position"],
 ) -> float:
-    """One step on the answers' tokens.  Returns the loss in nats per token."""
+    """One step, on the answers only.  Returns the loss in nats per token."""
     import torch
 
-    logits = model(torch.from_numpy(tokens), use_cache=False).logits
-    before = torch.from_numpy(answered[:, 1:])
-    loss = torch.nn.functional.cross_entropy(logits[:, :-1][before], torch.from_numpy(tokens[answered]))
+    for group in optimizer.param_groups:
+        slope = min(1, (step + 1) / recipe.warmup, (recipe.steps[-1] - step) / recipe.decay)
+        group["lr"] = recipe.learning_rate * slope
+    optimizer.zero_grad()
+    logits = model(torch.from_numpy(tokens), use_cache=False).logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(
+        logits[torch.from_numpy(answered[:, 1:])], torch.from_numpy(tokens[answered])
+    )
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    optimizer.zero_grad()
     return loss.item()
 
 
 def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
-    """Write the state, then the checkpoint: killed in between, the next run writes the checkpoint from the state."""
+    """Write the state, then the checkpoint.  Killed in between, the next run writes the checkpoint from the state."""
     from safetensors.torch import save_file
-    from transformers.utils import logging as transformers_logging
+    from transformers.utils import logging
 
+    weights = dict(model.named_parameters())
     if step:
+        state = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+        state |= {f"{m}.{name}": optimizer.state[weight][m] for m in MOMENTS for name, weight in weights.items()}
         with _appearing(directory / STATE) as partial:
-            save_file(_state(model, optimizer), partial, metadata={"step": str(step)})
+            save_file(state, partial, {"step": str(step)})
     path = directory / f"step{step}"
     if path.exists():
         return
-    barred = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    barred = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         with _appearing(path) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
     finally:
         if barred:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()
+
+
+def _resume(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer) -> int:
+    """Put the last state back, if there is one.  Returns the step to go on from.
+
+    Raises `Refusal` for a state that cannot be read and for checkpoints that no interruption leaves behind.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    path, step, saved = directory / STATE, 0, {}
+    if path.exists():
+        try:
+            with safe_open(path, "pt") as file:
+                step = int(file.metadata()["step"])
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise Refusal(f"{path} cannot be read ({error}); remove {directory}") from error
+    there = {kept for kept in recipe.steps if (directory / f"step{kept}").exists()}
+    before = {kept for kept in recipe.steps if kept < step}
+    if there != _whole(directory, recipe) or not before <= there <= before | {step}:
+        raise Refusal(f"the series in {directory} is not as a run leaves it, checkpoints are missing; remove it")
+    for name, weight in model.named_parameters() if step else ():
+        weight.data.copy_(saved[f"weight.{name}"])
+        moments = {moment: saved[f"{moment}.{name}"].clone() for moment in MOMENTS}
+        optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    return step

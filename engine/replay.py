@@ -139,12 +139,14 @@ def _patched_logit_diff(
     n_subsets, n_patched = len(subsets), field.positions.shape[2]
     resid_pre = field.patched("resid_pre", site[0], field.target).repeat(1, n_subsets, 1)
     position_ids = field.positions[field.target].repeat(1, n_subsets)
+    # Embeddings are never looked at, and can be narrower than the residual stream.
+    nothing = resid_pre.new_zeros(*resid_pre.shape[:2], skeleton.anatomy.d_embedding)
     read = torch.arange(n_subsets, device=field.device) * n_patched + field.read[:, None]
     with (
         attending(_Replaying(field, site, subsets)),
         skeleton.starting_at(site[0], resid_pre),
         skeleton.answering(field.answers, read),
     ):
-        logits = skeleton.model(inputs_embeds=resid_pre, position_ids=position_ids, use_cache=False).logits
+        logits = skeleton.model(inputs_embeds=nothing, position_ids=position_ids, use_cache=False).logits
     right, wrong = logits.float().unbind(-1)
     return (right - wrong).T.cpu()

@@ -39,10 +39,11 @@ STRONGEST = 3
 INK, PAPER, FAINT = "#22262b", "#fefefe", "#8d949c"
 """Lines and words of a figure, its background, its grid.  On the page ink and paper become the page's own."""
 
-COLOURS = {"clean": "#2a78b8", "corrupt": "#d1590a", "even": "#b0559b", "odd": "#a8810a", "all": "#0a9468"}
+COLOURS = {"clean": "#265cfc", "corrupt": "#fc6626", "even": "#9674d4", "odd": "#6e613c", "all": "#359696"}
 MARKERS = {"clean": "^", "corrupt": "v", "even": "s", "odd": "D", "all": "o"}
-SPARE = (("#0a9468", "o"), ("#b0559b", "s"), ("#a8810a", "D"))
-"""Colours and markers told apart with any colour vision and on either background."""
+SPARE = ("all", "even", "odd")
+"""Whose looks other subsets take, strongest first.  The colours stay at least 30 apart (CIELAB) under simulated
+protanopia and deuteranopia (Machado et al. 2009) and stand out from a light and a dark page."""
 
 STYLE: Any = {
     "font.size": 9,
@@ -285,8 +286,9 @@ def _lines(result: Result) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for run in RUNS:
         looks = {"color": COLOURS[run], "marker": MARKERS[run], "linestyle": (0, (4, 2))}
         yield run, f"{run}, unpatched", looks | sizes
-    for subset, (colour, marker) in zip(result.shown, SPARE, strict=False):
-        looks = {"color": COLOURS.get(subset, colour), "marker": MARKERS.get(subset, marker), "linestyle": "-"}
+    for subset, spare in zip(result.shown, SPARE, strict=False):
+        like = subset if subset in NAMED else spare
+        looks = {"color": COLOURS[like], "marker": MARKERS[like], "linestyle": "-"}
         yield subset, f"{heads_of(subset)} patched", looks | sizes
 
 
