@@ -52,7 +52,10 @@ class CheckpointArrays:
         return np.asarray(self.array(name)[...])
 
     def dataset(self) -> xr.Dataset:
-        """Every array, lazily, with labelled dimensions."""
+        """Every array, lazily, with labelled dimensions.  Raises `Refusal` for a group cut off while growing."""
+        n = len(self.rows())
+        if any(self.array(name).shape[0] != n for name in self._on_checkpoint_axis()):
+            raise Refusal(f"{self.path} was cut off while checkpoints were added; run that command again")
         return xr.open_zarr(self.path, consolidated=False, mask_and_scale=False)
 
     def rows(self) -> list[Row]:
@@ -178,8 +181,9 @@ def attributes(path: Path) -> dict[str, Any]:
 
 
 def written(path: Path) -> int:
-    """When a group's metadata was last written, in nanoseconds."""
-    return (path / "zarr.json").stat().st_mtime_ns
+    """When a group was made or a checkpoint of it completed, whichever was later, in nanoseconds."""
+    marks = [path / "zarr.json", path / "complete" / "c"]
+    return max(mark.stat().st_mtime_ns for mark in marks if mark.exists())
 
 
 @contextmanager

@@ -33,8 +33,11 @@ def capture(skeleton: Skeleton, trials: Trials, memory: int) -> Capture:
         kept = {kind: [torch.cat([kept[kind][layer] for kept, _ in parts]) for layer in layers] for kind in KINDS}
         return kept, torch.cat([logits for _, logits in parts])
 
-    # Runs with the first batch size that the device's memory allows.
-    kept, logits = find_executable_batch_size(run, starting_batch_size=first_try)()
+    try:
+        kept, logits = run(first_try)
+    except torch.OutOfMemoryError:
+        # Only now: every try of accelerate's search collects garbage first, which takes longer than a small forward.
+        kept, logits = find_executable_batch_size(run, starting_batch_size=first_try // 2)()
     by_run = (n_runs, n_trials)
     return Capture(
         kept={kind: [tensor.unflatten(0, by_run) for tensor in tensors] for kind, tensors in kept.items()},

@@ -36,8 +36,8 @@ PIECE = r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9 ]| "
 CONTEXT = 64
 """Tokens.  Documents take at most 27."""
 
-FORMATS = {"plain": False, "Q/A": True}
-"""Whether a format is answered as versions."""
+FORMATS = (False, True)
+"""Plain and Q/A: answered as versions?"""
 
 EXAM, EXAM_EVERY = 64, 8
 """Pairs kept out of training that are asked in both formats for the progress bar, every so many steps."""
@@ -159,7 +159,7 @@ def encode(
 
 
 def numeric_share(model: Model, tokenizer: Tokenizer, exam: Sequence[Document]) -> float:
-    """Share of documents, in all of which the orders differ, whose branching token goes to the larger number."""
+    """Share of documents, all with two orders, in which the larger number is likelier where the answers branch."""
     import torch
 
     tokens, answered = encode(tokenizer, exam)
@@ -201,7 +201,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def _claim(directory: Path, recipe: Recipe) -> None:
     """See that the directory is new or this recipe's, and sweep up what a killed run left."""
-    path, text = directory / RECIPE, json.dumps(asdict(recipe)).encode()
+    path, text = directory / RECIPE, json.dumps(asdict(recipe), indent=2).encode()
     held = {entry.name for entry in directory.iterdir() if not entry.match(LEFTOVER)}
     if held and (RECIPE not in held or path.read_bytes() != text):
         found = f"it holds another {RECIPE}" if RECIPE in held else f"it holds {min(held)} and no {RECIPE}"
@@ -241,9 +241,9 @@ def _train(directory: Path, recipe: Recipe) -> None:
     import torch
     from tqdm import tqdm
 
-    tokenizer, last = make_tokenizer(), recipe.steps[-1]
+    tokenizer, last, told = make_tokenizer(), recipe.steps[-1], ""
     exam = list(islice((d for d in documents(recipe, "exam") if d.held_out and len(set(d.winners)) > 1), EXAM))
-    threads, told = torch.get_num_threads(), ""
+    threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
         model = _initial(recipe, tokenizer)
@@ -252,11 +252,10 @@ def _train(directory: Path, recipe: Recipe) -> None:
         with tqdm(total=last, initial=start, desc="training the demo", unit="step") as bar:
             for step in range(start, last + 1):
                 if step in recipe.steps:
-                    _keep(directory, step, model, optimizer, tokenizer)
+                    _keep(directory, step, model, optimizer)
                 if step % EXAM_EVERY == 0:
-                    asked = {name: [replace(d, versions=versions) for d in exam] for name, versions in FORMATS.items()}
-                    shares = {name: numeric_share(model, tokenizer, batch) for name, batch in asked.items()}
-                    told = ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) + " numerically right"
+                    plain, qa = (numeric_share(model, tokenizer, [replace(d, versions=v) for d in exam]) for v in FORMATS)
+                    told = f"plain {plain:.0%}, Q/A {qa:.0%} numerically right"
                     bar.set_postfix_str(told)
                 if step < last:
                     trained = (document for document in documents(recipe, step) if not document.held_out)
@@ -269,7 +268,7 @@ def _train(directory: Path, recipe: Recipe) -> None:
 
 def _initial(recipe: Recipe, tokenizer: Tokenizer) -> Model:
     import torch
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer),
@@ -281,11 +280,10 @@ def _initial(recipe: Recipe, tokenizer: Tokenizer) -> Model:
         bos_token_id=tokenizer.eos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="eager",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return GPTNeoXForCausalLM(config).float()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
 def _learn(
@@ -313,7 +311,7 @@ def _learn(
     return loss.item()
 
 
-def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer, tokenizer: Tokenizer) -> None:
+def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer) -> None:
     """Write the state, then the checkpoint.  Killed in between, the next run writes the checkpoint from the state."""
     from safetensors.torch import save_file
     from transformers.utils import logging
@@ -332,7 +330,8 @@ def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer, tokeni
     try:
         with _appearing(path) as partial:
             model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            # A fresh one: a tokenizer remembers how it was last asked to pad, and writes that down.
+            make_tokenizer().save_pretrained(partial)
     finally:
         if barred:
             logging.enable_progress_bar()

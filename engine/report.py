@@ -20,8 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headlapse.engine.measures import effect, finished, success, timeline
-from headlapse.engine.series import twins
-from headlapse.engine.store import Store
+from headlapse.engine.store import Store, twins
 from headlapse.engine.study import RUNS, Refusal
 from headlapse.engine.tasks import Trials, align
 from headlapse.engine.verify import tolerance
@@ -450,7 +449,7 @@ def _draw_map(
     figure.colorbar(image, ax=axes, label=unit, pad=0.015, aspect=12).outline.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if values.shape[1] <= 14 and values.shape[0] <= 16:
+    if values.shape[1] <= 16 and values.shape[0] <= 16:
         shades = image.to_rgba(values)
         for (layer, column), value in np.ndenumerate(values):
             colour = _readable(shades[layer, column])

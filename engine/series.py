@@ -123,19 +123,6 @@ def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]
     return everything[parse_layers(study.sites, everything)[0] :], KINDS
 
 
-def twins(store: Store) -> list[str]:
-    """Warnings about checkpoints of different steps whose weight files are the same, byte for byte."""
-    by_hash: dict[str, list[str]] = {}
-    for label in store.complete():
-        hashes = store.provenance(label)["sha256"]
-        by_hash.setdefault(" ".join(sorted(hashes.values())), []).append(label)
-    return [
-        f"{', '.join(labels)} serve the same weights (sha256 {digest[:12]}): at most one is what its name says"
-        for digest, labels in by_hash.items()
-        if len({row.step for row in store.rows() if row.label in labels}) > 1
-    ]
-
-
 def _is_directory(model: str) -> bool:
     """As in `sources`: the embedded series goes before a folder of its name."""
     return model != DEMO and Path(model).expanduser().is_dir()

@@ -108,10 +108,8 @@ class Store(CheckpointArrays):
                 )
 
     def patch_names(self) -> list[str]:
-        """Names of the patched runs, oldest first."""
-        folder = self.path / "patches"
-        found = [path for path in folder.iterdir() if arrays.is_group(path)] if folder.is_dir() else []
-        return [path.name for path in sorted(found, key=arrays.written)]
+        """Names of the patched runs, the last written to last."""
+        return [path.name for path in sorted(_patches(self.path), key=arrays.written)]
 
     def patch(self, name: str) -> "PatchedRun":
         """A patched run.  Raises `Refusal` where there is none of that name."""
@@ -228,13 +226,27 @@ def create_store(
     return Store(path)
 
 
+def twins(store: Store) -> list[str]:
+    """Warnings about checkpoints of different steps whose weight files are the same, byte for byte."""
+    steps = {row.label: row.step for row in store.rows()}
+    by_hash: dict[str, list[str]] = {}
+    for label in store.complete():
+        hashes = store.provenance(label)["sha256"]
+        by_hash.setdefault(" ".join(sorted(hashes.values())), []).append(label)
+    return [
+        f"{', '.join(labels)} serve the same weights (sha256 {digest[:12]}): at most one is what its name says"
+        for digest, labels in by_hash.items()
+        if len({steps[label] for label in labels}) > 1
+    ]
+
+
 def find_store(cache: Path) -> Path:
     """The store under `cache` that was written to last.  Raises `Refusal` where there is none."""
     folders = [path for path in cache.iterdir() if path.is_dir()] if cache.is_dir() else []
     found = [path for path in folders if arrays.is_group(path) and "headlapse_format" in arrays.attributes(path)]
     if not found:
         raise Refusal(f"there is no store under {cache}; make one with: python scripts/cache.py")
-    return max(found, key=arrays.written)
+    return max(found, key=lambda path: max(map(arrays.written, [path, *_patches(path)])))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -246,6 +258,11 @@ def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     """The tensor that `to_numpy` was given."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def _patches(path: Path) -> list[Path]:
+    folder = path / "patches"
+    return [run for run in folder.iterdir() if arrays.is_group(run)] if folder.is_dir() else []
 
 
 def _make_patch(

@@ -42,12 +42,14 @@ def main() -> int:
     args = parse_args()
     study = Study(args.model, args.task, args.trials, tuple(args.sites), args.dtype)
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, plan, series, sources, store
+    from headlapse.engine import arrays, series, sources, store
 
     checkpoints = sources.resolve(study.model, args.checkpoints, CACHE)
     path = args.store or CACHE / series.store_name(study)
     device = series.checked_device(args.device)
     if args.plan:
+        from headlapse.engine import plan
+
         print(plan.describe(study, checkpoints, CACHE, path, device))
         return DONE
     with arrays.locked(path):
@@ -69,7 +71,7 @@ def main() -> int:
     if not done:
         return FAILED if len(problems) < len(checkpoints) else REFUSED
     opened = store.Store(path)
-    for warning in series.twins(opened):
+    for warning in store.twins(opened):
         print(f"warning: {warning}", file=sys.stderr)
     n_prompts = opened.trials().length.size
     print(f"cached {done} checkpoints x {n_prompts} prompts in {path} ({seconds:.1f} s on {device}, {study.dtype})")

@@ -56,7 +56,7 @@ def main() -> int:
     with arrays.locked(path):
         if args.overwrite:
             arrays.remove(path / "patches" / name)
-        run = sweep.open_run(held, plan, name)
+        run = sweep.open_run(held, plan, name, device)
         missing = [label for label in held.complete() if label not in run.complete()]
         started = time.perf_counter()
         with tqdm(

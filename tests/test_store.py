@@ -280,3 +280,16 @@ def test_a_store_with_patched_runs_still_opens_in_xarray(store: Store) -> None:
     store.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     assert "z" in xr.open_zarr(store.path, consolidated=False)
     assert "logit_diff" in xr.open_zarr(store.path, group="patches/parity", consolidated=False)
+
+
+def test_a_store_cut_off_while_growing_is_refused_until_it_is_grown(store: Store) -> None:
+    store.array("z").resize((4, *store.array("z").shape[1:]))
+    with pytest.raises(Refusal, match="cut off while checkpoints were added"):
+        store.dataset()
+
+
+def test_patching_makes_a_store_the_newest(tmp_path: Path) -> None:
+    first, second = some_store(tmp_path / "a.zarr"), some_store(tmp_path / "b.zarr")
+    assert find_store(tmp_path) == second.path
+    first.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
+    assert find_store(tmp_path) == first.path
