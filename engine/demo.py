@@ -36,9 +36,6 @@ PIECE = r" ?[A-Za-z]+| ?[0-9]|[^A-Za-z0-9 ]| "
 CONTEXT = 64
 """Tokens.  Documents take at most 27."""
 
-FORMATS = (False, True)
-"""Plain and Q/A: answered as versions?"""
-
 EXAM, EXAM_EVERY = 64, 8
 """Pairs kept out of training that are asked in both formats for the progress bar, every so many steps."""
 
@@ -253,8 +250,9 @@ def _train(directory: Path, recipe: Recipe) -> None:
             for step in range(start, last + 1):
                 if step in recipe.steps:
                     _keep(directory, step, model, optimizer)
-                if step % EXAM_EVERY == 0:
-                    plain, qa = (numeric_share(model, tokenizer, [replace(d, versions=v) for d in exam]) for v in FORMATS)
+                if step in recipe.steps or step % EXAM_EVERY == 0:
+                    plain = numeric_share(model, tokenizer, [replace(document, versions=False) for document in exam])
+                    qa = numeric_share(model, tokenizer, [replace(document, versions=True) for document in exam])
                     told = f"plain {plain:.0%}, Q/A {qa:.0%} numerically right"
                     bar.set_postfix_str(told)
                 if step < last:
@@ -282,7 +280,8 @@ def _initial(recipe: Recipe, tokenizer: Tokenizer) -> Model:
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        # Not torch.manual_seed, which would seed the GPUs as well.
+        torch.default_generator.manual_seed(recipe.seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
@@ -313,15 +312,16 @@ def _learn(
 
 def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer) -> None:
     """Write the state, then the checkpoint.  Killed in between, the next run writes the checkpoint from the state."""
+    import torch
     from safetensors.torch import save_file
     from transformers.utils import logging
 
     weights = dict(model.named_parameters())
     if step:
-        state = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+        state = {"step": torch.tensor(step)} | {f"weight.{name}": weight.detach() for name, weight in weights.items()}
         state |= {f"{m}.{name}": optimizer.state[weight][m] for m in MOMENTS for name, weight in weights.items()}
         with _appearing(directory / STATE) as partial:
-            save_file(state, partial, {"step": str(step)})
+            save_file(state, partial)
     path = directory / f"step{step}"
     if path.exists():
         return
@@ -343,21 +343,20 @@ def _resume(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer)
     Raises `Refusal` for a state that cannot be read and for checkpoints that no interruption leaves behind.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
-    path, step, saved = directory / STATE, 0, {}
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as file:
-                step = int(file.metadata()["step"])
-                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise Refusal(f"{path} cannot be read ({error}); remove {directory}") from error
+    path = directory / STATE
+    try:
+        saved = load_file(path) if path.exists() else {}
+    except SafetensorError as error:
+        raise Refusal(f"{path} cannot be read ({error}); remove {directory}") from error
+    step = int(saved["step"]) if saved else 0
     there = {kept for kept in recipe.steps if (directory / f"step{kept}").exists()}
     before = {kept for kept in recipe.steps if kept < step}
     if there != _whole(directory, recipe) or not before <= there <= before | {step}:
         raise Refusal(f"the series in {directory} is not as a run leaves it, checkpoints are missing; remove it")
-    for name, weight in model.named_parameters() if step else ():
+    for name, weight in model.named_parameters() if saved else ():
         weight.data.copy_(saved[f"weight.{name}"])
         moments = {moment: saved[f"{moment}.{name}"].clone() for moment in MOMENTS}
         optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}

@@ -2,11 +2,18 @@
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from headlapse.engine.study import Inexact, Refusal
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
+
+
+def tell_problems(problems: Mapping[str, str]) -> None:
+    """A line on stderr for every problem, with the labels of all that have it."""
+    for problem in dict.fromkeys(problems.values()):
+        labels = ", ".join(label for label in problems if problems[label] == problem)
+        print(f"error: {labels}: {problem}", file=sys.stderr)
 
 
 def guarded(main: Callable[[], int]) -> int:

@@ -50,6 +50,18 @@ def config_file(directory: Path) -> Path:
     return path
 
 
+def vocabulary_file(directory: Path) -> Path:
+    """What tells one tokenizer from another; a trainer leaves it above its checkpoints.
+
+    Raises `Refusal` when there is none: transformers would make an empty tokenizer without a word.
+    """
+    for place in (directory, directory.parent):
+        for name in VOCABULARY:
+            if (place / name).is_file():
+                return place / name
+    raise Refusal(f"{directory} holds no tokenizer (no {' or '.join(VOCABULARY)}); put tokenizer.json there")
+
+
 def weight_files(directory: Path) -> tuple[Path, ...]:
     """The files of the best form of weights in `directory`.  Raises `Refusal` when none is there whole."""
     form = best_form(tuple(form for form in WEIGHTS if (directory / form).is_file()))

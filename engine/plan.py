@@ -11,6 +11,7 @@ import torch
 from headlapse.engine.activations import KINDS
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.checkpoints import TORCH_DTYPES, load_tokenizer
+from headlapse.engine.layout import vocabulary_file
 from headlapse.engine.series import kept_layers, pending
 from headlapse.engine.sources import DEMO, Checkpoint, Supply, description, plan
 from headlapse.engine.study import Study
@@ -72,7 +73,7 @@ def _sums(study: Study, todo: Sequence[Supply], cache: Path, path: Path, device:
         assert study.model == DEMO
         return ["to fetch: nothing; the series is trained first, on the spot (a minute or two), and then takes seconds"]
     body = dissect(read_config(directory))
-    trials = draw_trials(study.task, study.trials, load_tokenizer(directory), body.context)
+    trials = draw_trials(study.task, study.trials, load_tokenizer(vocabulary_file(directory).parent), body.context)
     load = load_of(study, body, trials)
     stored = load.stored * len(todo)
     weights = sum(supply.n_bytes or 0 for supply in todo)

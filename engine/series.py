@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headlapse.engine.activations import KINDS, Capture
+from headlapse.engine.activations import KINDS
 from headlapse.engine.arrays import Row, refuse_difference
 from headlapse.engine.capture import capture, memory_budget
 from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
+from headlapse.engine.layout import sha256, vocabulary_file
 from headlapse.engine.sources import DEMO, Checkpoint, Files, fetch
 from headlapse.engine.store import Store, create_store
 from headlapse.engine.study import Refusal, Study
 from headlapse.engine.subsets import parse_layers
-from headlapse.engine.tasks import DEFAULT_TRIALS, TASKS, Trials, draw_trials, task_digest
+from headlapse.engine.tasks import DEFAULT_TRIALS, TASKS, Trials, draw_trials, load_contrasts, same_tokens, task_digest
 
 
 @dataclass(frozen=True)
@@ -77,42 +78,63 @@ def cache_series(
 ) -> Iterator[Outcome]:
     """Capture every missing checkpoint into the store at `path`, which is made by the first that succeeds.
 
-    A checkpoint that cannot be read is an `Outcome` with a problem, and the others go on; a task that cannot be
-    asked raises `Refusal`.
+    A checkpoint that cannot be had is an `Outcome` with a problem, and the others go on.
+    Raises `Refusal` for a task that is none, before anything is fetched.
     """
-    dtype = TORCH_DTYPES[study.dtype]
+    load_contrasts(study.task)
 
     def load(checkpoint: Checkpoint) -> tuple[Files, dict[str, Tensor]]:
         files = fetch(checkpoint, cache)
-        return files, read_weights(files, dtype, device)
+        return files, read_weights(files, TORCH_DTYPES[study.dtype], device)
 
-    rows = [Row(checkpoint.label, checkpoint.step) for checkpoint in missing]
-    store = Store(path) if path.exists() else None
-    trials = store.trials() if store else None
-    if store:
-        store.add(rows)
-    skeleton: Skeleton | None = None
+    recorder = _Recorder(study, missing, path, device)
     for checkpoint, loaded in prefetch(missing, load):
-        notes: tuple[str, ...] = ()
         try:
-            files, weights = _loaded(loaded)
-            skeleton = open_skeleton(files, study.dtype, device, skeleton)
-            skeleton.wear(weights)
+            if isinstance(loaded, Exception):
+                raise loaded
+            yield Outcome(checkpoint.label, notes=recorder.record(checkpoint, *loaded))
         except Refusal as refusal:
             yield Outcome(checkpoint.label, str(refusal))
-            continue
-        if trials is None:
-            trials = draw_trials(study.task, study.trials, load_tokenizer(files.directory), skeleton.anatomy.context)
-            notes = trials.notes
-        try:
-            captured = capture(skeleton, trials, memory_budget(device))
-            if store is None:
-                store = _make(path, study, rows, skeleton, trials, captured)
-            store.write(checkpoint.label, captured, _provenance(checkpoint, files))
-        except Refusal as refusal:
-            yield Outcome(checkpoint.label, str(refusal), notes)
-            continue
-        yield Outcome(checkpoint.label, notes=notes)
+
+
+class _Recorder:
+    """Owns the resident skeleton and the store while a series goes through."""
+
+    def __init__(self, study: Study, missing: Sequence[Checkpoint], path: Path, device: str) -> None:
+        self.study, self.path, self.device = study, path, device
+        self.rows = [Row(checkpoint.label, checkpoint.step) for checkpoint in missing]
+        self.skeleton: Skeleton | None = None
+        self.store = Store(path) if path.exists() else None
+        self.trials = self.store.trials() if self.store else None
+        self.vocabularies: set[str] = set()
+        if self.store:
+            self.store.add(self.rows)
+
+    def record(self, checkpoint: Checkpoint, files: Files, weights: dict[str, Tensor]) -> tuple[str, ...]:
+        """Capture one checkpoint and write it; what the user should hear about the prompts."""
+        self.skeleton = open_skeleton(files, self.study.dtype, self.device, self.skeleton)
+        self.skeleton.wear(weights)
+        trials, notes = self._ask(files, self.skeleton.anatomy.context)
+        captured = capture(self.skeleton, trials, memory_budget(self.device))
+        if self.store is None:
+            layers, kinds = kept_layers(self.study, self.skeleton.anatomy.n_layers)
+            self.store = create_store(self.path, identity(self.study), self.rows, layers, kinds, trials, captured)
+        self.store.write(checkpoint.label, captured, _provenance(checkpoint, files))
+        return notes
+
+    def _ask(self, files: Files, context: int) -> tuple[Trials, tuple[str, ...]]:
+        """The prompts as tokens.  Raises `Refusal` when this checkpoint's tokenizer cuts them otherwise."""
+        vocabulary = vocabulary_file(files.directory)
+        digest = sha256(vocabulary)
+        if self.trials is not None and digest in self.vocabularies:
+            return self.trials, ()
+        drawn = draw_trials(self.study.task, self.study.trials, load_tokenizer(vocabulary.parent), context)
+        first = self.trials is None
+        if self.trials is not None and not same_tokens(drawn, self.trials):
+            raise Refusal(f"{vocabulary} cuts the prompts into other tokens than the store holds; use another --store")
+        self.trials = self.trials or drawn
+        self.vocabularies.add(digest)
+        return self.trials, drawn.notes if first else ()
 
 
 def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]]:
@@ -126,19 +148,6 @@ def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]
 def _is_directory(model: str) -> bool:
     """As in `sources`: the embedded series goes before a folder of its name."""
     return model != DEMO and Path(model).expanduser().is_dir()
-
-
-def _loaded(loaded: tuple[Files, dict[str, Tensor]] | Refusal | OSError) -> tuple[Files, dict[str, Tensor]]:
-    if isinstance(loaded, Exception):
-        raise loaded
-    return loaded
-
-
-def _make(
-    path: Path, study: Study, rows: Sequence[Row], skeleton: Skeleton, trials: Trials, captured: Capture
-) -> Store:
-    layers, kinds = kept_layers(study, skeleton.anatomy.n_layers)
-    return create_store(path, identity(study), rows, layers, kinds, trials, captured)
 
 
 def _provenance(checkpoint: Checkpoint, files: Files) -> dict[str, Any]:

@@ -318,6 +318,12 @@ def _trials(kept: Mapping[tuple[_Row, ...], Contrast], notes: tuple[str, ...], t
     return Trials(tokens, length, answer_tokens, token_text, tuple(kept.values()), notes)
 
 
+def same_tokens(one: Trials, other: Trials) -> bool:
+    """Whether both ask the same, token for token."""
+    fields = ("tokens", "length", "answer_tokens")
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
+
+
 def align(trials: Trials, spec: str) -> Alignment:
     """Positions to patch: `last`, `end:K` (the last K, aligned from the end) or `all` (position p to position p).
 

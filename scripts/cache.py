@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded
+from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
 from headlapse.engine.study import DTYPES, Study
 
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
@@ -65,8 +65,7 @@ def main() -> int:
         )
         problems = tell(bar)
         seconds = time.perf_counter() - started
-    for label, problem in problems.items():
-        print(f"error: {label}: {problem}", file=sys.stderr)
+    tell_problems(problems)
     done = len(missing) - len(problems)
     if not done:
         return FAILED if len(problems) < len(checkpoints) else REFUSED

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded
+from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
 from headlapse.engine.study import DTYPES, Refusal
 
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
@@ -69,8 +69,7 @@ def main() -> int:
     if dataset.complete.any():
         print(measures.format_timeline(dataset, plan.settings))
     tell(path, name, plan, dataset, len(missing) - len(problems), seconds, device)
-    for label, problem in problems.items():
-        print(f"error: {label}: {problem}", file=sys.stderr)
+    tell_problems(problems)
     return DONE if not problems else FAILED if dataset.complete.any() else REFUSED
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from headlapse.engine.checkpoints import Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
+from headlapse.engine.layout import vocabulary_file
 from headlapse.engine.sources import Checkpoint, Files, fetch
 from headlapse.engine.study import Refusal
 from tests.models import FORMS, MAIN, MORE, Form, legacy_buffers, save, tiny, tiny_tokenizer
@@ -114,11 +115,17 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    save(tiny("neox-parallel"), tmp_path / "without")
+    save(tiny("neox-parallel"), tmp_path / "without" / "step1")
     save(tiny("neox-parallel"), tmp_path / "with", tokenizer=tiny_tokenizer())
-    assert load_tokenizer(tmp_path / "with")("Answer").input_ids
+    assert load_tokenizer(vocabulary_file(tmp_path / "with").parent)("Answer").input_ids
     with pytest.raises(Refusal, match="no tokenizer"):
-        load_tokenizer(tmp_path / "without")
+        vocabulary_file(tmp_path / "without" / "step1")
+
+
+def test_a_tokenizer_above_its_checkpoints_serves_them(tmp_path: Path) -> None:
+    save(tiny("neox-parallel"), tmp_path / "checkpoint-1")
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert vocabulary_file(tmp_path / "checkpoint-1").parent == tmp_path
 
 
 def test_the_next_item_loads_while_this_one_is_used() -> None:

@@ -159,7 +159,7 @@ def test_a_killed_capture_finishes_with_the_same_command_bit_for_bit(
     series: Path, cached: Path, tmp_path: Path, kill_at: int
 ) -> None:
     killed = run("cache", "--model", series, cache=tmp_path, kill_at=kill_at)
-    assert killed.returncode == -signal.SIGKILL
+    assert killed.returncode == -signal.SIGKILL, "the series is written in fewer steps than that"
     assert run("cache", "--model", series, cache=tmp_path).returncode == 0
     whole = {name: data for name, data in store_files(cached).items() if "/patches/" not in name}
     assert store_files(tmp_path) == whole
@@ -229,6 +229,19 @@ def test_a_step_of_another_shape_is_refused_by_name(series: Path, tmp_path: Path
     assert done.returncode == 1
     [line] = told(done)
     assert line.startswith("error: step10: ") and "shape" in line
+
+
+def test_a_step_whose_tokenizer_cuts_the_prompts_otherwise_is_refused_by_name(series: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(series, tmp_path / "series"))
+    vocabulary = copy / "step10" / "tokenizer.json"
+    content = json.loads(vocabulary.read_text())
+    words = content["model"]["vocab"]
+    words["8"], words["9"] = words["9"], words["8"]
+    vocabulary.write_text(json.dumps(content))
+    done = run("cache", "--model", copy, cache=tmp_path / "cache")
+    assert done.returncode == 1 and "cached 2 checkpoints" in done.stdout
+    [line] = told(done)
+    assert line.startswith("error: step10: ") and "other tokens" in line
 
 
 def test_no_checkpoint_at_all_is_a_refusal_and_leaves_no_store(tmp_path: Path) -> None:
