@@ -77,6 +77,7 @@ class Skeleton:
         self.dtype = dtype
         self.device = device
         self.config_fields = _identity(config)
+        self.heads_add_up: dict[int, bool] = {}
         # Buffers (rotary frequencies) are computed, parameters never allocated: they arrive with the weights.
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
@@ -139,23 +140,25 @@ class Skeleton:
             self.model.set_attn_implementation(IMPLEMENTATION)
 
     @contextmanager
-    def starting_at(self, layer: int, resid_pre: Tensor) -> Iterator[None]:
-        """Forward passes skip the layers before `layer`, which receives `resid_pre` whatever the embeddings were."""
-        wrap = self.anatomy.layer_returns_tuple
+    def running(self, start: int, stop: int | None, resid_pre: Tensor) -> Iterator[None]:
+        """Forward passes run only the layers from `start` to before `stop` (None: to the end).
 
-        def pass_on(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            return (hidden,) if wrap else hidden
+        Layer `start` receives `resid_pre`, whatever the embeddings were; past the last layer, the final norm does.
+        """
+
+        def skip(*_args: Any, **_kwargs: Any) -> Any:
+            return (resid_pre,) if self.anatomy.layer_returns_tuple else resid_pre
 
         def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return (resid_pre, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
         modules = self.layer_modules()
         with ExitStack() as stack:
-            stack.callback(modules[layer].register_forward_pre_hook(begin, with_kwargs=True).remove)
-            for module in modules[:layer]:
-                module.forward = pass_on
+            for module in [*modules[:start], *(modules[stop:] if stop is not None else [])]:
+                module.forward = skip
                 stack.callback(module.__dict__.pop, "forward")
+            if start == 0:
+                stack.callback(modules[0].register_forward_pre_hook(begin, with_kwargs=True).remove)
             yield
 
     @contextmanager

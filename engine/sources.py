@@ -181,12 +181,11 @@ def _demo_steps() -> Mapping[str, int]:
 
 
 def _grown(checkpoint: Checkpoint, cache: Path) -> Path:
-    directory = cache / DEMO / checkpoint.label
-    if not directory.is_dir():
-        from headlapse.engine.demo import grow
+    from headlapse.engine.demo import grow
 
-        grow(cache / DEMO)
-    return directory
+    # Even where this step is there: training that was interrupted goes on before anything is handed out.
+    grow(cache / DEMO)
+    return cache / DEMO / checkpoint.label
 
 
 def _on_disk(directory: Path, commit: str | None = None, told: Mapping[str, str | None] | None = None) -> Files:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton
-from headlapse.engine.replay import Direction, Site, source_and_target
+from headlapse.engine.passes import Direction, Site, source_and_target
 from headlapse.engine.study import Dtype, Inexact
 from headlapse.engine.tasks import Alignment, Trials
 

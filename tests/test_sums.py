@@ -1,0 +1,37 @@
+"""Laws of the shortcut: it is taken under parallel residual and nowhere else, and changes no number."""
+
+import numpy as np
+import pytest
+import torch
+
+from headlapse.engine import replay as room
+from headlapse.engine.capture import capture
+from headlapse.engine.passes import Ground
+from headlapse.engine.replay import replay
+from headlapse.engine.sums import sums_of
+from headlapse.engine.tasks import align
+from tests.models import MAIN, MORE, N_LAYERS, random_subsets, random_trials, tiny
+from tests.test_capture import dressed
+
+PARALLEL = {"neox-parallel", "phi", "cohere"}
+
+
+@pytest.mark.parametrize("name", [*MAIN, *MORE])
+def test_heads_add_up_under_parallel_residual_and_nowhere_else(name: str) -> None:
+    skeleton, trials = dressed(tiny(name)), random_trials()
+    ground = Ground.lay(skeleton, capture(skeleton, trials, 2**30), trials, align(trials, "end:2"), "denoise")
+    with torch.inference_mode():
+        found = [sums_of(skeleton, ground, layer) is not None for layer in range(N_LAYERS)]
+    assert found == [name in PARALLEL] * N_LAYERS
+
+
+@pytest.mark.parametrize("name", sorted(PARALLEL))
+@pytest.mark.parametrize("site", [(0,), (2,), (0, 2)])
+def test_the_shortcut_changes_no_number(monkeypatch: pytest.MonkeyPatch, name: str, site: tuple[int, ...]) -> None:
+    skeleton, trials = dressed(tiny(name)), random_trials()
+    given = (skeleton, capture(skeleton, trials, 2**30), trials, align(trials, "end:3"), "noise", [site])
+    short = replay(*given, random_subsets(20, 8))
+    monkeypatch.setattr(room, "sums_of", lambda *_: None)
+    long = replay(*given, random_subsets(20, 8))
+    assert np.abs(short - long).max() <= 2e-5
+    assert np.abs(long).max() > 0.1
