@@ -23,8 +23,8 @@ from headlapse.engine.sums import Sums, sums_of
 from headlapse.engine.tasks import Alignment, Trials
 from headlapse.kernels.mix import mix_deltas
 
-ROWS = 4096
-"""Rows (trials x subsets x positions) of one pass: wide enough for full speed, small enough for any memory."""
+ROWS = {"cpu": 2048, "cuda": 65_536}
+"""Rows (trials x subsets x positions) of one pass, by kind of device: wide enough for speed, small enough to hold."""
 
 
 @torch.inference_mode()
@@ -37,7 +37,7 @@ def replay(
     sites: Sequence[Site],
     mask: Bool[np.ndarray, "subset head"],
     done: Callable[[int], object] = lambda _runs: None,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> Float[np.ndarray, "site subset trial"]:
     """Logit difference (right minus wrong, in nats) of every patched run.
 
@@ -46,6 +46,7 @@ def replay(
     """
     ground = Ground.lay(skeleton, activations, trials, alignment, direction)
     n_trials, n_patched = alignment.valid.shape
+    rows = rows or ROWS.get(torch.device(skeleton.device).type, ROWS["cpu"])
     per_pass = max(1, rows // (n_trials * n_patched))
     subsets = torch.from_numpy(mask).to(skeleton.device)
     result = torch.empty(len(sites), len(mask), n_trials)
