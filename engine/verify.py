@@ -37,25 +37,29 @@ def hooked_logit_diff(
     trials: Trials,
     alignment: Alignment,
     direction: Direction,
-    site: Site,
-    heads: Bool[np.ndarray, " head"],
-) -> Float[np.ndarray, " trial"]:
-    """One patched run by its definition: a full forward of stock transformers with a hook on W_O's input.
+    patches: Sequence[tuple[Site, Bool[np.ndarray, " head"]]],
+) -> Float[np.ndarray, "patch trial"]:
+    """Patched runs by their definition: a full forward of stock transformers each, with a hook on W_O's input.
 
-    The source run's z is taken from a full forward of its own, not from the store.
+    A patch is the layers and the heads that are patched.  The source run's z is taken from a full forward of its own,
+    not from the store.
     """
     source, target = source_and_target(direction)
-    with skeleton.stock() as model:
-        projections = {layer: model.get_submodule(skeleton.anatomy.out_proj[layer]) for layer in site}
-        with _reading(projections) as z:
-            _logits(skeleton, trials, source)
-        with _writing(
-            projections, z, alignment.positions[target], alignment.positions[source], heads, skeleton.anatomy.n_heads
-        ):
-            logits = _logits(skeleton, trials, target)
+    into, out_of = alignment.positions[target], alignment.positions[source]
     right, wrong = torch.from_numpy(trials.answer_tokens).to(skeleton.device).T
     trial = torch.arange(trials.n_trials, device=skeleton.device)
-    return (logits[trial, right] - logits[trial, wrong]).float().cpu().numpy()
+    found = []
+    with skeleton.stock() as model:
+        layers = {layer for site, _ in patches for layer in site}
+        projections = {layer: model.get_submodule(skeleton.anatomy.out_proj[layer]) for layer in layers}
+        with _reading(projections) as z:
+            _logits(skeleton, trials, source)
+        for site, heads in patches:
+            patched = {layer: projections[layer] for layer in site}
+            with _writing(patched, z, into, out_of, heads, skeleton.anatomy.n_heads):
+                logits = _logits(skeleton, trials, target)
+            found.append((logits[trial, right] - logits[trial, wrong]).float().cpu().numpy())
+    return np.stack(found)
 
 
 def require_exact(difference: float, allowed: float, where: str) -> None:
@@ -72,8 +76,9 @@ def _logits(skeleton: Skeleton, trials: Trials, run: int) -> Float[Tensor, "tria
     """Logits at each prompt's last token."""
     tokens, length = (torch.from_numpy(x[run]).to(skeleton.device) for x in (trials.tokens, trials.length))
     real = torch.arange(tokens.shape[1], device=skeleton.device) < length[:, None]
-    logits = skeleton.model(tokens, attention_mask=real.long(), use_cache=False).logits
-    return logits[torch.arange(len(tokens), device=skeleton.device), length - 1]
+    last, which = torch.unique(length - 1, return_inverse=True)
+    logits = skeleton.model(tokens, attention_mask=real.long(), use_cache=False, logits_to_keep=last).logits
+    return logits[torch.arange(len(tokens), device=skeleton.device), which]
 
 
 @contextmanager

@@ -19,9 +19,8 @@ def test_a_full_hooked_forward_agrees_with_replay(name: str, site: tuple[int, ..
     skeleton, trials = dressed(tiny(name)), random_trials()
     mask, alignment = random_subsets(5, 8), align(trials, "end:2")
     patched = replay(skeleton, capture(skeleton, trials, 2**30), trials, alignment, "denoise", [site], mask)
-    for row, heads in zip(patched[0], mask, strict=True):
-        expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", site, heads)
-        assert np.abs(row - expected).max() <= 1e-4
+    expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", [(site, heads) for heads in mask])
+    assert np.abs(patched[0] - expected).max() <= 1e-4
 
 
 def test_weights_that_changed_since_the_capture_are_noticed() -> None:
@@ -30,7 +29,7 @@ def test_weights_that_changed_since_the_capture_are_noticed() -> None:
     skeleton.wear(tiny("neox-parallel", seed=9).state_dict())
     mask, alignment = random_subsets(2, 8), align(trials, "last")
     patched = replay(skeleton, captured, trials, alignment, "denoise", [(1,)], mask)[0, 0]
-    expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", (1,), mask[0])
+    expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", [((1,), mask[0])])[0]
     with pytest.raises(Inexact, match="not those that were cached"):
         require_exact(float(np.abs(patched - expected).max()), tolerance("float32"), "step1")
 
@@ -56,6 +55,6 @@ def test_the_pairs_are_random_over_checkpoints_and_the_same_for_the_same_checkpo
 
 def test_stock_attention_is_gone_after_the_check() -> None:
     skeleton, trials = dressed(tiny("neox-parallel")), random_trials()
-    hooked_logit_diff(skeleton, trials, align(trials, "last"), "noise", (0,), np.ones(8, dtype=bool))
+    hooked_logit_diff(skeleton, trials, align(trials, "last"), "noise", [((0,), np.ones(8, dtype=bool))])
     captured = capture(skeleton, trials, 2**30)
     assert torch.isfinite(captured.answer_logits).all()
