@@ -14,9 +14,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	$(RUN) -m pytest
 
+# Type checkers do not follow editable installs: they see a plain copy.
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
-	# Type checkers do not follow editable installs: they see a plain copy.
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/typed .
 	MYPYPATH=build/typed $(RUN) -m mypy
 

@@ -131,6 +131,8 @@ class _DryRun:
                 "interface with equal shapes; headlapse needs all of them and does not support this model"
             )
         n_heads, n_kv_heads, head_dim, value_dim = self.shapes[0]
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
         layers = tuple(_layer_path(self.out_proj[layer], layer) for layer in range(n_layers))
         return Anatomy(
             architecture=name,
@@ -138,7 +140,7 @@ class _DryRun:
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             d_model=int(config.hidden_size),
-            d_embedding=model.get_input_embeddings().weight.shape[1],
+            d_embedding=int(embedding.weight.shape[1]),
             head_dim=head_dim,
             value_dim=value_dim,
             layers=layers,

@@ -23,8 +23,10 @@ IMPLEMENTATION = "headlapse"
 class AttentionMode(Protocol):
     """What to do when layer `layer` attends; returns z."""
 
-    longest: int
-    """Length of the longest prompt, in tokens: what a sliding window must not be shorter than."""
+    @property
+    def longest(self) -> int:
+        """Length of the longest prompt, in tokens: what a sliding window must not be shorter than."""
+        ...
 
     def __call__(
         self,

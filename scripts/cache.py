@@ -12,7 +12,8 @@ from tqdm import tqdm
 from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
 from headlapse.engine.study import DTYPES, Study
 
-CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 CHECKPOINTS = """labels, a range or a set (study = the published eleven, log, all),
 e.g. step1000 main | step120000..step143000 | study"""

@@ -12,7 +12,8 @@ from tqdm import tqdm
 from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
 from headlapse.engine.study import DTYPES, Refusal
 
-CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
 in halves), lattice (all 2^H), size:K, random:N, or heads themselves, e.g. even odd 0,2,4"""

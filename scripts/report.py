@@ -7,7 +7,8 @@ from pathlib import Path
 
 from headlapse.engine.guard import DONE, guarded
 
-CACHE = Path(os.environ.get("HEADLAPSE_CACHE", Path(__file__).resolve().parent.parent / "cache"))
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 
 def parse_args() -> argparse.Namespace:
