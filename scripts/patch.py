@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -66,24 +65,16 @@ def main() -> int:
             outcomes = list(sweep.patch_series(held, plan, run, missing, CACHE, device, bar.update))
         seconds = time.perf_counter() - started
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
-    dataset = run.dataset()
-    if dataset.complete.any():
-        print(measures.format_timeline(dataset, plan.settings))
-    tell(path, name, plan, dataset, len(missing) - len(problems), seconds, device)
+    done = run.dataset()
+    if done.complete.any():
+        print(measures.format_timeline(done, plan.settings))
+        n_runs = plan.n_runs * (len(missing) - len(problems))
+        speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {device}, {plan.dtype})"
+        print(f"{speed if missing else 'nothing to do'}; {name} is in {path}")
+        worst = float(done.self_check.max())
+        print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
     tell_problems(problems)
-    return DONE if not problems else FAILED if dataset.complete.any() else REFUSED
-
-
-def tell(path: Path, name: str, plan: Any, dataset: Any, n_done: int, seconds: float, device: str) -> None:
-    """Where the numbers are, how exact they are and how long they took."""
-    if not n_done:
-        print(f"nothing to do: {name} is complete in {path}")
-    else:
-        n_runs = n_done * plan.n_runs
-        speed = f"{seconds:.1f} s ({n_runs / seconds:,.0f}/s, {device}, {plan.dtype})"
-        print(f"{n_runs:,} patched runs in {speed}; {name} in {path}")
-    worst = float(dataset.self_check.max())
-    print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
+    return DONE if not problems else FAILED if done.complete.any() else REFUSED
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def test_none_is_the_corrupt_run_and_noise_mirrors_denoise(copied: Path) -> None
 def test_joint_layers_are_one_entry_on_the_layer_axis(copied: Path) -> None:
     done = run("patch", "--subsets", "lattice", "--layers", "1-2", "--joint", "--positions", "end:3", cache=copied)
     assert done.returncode == 0, done.stderr
-    name = done.stdout.splitlines()[-2].split("; ")[1].split(" in ")[0]
+    name = done.stdout.splitlines()[-2].split("; ")[1].split(" is in ")[0]
     data = xr.open_zarr(the_store(copied), group=f"patches/{name}", consolidated=False)
     assert data.sizes["layer"] == 1 and data.sizes["subset"] == 256
     assert int(data.layer[0]) == 1 and data.attrs["patch"]["layers"] == [1, 2]

@@ -345,10 +345,10 @@ def test_log_of_a_repository_without_steps_is_refused(hub: HubServer, cache: Pat
 # Files of the embedded series and of directories
 
 
-def test_the_embedded_series_is_grown_once(demo: list[Path], cache: Path) -> None:
+def test_the_embedded_series_is_grown_to_its_end_before_any_step_is_handed_out(demo: list[Path], cache: Path) -> None:
     checkpoints = resolve("demo", (), cache)
     found = [fetch(checkpoint, cache) for checkpoint in checkpoints]
-    assert demo == [cache / "demo"]
+    assert demo == [cache / "demo"] * len(checkpoints), "growing a complete series does nothing: asked every time"
     assert [files.directory.name for files in found] == labels(checkpoints)
     assert found[2].sha256 == {"model.safetensors": sha256(weights(64))} and found[2].commit is None
 
