@@ -1,0 +1,43 @@
+"""Laws of how a script ends: what a user caused is one line and a status, a bug stays a traceback."""
+
+import errno
+
+import pytest
+
+from headlapse.engine.guard import guarded, tell_problems
+from headlapse.engine.study import Inexact, Refusal
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (Refusal("--trials 0: at least one"), 2, "error: --trials 0: at least one\n"),
+        (Inexact("step1: replay differs"), 1, "error: step1: replay differs\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "z/c/0"), 1, "z/c/0: No space left on device"),
+        (OSError(errno.EACCES, "Permission denied", "cache"), 1, "cache: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_a_user_caused_is_one_line_and_a_status(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    def main() -> int:
+        raise error
+
+    assert guarded(main) == status
+    printed = capsys.readouterr()
+    assert line in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), RuntimeError("x"), OSError(errno.EBADF, "x")])
+def test_a_bug_is_not_swallowed(bug: Exception) -> None:
+    def main() -> int:
+        raise bug
+
+    with pytest.raises(type(bug)):
+        guarded(main)
+
+
+def test_a_problem_that_many_share_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tell_problems({"step1": "no network", "step2": "cut off", "step3": "no network"})
+    assert capsys.readouterr().err == "error: step1, step3: no network\nerror: step2: cut off\n"
