@@ -3,11 +3,11 @@
 import copy
 import json
 import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -195,22 +195,41 @@ class _AnswerRows(nn.Module):
 
 def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[tuple[Item, Value | Refusal | OSError]]:
     """Each item with what `load` gave, or why it could not; the next one loads while this one is used."""
+    waiting: _Loading[Item, Value] | None = None
+    for item in items:
+        loaded = waiting
+        if loaded is not None:
+            loaded.join()
+        waiting = _Loading(item, load)
+        if loaded is not None:
+            yield loaded.item, loaded.outcome()
+    if waiting is not None:
+        waiting.join()
+        yield waiting.item, waiting.outcome()
 
-    def attempt(item: Item) -> Value | Refusal | OSError:
+
+class _Loading(threading.Thread, Generic[Item, Value]):
+    """One item on its way.  A daemon: an interrupted program does not wait for it."""
+
+    def __init__(self, item: Item, load: Callable[[Item], Value]) -> None:
+        super().__init__(daemon=True, name="prefetch")
+        self.item, self._load = item, load
+        self._value: Value
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
         try:
-            return load(item)
-        except (Refusal, OSError) as error:
-            return error
+            self._value = self._load(self.item)
+        except BaseException as error:
+            self._error = error
 
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        waiting = None
-        for item in items:
-            coming = (item, pool.submit(attempt, item))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+    def outcome(self) -> Value | Refusal | OSError:
+        if self._error is None:
+            return self._value
+        if isinstance(self._error, Refusal | OSError):
+            return self._error
+        raise self._error
 
 
 def load_tokenizer(directory: Path) -> Any:

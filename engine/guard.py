@@ -40,5 +40,7 @@ def guarded(main: Callable[[], int]) -> int:
         )
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
+        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # At once: a thread in the middle of reading or training would break the interpreter's own way out.
+        os._exit(INTERRUPTED)

@@ -1,6 +1,7 @@
 """Laws of how a script ends: what a user caused is one line and a status, a bug stays a traceback."""
 
 import errno
+import sys
 
 import pytest
 
@@ -15,7 +16,6 @@ from headlapse.engine.study import Inexact, Refusal
         (Inexact("step1: replay differs"), 1, "error: step1: replay differs\n"),
         (OSError(errno.ENOSPC, "No space left on device", "z/c/0"), 1, "z/c/0: No space left on device"),
         (OSError(errno.EACCES, "Permission denied", "cache"), 1, "cache: Permission denied"),
-        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_what_a_user_caused_is_one_line_and_a_status(
@@ -27,6 +27,18 @@ def test_what_a_user_caused_is_one_line_and_a_status(
     assert guarded(main) == status
     printed = capsys.readouterr()
     assert line in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_an_interrupted_script_ends_at_once_with_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main() -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="130"):
+        guarded(main)
+    assert capsys.readouterr().err.startswith("interrupted")
 
 
 @pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), RuntimeError("x"), OSError(errno.EBADF, "x")])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -379,3 +380,17 @@ def test_no_network_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     assert refused.returncode == 2
     [line] = told(refused)
     assert "cannot be reached" in line
+
+
+def test_an_interrupt_ends_a_command_at_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """The embedded series is in training when the interrupt comes."""
+    command = [sys.executable, "scripts/cache.py", "--checkpoints", "step0"]
+    env = {**os.environ, "HEADLAPSE_CACHE": str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "demo" / "step0").is_dir():
+            assert process.poll() is None, "it ended before a step was there"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err and "terminate" not in err
