@@ -14,7 +14,6 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.attention import IMPLEMENTATION
@@ -265,6 +264,3 @@ def _listed(what: str, names: list[str]) -> str:
 
 def _count(names: list[str]) -> str:
     return f"{len(names)} key{'s' if len(names) != 1 else ''}"
-
-
-transformers_logging.disable_progress_bar()

@@ -40,7 +40,8 @@ def guarded(main: Callable[[], int]) -> int:
         )
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr, flush=True)
+        print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
         sys.stdout.flush()
+        sys.stderr.flush()
         # At once: a thread in the middle of reading or training would break the interpreter's own way out.
         os._exit(INTERRUPTED)
