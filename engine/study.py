@@ -6,6 +6,12 @@ from typing import Literal, get_args
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
+ROUNDING: dict[Dtype, float] = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
+"""Machine epsilon."""
+
+TOLERANCE = 1e-4
+"""Largest difference of a float32 logit difference, in nats, between replay and a full hooked forward."""
+
 RUNS = ("clean", "corrupt")
 """Order of every `run` axis."""
 
@@ -16,6 +22,11 @@ class Refusal(ValueError):
 
 class Inexact(RuntimeError):
     """Replay and a full hooked forward disagree: the numbers must not be used."""
+
+
+def tolerance(*dtypes: Dtype) -> float:
+    """Largest difference allowed, in nats, where the coarsest of `dtypes` rounds: as many roundings as in float32."""
+    return TOLERANCE * max(ROUNDING[dtype] for dtype in dtypes) / ROUNDING["float32"]
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from headlapse.engine.replay import replay
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch
 from headlapse.engine.store import PatchedRun, Store
-from headlapse.engine.study import Dtype, Refusal
+from headlapse.engine.study import Dtype, Refusal, tolerance
 from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.tasks import Alignment, Trials, align
-from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact, tolerance
+from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact
 
 PAIRS = 2
 """(layer, subset) pairs verified at every checkpoint against a full hooked forward."""

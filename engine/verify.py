@@ -9,19 +9,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton
+from headlapse.engine.checkpoints import Skeleton
 from headlapse.engine.passes import Direction, Site, source_and_target
-from headlapse.engine.study import Dtype, Inexact
+from headlapse.engine.study import Inexact
 from headlapse.engine.tasks import Alignment, Trials
-
-TOLERANCE = 1e-4
-"""Largest difference of a float32 logit difference, in nats, between replay and a full hooked forward."""
-
-
-def tolerance(*dtypes: Dtype) -> float:
-    """The largest difference allowed where the coarsest of `dtypes` rounds: as many roundings as in float32."""
-    float32 = torch.finfo(torch.float32).eps
-    return TOLERANCE * max(torch.finfo(TORCH_DTYPES[dtype]).eps / float32 for dtype in dtypes)
 
 
 def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int) -> list[tuple[int, int]]:

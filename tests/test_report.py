@@ -15,12 +15,14 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from headlapse.engine import report
+from headlapse.engine import figures, report
 from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import Row
+from headlapse.engine.figures import choose_ticks, place_steps
 from headlapse.engine.guard import guarded
 from headlapse.engine.measures import timeline
-from headlapse.engine.report import choose_ticks, place_steps, ranges, read_result, signed, write_report
+from headlapse.engine.report import write_report
+from headlapse.engine.result import ranges, read_result, signed
 from headlapse.engine.store import PatchedRun, Store, create_store
 from headlapse.engine.study import Refusal
 from headlapse.engine.subsets import parse_subsets
@@ -274,15 +276,15 @@ def test_every_figure_of_the_page_takes_its_ink_from_the_page(written: tuple[Sto
     assert len(figures) == 3
     for figure in figures:
         svg = figure[: figure.index("</svg>")]
-        assert 'role="img"' in svg and "currentColor" in svg and report.INK not in svg
-    assert report.INK in (out / "timeline.svg").read_text()
+        assert 'role="img"' in svg and "currentColor" in svg and figures.INK not in svg
+    assert figures.INK in (out / "timeline.svg").read_text()
 
 
 def test_the_timeline_shows_every_finished_checkpoint_in_both_panels(store: Store) -> None:
     some_run(store, done=lambda label: label != "step1")
-    upper, lower = report.draw(read_result(store, "run"))["timeline"].axes[:2]
+    upper, lower = figures.draw(read_result(store, "run"))["timeline"].axes[:2]
     for axes in (upper, lower):
-        for colour in report.COLOURS.values():
+        for colour in figures.COLOURS.values():
             lines = [line for line in axes.get_lines() if line.get_color() == colour]
             assert sum(np.size(line.get_xdata()) for line in lines) == 4
     assert [tick.get_text() for tick in lower.get_xticklabels()] == ["0", "10", "100", "main"]
@@ -294,7 +296,7 @@ def test_the_timeline_shows_every_finished_checkpoint_in_both_panels(store: Stor
 def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: Store) -> None:
     some_run(store)
     result = read_result(store, "run")
-    upper, lower = report.draw(result)["heatmap"].axes[:2]
+    upper, lower = figures.draw(result)["heatmap"].axes[:2]
     change, rate = upper.get_images()[0], lower.get_images()[0]
     data = store.patch_dataset("run").sel(subset="all").load()
     expected = (data.logit_diff - data.corrupt_logit_diff).mean("trial").transpose("layer", "checkpoint").values
@@ -306,12 +308,12 @@ def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: St
 def test_the_head_map_needs_every_single_head(store: Store) -> None:
     some_run(store, ["3", "1", "all", "0", "2"], name="each-in-disorder")
     some_run(store, ["0", "1", "2", "all"], name="three-of-four")
-    figure = report.draw(read_result(store, "each-in-disorder"))["heads"]
+    figure = figures.draw(read_result(store, "each-in-disorder"))["heads"]
     data = store.patch_dataset("each-in-disorder").isel(checkpoint=-1).load()
     expected = [data.logit_diff.sel(subset=str(head)).mean("trial").values for head in range(HEADS)]
     shown = np.asarray(figure.axes[0].get_images()[0].get_array())
     assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
-    assert "heads" not in report.draw(read_result(store, "three-of-four"))
+    assert "heads" not in figures.draw(read_result(store, "three-of-four"))
 
 
 def test_steps_over_a_factor_of_ten_are_logarithmic_with_zero_and_unknown_steps_apart() -> None:
@@ -328,7 +330,7 @@ def test_tick_labels_never_touch_and_the_ends_have_theirs() -> None:
     x, labels = np.linspace(0, 1, 200), ["143k"] * 200
     ticks = choose_ticks(x, labels, 6.0, range(200))
     assert ticks[0] == 0 and ticks[-1] == 199 and 5 < len(ticks) < 20
-    assert (np.diff(x[ticks]) * 6.0 > 4 * report.CHARACTER).all()
+    assert (np.diff(x[ticks]) * 6.0 > 4 * figures.CHARACTER).all()
 
 
 def test_numbers_are_written_with_a_true_minus_and_zero_without_a_sign() -> None:

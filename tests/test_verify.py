@@ -6,9 +6,9 @@ import torch
 
 from headlapse.engine.capture import capture
 from headlapse.engine.replay import replay
-from headlapse.engine.study import Inexact
+from headlapse.engine.study import Inexact, tolerance
 from headlapse.engine.tasks import align
-from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact, tolerance
+from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact
 from tests.models import MAIN, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 

@@ -1,0 +1,160 @@
+"""One patched run as the report tells it: means over trials, the timeline, and how its parts are called."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from headlapse.engine.measures import effect, finished, success, timeline
+from headlapse.engine.store import Store
+from headlapse.engine.study import Refusal
+
+NAMED = ("even", "odd", "all")
+STRONGEST = 3
+"""So many of the strongest subsets stand in the timeline where none of `NAMED` was patched."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One patched run, reduced to its means over trials; only finished checkpoints, in order of training."""
+
+    name: str
+    settings: dict[str, Any]
+
+    run: xr.Dataset
+    """Trial by trial, lazily."""
+
+    nats: xr.DataArray
+    """Mean logit difference (checkpoint, layer, subset)."""
+
+    rate: xr.DataArray
+    """Share of trials with the right answer ahead (checkpoint, layer, subset)."""
+
+    table: pd.DataFrame
+    """One row a checkpoint, as `measures.timeline` makes it, with the columns of `shown`."""
+
+    shown: tuple[str, ...]
+    """The subsets in the timeline."""
+
+    not_finite: tuple[str, ...]
+    """Checkpoints left out because they hold numbers that are none."""
+
+    @property
+    def target(self) -> str:
+        """The run that was patched into."""
+        return "corrupt" if self.settings["direction"] == "denoise" else "clean"
+
+    @property
+    def source(self) -> str:
+        return "clean" if self.target == "corrupt" else "corrupt"
+
+    @property
+    def change(self) -> xr.DataArray:
+        """Patched minus unpatched target run: mean logit difference in nats (checkpoint, layer, subset)."""
+        return self.nats - xr.DataArray(self.table[self.target].to_numpy(), dims="checkpoint")
+
+    def site(self, layer: int) -> str:
+        """What a place on the layer axis is called: several layers where they were patched jointly."""
+        return ranges(self.settings["layers"]) if self.settings["joint"] else str(layer)
+
+
+def read_result(store: Store, name: str) -> Result:
+    """A patched run's means and timeline, one checkpoint in memory at a time.
+
+    Raises `Refusal` where it has no finished checkpoint.
+    """
+    patch = store.patch(name)
+    run, direction = finished(patch.dataset()), patch.settings["direction"]
+    finite, means, rates, rows = [], [], [], []
+    for one in each_checkpoint(run):
+        held = [one[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
+        finite.append(all(np.isfinite(values).all() for values in held))
+        if finite[-1]:
+            means.append(one.logit_diff.mean("trial").values)
+            rates.append(success(one.logit_diff).mean("trial").values)
+            rows.append(timeline(one, direction))
+    if not rows:
+        found = "only numbers that are not finite" if finite else "no finished checkpoint"
+        raise Refusal(f"patched run {name} of {store.path} has {found}; run its scripts/patch.py command again")
+    not_finite = tuple(map(str, run.checkpoint.values[~np.array(finite)]))
+    run = run.isel(checkpoint=np.flatnonzero(finite))
+    like = run.logit_diff.isel(trial=0).reset_coords(drop=True)
+    nats, rate = (like.copy(data=np.concatenate(values)) for values in (means, rates))
+    table = pd.concat(rows)
+    shown = tuple(word for word in NAMED if word in run.subset.values)
+    if not shown:
+        shown = strongest(run.isel(checkpoint=[-1]), direction, STRONGEST)
+        table = _with_subsets(table, shown, nats, rate)
+    return Result(name, patch.settings, run, nats, rate, table, shown, not_finite)
+
+
+def strongest(run: xr.Dataset, direction: str, n: int = 1) -> tuple[str, ...]:
+    """The `n` subsets that move the mean logit difference most towards the source run, each at its best layer."""
+    moved = effect(run, direction).mean(["checkpoint", "trial"]).max("layer")
+    order = np.argsort(-moved.values, kind="stable")[:n]
+    return tuple(map(str, moved.subset.values[order]))
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`4–8, 11`"""
+    parts: list[list[int]] = []
+    for number in sorted(numbers):
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
+
+
+def each_checkpoint(run: xr.Dataset) -> Iterator[xr.Dataset]:
+    for index in range(run.sizes["checkpoint"]):
+        yield run.isel(checkpoint=[index]).load()
+
+
+def _with_subsets(table: pd.DataFrame, shown: Sequence[str], nats: xr.DataArray, rate: xr.DataArray) -> pd.DataFrame:
+    """The timeline with two more columns for every subset, at each checkpoint's best layer."""
+    layer = xr.DataArray(table["best_layer"].to_numpy(), dims="checkpoint")
+    more = {}
+    for subset in shown:
+        more[subset] = nats.sel(subset=subset, layer=layer).values
+        more[f"{subset}_rate"] = rate.sel(subset=subset, layer=layer).values
+    return table.drop(columns="best_layer").assign(**more, best_layer=table["best_layer"])
+
+
+def heads_of(subset: str) -> str:
+    """A subset in words: `even heads`, `head 3`, `heads 0,2,4`."""
+    if subset == "none":
+        return "no head"
+    if subset in NAMED:
+        return f"{subset} heads"
+    short = subset if len(subset) <= 24 else f"{subset[:23]}…"
+    return f"head{'s' * (',' in subset)} {short}"
+
+
+def signed(value: float, digits: int) -> str:
+    """`+1.2`, `−1.2`, and zero without a sign."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
+
+
+def where_of(result: Result) -> str:
+    """Which layers a patched run patches, in words."""
+    layers = result.settings["layers"]
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    return f"layers {ranges(layers)} together" if result.settings["joint"] else "one layer at a time"
+
+
+def last_of(result: Result) -> str:
+    """The last checkpoint in words."""
+    step = int(result.table["step"].iloc[-1])
+    return f"step {step:,}" if step >= 0 else f"checkpoint {result.table.index[-1]}"
+
+
+def mapped_subset(result: Result) -> str:
+    """The subset that the heatmap shows."""
+    last = result.run.isel(checkpoint=[-1])
+    return "all" if "all" in result.run.subset.values else strongest(last, result.settings["direction"])[0]
