@@ -272,9 +272,9 @@ def test_figures_come_as_png_and_svg_and_show_something(written: tuple[Store, Pa
 def test_every_figure_of_the_page_takes_its_ink_from_the_page(written: tuple[Store, Path]) -> None:
     _, out = written
     source = (out / "index.html").read_text()
-    figures = source.split("<svg")[1:]
-    assert len(figures) == 3
-    for figure in figures:
+    drawn = source.split("<svg")[1:]
+    assert len(drawn) == 3
+    for figure in drawn:
         svg = figure[: figure.index("</svg>")]
         assert 'role="img"' in svg and "currentColor" in svg and figures.INK not in svg
     assert figures.INK in (out / "timeline.svg").read_text()
