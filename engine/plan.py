@@ -42,7 +42,11 @@ def describe(study: Study, checkpoints: Sequence[Checkpoint], cache: Path, path:
     lines = [f"{study.model}, task {study.task}, {study.dtype}: {len(checkpoints)} checkpoints, store {path}"]
     lines += [_line(supply, supply.checkpoint.label in missing) for supply in supplies]
     todo = [supply for supply in supplies if supply.checkpoint.label in missing and not supply.problem]
-    return "\n".join([*lines, *_sums(study, todo, cache, path, device)])
+    if not missing:
+        lines.append("nothing to do: all of them are in the store")
+    elif todo:
+        lines += _sums(study, todo, cache, path, device)
+    return "\n".join(lines)
 
 
 def load_of(study: Study, body: Anatomy, trials: Trials) -> Load:
@@ -63,8 +67,6 @@ def load_of(study: Study, body: Anatomy, trials: Trials) -> Load:
 
 
 def _sums(study: Study, todo: Sequence[Supply], cache: Path, path: Path, device: str) -> list[str]:
-    if not todo:
-        return ["nothing to do: all of them are in the store"]
     to_fetch = [supply.to_fetch for supply in todo]
     fetched = sum(size or 0 for size in to_fetch)
     unknown = " and what the hub does not tell" if None in to_fetch else ""

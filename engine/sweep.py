@@ -1,5 +1,6 @@
 """Patch every checkpoint of a store: the same sites and subsets at each, replayed from the cache and verified."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,9 @@ class Sweep:
             words.append("layers" + "+".join(self.layers))
         words += ["joint"] if self.joint else []
         words += [self.dtype] if self.dtype else []
-        return "-".join(words)[:120]
+        name = "-".join(words)
+        # Long lists of subsets would not fit into a file name; what is cut off still tells runs apart.
+        return name if len(name) <= 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)

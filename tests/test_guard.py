@@ -15,7 +15,10 @@ from headlapse.engine.study import Inexact, Refusal
         (Refusal("--trials 0: at least one"), 2, "error: --trials 0: at least one\n"),
         (Inexact("step1: replay differs"), 1, "error: step1: replay differs\n"),
         (OSError(errno.ENOSPC, "No space left on device", "z/c/0"), 1, "z/c/0: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: cannot write: No space left on device; what was"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded", "z/c/0"), 1, "z/c/0: Disk quota exceeded"),
         (OSError(errno.EACCES, "Permission denied", "cache"), 1, "cache: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "cache"), 1, "cache: Read-only file system"),
     ],
 )
 def test_what_a_user_caused_is_one_line_and_a_status(
@@ -29,6 +32,14 @@ def test_what_a_user_caused_is_one_line_and_a_status(
     assert line in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_a_script_that_ends_by_itself_keeps_its_status_and_adds_no_line(
+    capsys: pytest.CaptureFixture[str], status: int
+) -> None:
+    assert guarded(lambda: status) == status
+    assert capsys.readouterr() == ("", "")
+
+
 def test_an_interrupted_script_ends_at_once_with_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,10 +49,17 @@ def test_an_interrupted_script_ends_at_once_with_a_line(
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit, match="130"):
         guarded(main)
-    assert capsys.readouterr().err.startswith("interrupted")
+    printed = capsys.readouterr()
+    assert printed.err.startswith("interrupted") and printed.err.count("\n") == 1 and not printed.out
 
 
-@pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), RuntimeError("x"), OSError(errno.EBADF, "x")])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        *(kind("x") for kind in (ValueError, KeyError, RuntimeError, AssertionError, MemoryError, OSError)),
+        *(OSError(number, "x") for number in (errno.EBADF, errno.EIO, errno.ENOENT)),
+    ],
+)
 def test_a_bug_is_not_swallowed(bug: Exception) -> None:
     def main() -> int:
         raise bug

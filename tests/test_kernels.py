@@ -60,3 +60,34 @@ def test_every_query_attends_to_its_trials_prefix_and_its_own_runs_past(
         values = torch.cat([prefix_value[t, kv, : length[t]], value[t, kv, s, : p + 1]]).double()
         pattern = (keys @ query[t, h, s, p].double() * scaling).softmax(0)
         torch.testing.assert_close(z[t, s, p, h].double(), pattern @ values, atol=TOLERANCE[dtype], rtol=0)
+
+
+def scattered(tensor: Tensor) -> Tensor:
+    """The same values, laid out in memory the other way round."""
+    layout = tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+    assert layout.is_contiguous() is False
+    return layout
+
+
+def test_how_tensors_lie_in_memory_changes_nothing() -> None:
+    query, own = normal(3, 6, 4, 2, 8, seed=0), (3, 2, 4, 2, 8)
+    tensors = query, normal(*own, seed=1), normal(*own, seed=2), normal(3, 2, 5, 8, seed=3), normal(3, 2, 5, 8, seed=4)
+    length = torch.tensor([5, 0, 3])
+    found = attend_shared_prefix(*map(scattered, tensors), length, 0.3)
+    torch.testing.assert_close(found, attend_shared_prefix(*tensors, length, 0.3), atol=1e-6, rtol=0)
+
+    target, source, subsets = normal(3, 5, 2, 7, 4, seed=0), normal(3, 2, 7, 4, seed=1), some_subsets(5, 7)
+    mixed = mix_heads(scattered(target), scattered(source), scattered(subsets))
+    assert torch.equal(mixed, mix_heads(target, source, subsets))
+    summed = mix_deltas(scattered(source), scattered(subsets))
+    torch.testing.assert_close(summed, mix_deltas(source, subsets), atol=1e-6, rtol=0)
+
+
+def test_what_lies_past_a_prefix_does_not_count() -> None:
+    query, own, length = normal(3, 6, 4, 2, 8, seed=0), (3, 2, 4, 2, 8), torch.tensor([5, 0, 3])
+    key, value = normal(*own, seed=1), normal(*own, seed=2)
+    prefix_key, prefix_value = normal(3, 2, 5, 8, seed=3), normal(3, 2, 5, 8, seed=4)
+    z = attend_shared_prefix(query, key, value, prefix_key, prefix_value, length, 0.3)
+    for trial, n in enumerate(length.tolist()):
+        prefix_key[trial, :, n:], prefix_value[trial, :, n:] = 1e4, -1e4
+    assert torch.equal(attend_shared_prefix(query, key, value, prefix_key, prefix_value, length, 0.3), z)

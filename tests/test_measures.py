@@ -43,6 +43,19 @@ def test_recovery_is_the_share_of_the_gap_and_nothing_where_the_gap_is_near_zero
     np.testing.assert_allclose(recovered(patched, source, target), [0.5, np.nan, -5.0])
 
 
+def test_a_gap_counts_from_half_a_nat_on_whichever_way_it_goes() -> None:
+    source, target = xr.DataArray([0.5, -0.5, 0.49, -0.49, 0.0]), xr.DataArray([0.0] * 5)
+    np.testing.assert_allclose(recovered(target + 0.25, source, target), [0.5, -0.5, np.nan, np.nan, np.nan])
+    np.testing.assert_allclose(recovered(target + np.nan, source, target), [np.nan] * 5)
+
+
+def test_none_recovers_nothing_and_the_source_run_everything_in_both_directions() -> None:
+    clean, corrupt = xr.DataArray([5.0, 3.0]), xr.DataArray([-2.0, -4.0])
+    for source, target in ((clean, corrupt), (corrupt, clean)):
+        np.testing.assert_array_equal(recovered(target, source, target), [0, 0])
+        np.testing.assert_array_equal(recovered(source, source, target), [1, 1])
+
+
 def test_checkpoints_come_in_order_of_training_an_unknown_step_last_and_unfinished_ones_not_at_all() -> None:
     assert list(finished(some_run()).checkpoint.values) == ["step10", "main"]
 
@@ -86,6 +99,26 @@ def test_the_table_shows_an_unknown_step_and_how_to_read_it() -> None:
 def test_a_joint_patch_has_no_best_layer() -> None:
     table = format_timeline(some_run().isel(layer=[0]), {**SETTINGS, "joint": True})
     assert "best layer" not in table and "layers 0, 1 at once" in table
+
+
+def test_in_noise_the_best_layer_is_the_one_that_falls_most() -> None:
+    frame = timeline(some_run(), "noise")
+    assert frame["best_layer"].tolist() == [0, 1]
+    assert (frame.loc["step10", "all"], frame.loc["main", "all"]) == (0.0, -1.0)
+
+
+def test_a_single_prompt_is_told_in_the_singular() -> None:
+    assert "over 1 distinct prompt;" in format_timeline(some_run().isel(trial=[0]), SETTINGS)
+    assert "over 2 distinct prompts;" in format_timeline(some_run(), SETTINGS)
+
+
+def test_without_even_odd_and_all_the_unpatched_runs_and_the_best_layer_remain() -> None:
+    run = some_run().assign_coords(subset=["0", "1", "0,2"])
+    table = format_timeline(run, SETTINGS)
+    assert table.splitlines()[0].split() == ["step", "clean", "corrupt", "best", "layer"]
+    row = next(line for line in table.splitlines() if line.startswith("step10"))
+    assert row.split() == ["step10", "10", "+3.00", "100%", "+0.00", "50%", "1"]
+    assert "most moved by the strongest subset" in table
 
 
 @pytest.mark.parametrize("subsets", [["even"], ["odd", "all"]])

@@ -1,0 +1,241 @@
+"""Laws of a sweep: what it is called, what it patches where, and that nothing inexact is ever kept."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from headlapse.engine import sweep as room
+from headlapse.engine.series import cache_series
+from headlapse.engine.sources import resolve
+from headlapse.engine.store import PatchedRun, Store
+from headlapse.engine.study import Inexact, Refusal, Study, tolerance
+from headlapse.engine.sweep import PAIRS, Plan, Sweep, open_run, patch_series, spell_out
+from headlapse.engine.verify import choose_pairs
+from tests.models import N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
+from tests.test_scripts import run, told
+
+LABELS = ["step0", "step10", "step20"]
+SMALL = Sweep(subsets=("even", "odd", "all"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("series")
+    for seed, label in enumerate(LABELS):
+        save(tiny("neox-parallel", seed), directory / label, tokenizer=tiny_tokenizer())
+    return directory
+
+
+def cached(model: Path, path: Path, wanted: Sequence[str] = (), **changes: Any) -> Store:
+    study = Study(str(model), trials=3, **changes)
+    list(cache_series(study, resolve(study.model, wanted, path.parent), path, path.parent, "cpu"))
+    return Store(path)
+
+
+@pytest.fixture
+def store(model: Path, tmp_path: Path) -> Store:
+    return cached(model, tmp_path / "s.zarr")
+
+
+@pytest.fixture(scope="module")
+def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store that no test writes to."""
+    return cached(model, tmp_path_factory.mktemp("kept") / "s.zarr")
+
+
+def opened(store: Store, sweep: Sweep = SMALL, name: str = "r") -> tuple[Plan, PatchedRun]:
+    plan = spell_out(sweep, store)
+    return plan, open_run(store, plan, name, "cpu")
+
+
+def patched(store: Store, plan: Plan, patch: PatchedRun, missing: Sequence[str]) -> list[int]:
+    """Patch `missing`; how many patched runs were finished by each pass."""
+    finished: list[int] = []
+    outcomes = list(patch_series(store, plan, patch, missing, store.path.parent, "cpu", finished.append))
+    assert [(outcome.label, outcome.problem) for outcome in outcomes] == [(label, None) for label in missing]
+    return finished
+
+
+@pytest.fixture
+def shifted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Replay is off by these amounts (nats), checkpoint by checkpoint; what is left over was not used up."""
+    shifts: list[float] = []
+    exact = room.replay
+
+    def off(*given: Any) -> np.ndarray:
+        return exact(*given) + np.float32(shifts.pop(0))
+
+    monkeypatch.setattr(room, "replay", off)
+    yield shifts
+
+
+# --- names ---
+
+DISTINCT = [
+    Sweep(),
+    Sweep(direction="noise"),
+    Sweep(positions="end:3"),
+    Sweep(positions="all"),
+    Sweep(subsets=("even",)),
+    Sweep(subsets=("even", "odd")),
+    Sweep(subsets=("odd", "even")),
+    Sweep(subsets=("size:3",)),
+    Sweep(subsets=("random:3",)),
+    Sweep(subsets=("0,2",)),
+    Sweep(subsets=("0", "2")),
+    Sweep(subsets=("02",)),
+    Sweep(layers=("1",)),
+    Sweep(layers=("1", "2")),
+    Sweep(layers=("1-2",)),
+    Sweep(layers=("12",)),
+    Sweep(joint=True),
+    Sweep(layers=("1-2",), joint=True),
+    Sweep(dtype="float16"),
+    Sweep(dtype="bfloat16"),
+]
+
+
+def test_distinct_settings_have_distinct_names() -> None:
+    assert len({sweep.name() for sweep in DISTINCT}) == len(DISTINCT)
+
+
+def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed() -> None:
+    pairs = tuple(f"{one},{other}" for one in range(12) for other in range(one))
+    sweeps = [
+        Sweep(pairs),
+        Sweep(pairs[:-1]),
+        Sweep(pairs, joint=True),
+        Sweep(pairs, ("3",)),
+        Sweep(pairs, dtype="float16"),
+    ]
+    assert len({sweep.name() for sweep in sweeps}) == len(sweeps)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "name"),
+    [
+        (Sweep(), "denoise-last-even+odd+all+each"),
+        (Sweep(("0,2", "size:3"), positions="end:3", direction="noise"), "noise-end3-0.2+size3"),
+        (Sweep(("all",), ("4-8", "11"), True, dtype="float16"), "denoise-last-all-layers4-8+11-joint-float16"),
+    ],
+)
+def test_a_name_stays_what_it_is(sweep: Sweep, name: str) -> None:
+    assert sweep.name() == name
+
+
+@pytest.mark.parametrize("sweep", [*DISTINCT, Sweep(("lattice",) * 60)])
+def test_a_name_is_one_that_a_user_could_have_given(sweep: Sweep) -> None:
+    assert re.fullmatch(r"[\w+.-]{1,120}", sweep.name()) and not sweep.name().startswith(".")
+
+
+# --- what is patched where ---
+
+
+def test_layers_are_sites_of_their_own_and_jointly_a_single_one(kept: Store) -> None:
+    assert spell_out(Sweep(), kept).sites == ((0,), (1,), (2,))
+    assert spell_out(Sweep(layers=("2", "0")), kept).sites == ((0,), (2,))
+    assert spell_out(Sweep(joint=True), kept).sites == ((0, 1, 2),)
+    assert spell_out(Sweep(layers=("2", "0"), joint=True), kept).sites == ((0, 2),)
+
+
+def test_a_sweep_is_spelled_out_with_all_that_its_numbers_depend_on(kept: Store) -> None:
+    plan = spell_out(Sweep(("even", "0,2"), ("1-2",), True, "end:2", "noise", "bfloat16"), kept)
+    assert plan.settings == {
+        "protocol": "corrected", "direction": "noise", "positions": "end:2", "layers": [1, 2], "joint": True,
+        "subsets": ["even", "0,2"], "dtype": "bfloat16",
+    }  # fmt: skip
+    assert (plan.direction, plan.dtype, plan.alignment.spec) == ("noise", "bfloat16", "end:2")
+    assert plan.subsets.labels == ("even", "0,2") and plan.n_runs == 1 * 2 * 3
+    assert spell_out(Sweep(), kept).n_runs == N_LAYERS * (3 + N_HEADS) * 3
+    assert spell_out(Sweep(), kept).dtype == "float32", "the store's, where nothing is said"
+
+
+def test_a_store_that_kept_z_alone_is_refused_with_the_mend(model: Path, tmp_path: Path) -> None:
+    store = cached(model, tmp_path / "s.zarr", ["step0"], sites=("z",))
+    with pytest.raises(Refusal, match=r"cached with --sites z and cannot be patched; .* --sites all --overwrite"):
+        spell_out(Sweep(), store)
+
+
+def test_a_layer_that_was_not_kept_is_refused(model: Path, tmp_path: Path) -> None:
+    store = cached(model, tmp_path / "s.zarr", ["step0"], sites=("1",))
+    assert spell_out(Sweep(), store).sites == ((1,), (2,))
+    with pytest.raises(Refusal, match="layer 0 is not there; the layers are 1 to 2"):
+        spell_out(Sweep(layers=("0-1",)), store)
+
+
+# --- the series ---
+
+
+def test_only_the_missing_checkpoints_are_done_and_the_others_stay_as_they_are(store: Store) -> None:
+    plan, patch = opened(store)
+    patched(store, plan, patch, ["step10"])
+    before = patch.values("logit_diff")[1]
+    assert patch.complete() == {"step10": 1} and np.isnan(patch.values("logit_diff")[[0, 2]]).all()
+    assert sum(patched(store, plan, patch, ["step0", "step20"])) == 2 * plan.n_runs
+    assert list(patch.complete()) == LABELS
+    assert (patch.values("logit_diff")[1] == before).all() and np.isfinite(patch.values("logit_diff")).all()
+
+
+@pytest.mark.parametrize("shift", [float("nan"), 3e-4, -3e-4, float("inf")])
+def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
+    store: Store, shifted: list[float], shift: float
+) -> None:
+    plan, patch = opened(store)
+    shifted += [0.0, shift, 0.0]
+    with pytest.raises(Inexact, match=r"^step10: replay differs from a full hooked forward"):
+        patched(store, plan, patch, LABELS)
+    assert shifted == [0.0], "nothing after it was replayed"
+    assert patch.complete() == {"step0": 0}
+    assert np.isnan(patch.values("logit_diff")[1:]).all() and np.isnan(patch.values("self_check")[1:]).all()
+
+
+def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, patch = opened(store)
+    exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), PAIRS)[-1]
+
+    def off(*given: Any) -> np.ndarray:
+        logit_diff = exact(*given)
+        logit_diff[site, subset, -1] = np.nan
+        return logit_diff
+
+    monkeypatch.setattr(room, "replay", off)
+    with pytest.raises(Inexact, match=r"^step0: .* by nan"):
+        patched(store, plan, patch, ["step0"])
+
+
+def test_a_drift_within_the_tolerance_is_kept_as_the_self_check(store: Store, shifted: list[float]) -> None:
+    plan, patch = opened(store)
+    shifted += [0.0, 5e-5, -5e-5]
+    patched(store, plan, patch, LABELS)
+    np.testing.assert_allclose(patch.values("self_check"), [0, 5e-5, 5e-5], atol=1e-5)
+    assert patch.values("self_check").max() <= tolerance("float32")
+
+
+def test_the_printed_largest_difference_is_the_stored_one(model: Path, tmp_path: Path, shifted: list[float]) -> None:
+    assert run("cache", "--model", model, "--trials", 3, cache=tmp_path).returncode == 0
+    shifted += [0.0, 5e-5, 0.0]
+    done = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    [path] = tmp_path.glob("*.zarr")
+    checks = xr.open_zarr(path, group="patches/r", consolidated=False).self_check.values
+    assert np.argmax(checks) == 1 and np.isfinite(checks).all()
+    assert f"largest difference {checks.max():.1e} nats" in done.stdout
+
+
+def test_after_a_drift_the_same_command_does_what_is_missing(model: Path, tmp_path: Path, shifted: list[float]) -> None:
+    assert run("cache", "--model", model, "--trials", 3, cache=tmp_path).returncode == 0
+    shifted += [0.0, float("nan")]
+    failed = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
+    assert failed.returncode == 1 and not failed.stdout
+    [line] = told(failed)
+    assert line.startswith("error: step10: replay differs")
+    shifted += [0.0, 0.0, 9.0]
+    done = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert shifted == [9.0], "step0 was not replayed again"
+    assert [row.split()[0] for row in done.stdout.splitlines()[2:5]] == LABELS
