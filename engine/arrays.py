@@ -193,16 +193,24 @@ def appearing(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     yield partial
+    remove(path)
     os.replace(partial, path)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise `Refusal` where `path` cannot be the place of a store: it is something else, or hidden, or has no name."""
+    if not path.name or path.name.startswith("."):
+        raise Refusal(f"--store {path}: give a store's own folder, with a name that does not start with a dot")
+    if path.exists() and not is_group(path):
+        raise Refusal(f"{path} is there, is no store and is left alone; choose another --store")
 
 
 def remove(path: Path) -> None:
     """Delete a store or group.  Raises `Refusal` for a directory that is none."""
+    refuse_foreign(path)
     if not path.exists():
         return
-    if not is_group(path):
-        raise Refusal(f"{path} is no store and is left alone; remove it yourself or choose another name")
-    gone = path.with_name(f".{path.name}.partial")
+    gone = path.with_name(f".{path.name}.gone")
     shutil.rmtree(gone, ignore_errors=True)
     path.rename(gone)
     shutil.rmtree(gone)

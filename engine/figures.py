@@ -1,6 +1,7 @@
-"""The report's figures."""
+"""The report's figures: a timeline, a map of layers over checkpoints, a map of layers over heads."""
 
 from collections.abc import Callable, Iterator, Sequence
+from io import StringIO
 from typing import Any
 
 import matplotlib
@@ -9,7 +10,8 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from headlapse.engine.result import NAMED, Result, heads_of, last_of, mapped_subset, signed, where_of
+from headlapse.engine.measures import NAMED
+from headlapse.engine.result import Result, heads_of, signed
 from headlapse.engine.study import RUNS
 
 INK, PAPER, FAINT = "#22262b", "#fefefe", "#8d949c"
@@ -22,17 +24,12 @@ SPARE = ("all", "even", "odd")
 protanopia and deuteranopia (Machado et al. 2009) and stand out from a light and a dark page."""
 
 STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9,
     "axes.titlelocation": "left",
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "legend.frameon": False,
+    **dict.fromkeys(["font.size", "axes.titlesize"], 9),
+    **dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
     # The same run gives the same file: no random ids, no date.
     "svg.hashsalt": "headlapse",
@@ -52,6 +49,13 @@ def draw(result: Result) -> dict[str, Figure]:
             figure.draw_without_rendering()
             figure.set_layout_engine("none")
     return figures
+
+
+def to_svg(figure: Figure) -> str:
+    text = StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    return text.getvalue()
 
 
 def _draw_timeline(result: Result) -> Figure:
@@ -74,13 +78,8 @@ def _draw_timeline(result: Result) -> Figure:
         axes.grid(axis="y", color=FAINT, linewidth=0.3, alpha=0.5)
         if known.any() and not known.all():
             axes.axvline((x[known].max() + x[~known].min()) / 2, color=FAINT, linewidth=0.8, linestyle=":")
-    labels = _step_labels(result)
-    roundest = sorted(range(len(steps)), key=lambda index: len(str(steps[index]).rstrip("0")) - len(str(steps[index])))
-    ticks = choose_ticks(x, labels, WIDTH - 1.1, roundest)
-    lower.set_xticks(x[ticks], [labels[tick] for tick in ticks])
     lower.set_xlabel(f"training step{' (logarithmic)' if is_log else ''}")
-    if len(result.nats.layer) > 1:
-        _write_best_layers(upper, result, x, ticks)
+    _label_steps(upper, lower, result, x)
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -98,9 +97,16 @@ def _lines(result: Result) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield subset, f"{heads_of(subset)} patched", looks | sizes
 
 
-def _write_best_layers(axes: Axes, result: Result, x: Float[np.ndarray, " checkpoint"], ticks: Sequence[int]) -> None:
-    """A line of small numbers above the panel: the layer that the patched lines stand for."""
-    above = axes.secondary_xaxis("top")
+def _label_steps(upper: Axes, lower: Axes, result: Result, x: Float[np.ndarray, " checkpoint"]) -> None:
+    """Steps below the panels, the roundest first; above them, small, the layer that the patched lines stand for."""
+    labels, steps = _step_labels(result), result.table["step"].astype(str)
+    zeros = [len(step) - len(step.rstrip("0")) for step in steps]
+    roundest = sorted(range(len(zeros)), key=lambda index: -zeros[index])
+    ticks = choose_ticks(x, labels, WIDTH - 1.1, roundest)
+    lower.set_xticks(x[ticks], [labels[tick] for tick in ticks])
+    if len(result.nats.layer) == 1:
+        return
+    above = upper.secondary_xaxis("top")
     above.set_xticks(x[ticks], [str(result.table["best_layer"].iloc[tick]) for tick in ticks])
     above.tick_params(length=0, labelsize=7.5, pad=1)
     above.set_xlabel("best layer", fontsize=7.5)
@@ -147,16 +153,9 @@ def _step_labels(result: Result) -> list[str]:
 
 
 def _draw_heatmap(result: Result) -> Figure:
-    subset = mapped_subset(result)
-    figure = _draw_maps(
-        result.change.sel(subset=subset).values.T,
-        result.rate.sel(subset=subset).values.T,
-        _step_labels(result),
-        [result.site(layer) for layer in result.nats.layer.values.tolist()],
-        f"{heads_of(subset)} patched, {where_of(result)}",
-    )
-    figure.axes[1].set_xlabel("checkpoint (training step)")
-    return figure
+    at = {"subset": result.nats.subset.values.tolist().index(result.mapped)}
+    title = f"{heads_of(result.mapped)} patched, {result.where}"
+    return _draw_maps(result, at, title, "checkpoint (training step)", _step_labels(result))
 
 
 def _single_heads(result: Result) -> list[int]:
@@ -169,31 +168,20 @@ def _single_heads(result: Result) -> list[int]:
 
 def _draw_heads(result: Result, single: list[int]) -> Figure:
     at = {"checkpoint": -1, "subset": single}
-    figure = _draw_maps(
-        result.change.isel(at).values,
-        result.rate.isel(at).values,
-        [str(head) for head in range(len(single))],
-        [result.site(layer) for layer in result.nats.layer.values.tolist()],
-        f"each head patched alone, {where_of(result)}, at {last_of(result)}",
-    )
-    figure.axes[1].set_xlabel("head")
-    return figure
+    title = f"each head patched alone, {result.where}, at {result.last}"
+    return _draw_maps(result, at, title, "head", [str(head) for head in range(len(single))])
 
 
-def _draw_maps(
-    change: Float[np.ndarray, "layer column"],
-    rate: Float[np.ndarray, "layer column"],
-    columns: Sequence[str],
-    layers: Sequence[str],
-    what: str,
-) -> Figure:
-    """Two maps over the same cells: change of the logit difference, centred at zero, and success rate."""
+def _draw_maps(result: Result, at: dict[str, Any], title: str, across: str, columns: Sequence[str]) -> Figure:
+    """Two maps of what is `at` those places: change of the logit difference, centred at zero, and success rate."""
+    change, rate = (values.isel(at).transpose("layer", ...).values for values in (result.change, result.rate))
+    layers = [result.site(layer) for layer in result.nats.layer.values.tolist()]
     n_layers, n_columns = change.shape
     width = min(WIDTH, max(4.6, 3.2 + 0.5 * n_columns))
     height = min(4.2, 0.45 + 0.3 * n_layers)
     figure = Figure(figsize=(width, 2 * height + 1.7))
     figure.set_layout_engine("constrained", hspace=0.08)
-    figure.suptitle(what[0].upper() + what[1:], x=0.01, ha="left", fontsize=9.5, weight="bold")
+    figure.suptitle(title[0].upper() + title[1:], x=0.01, ha="left", fontsize=9.5, weight="bold")
     upper, lower = figure.subplots(2, 1, sharex=True)
     # A map of nothing but zeros still needs a scale.
     limit = float(abs(change).max()) or 1.0
@@ -203,6 +191,7 @@ def _draw_maps(
     lower.set_title("success rate")
     ticks = choose_ticks(np.arange(n_columns, dtype=float), columns, width - 1.8, range(n_columns))
     lower.set_xticks(ticks, [columns[tick] for tick in ticks])
+    lower.set_xlabel(across)
     for axes in (upper, lower):
         every = max(1, -(-n_layers // 16))
         axes.set_yticks(range(0, n_layers, every), layers[::every])
@@ -220,9 +209,8 @@ def _draw_map(
 ) -> None:
     """One map in `colours` (name, lowest, highest), with its numbers written into the cells where there is room."""
     name, lowest, highest = colours
-    image = axes.imshow(
-        values, cmap=name, vmin=lowest, vmax=highest, aspect="auto", origin="lower", interpolation="none"
-    )
+    looks: Any = {"aspect": "auto", "origin": "lower", "interpolation": "none"}
+    image = axes.imshow(values, cmap=name, vmin=lowest, vmax=highest, **looks)
     figure.colorbar(image, ax=axes, label=unit, pad=0.015, aspect=12).outline.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -9,6 +9,9 @@ from headlapse.engine.study import Inexact, Refusal
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
 
 def tell_problems(problems: Mapping[str, str]) -> None:
     """A line on stderr for every problem, with the labels of all that have it."""
@@ -30,14 +33,18 @@ def guarded(main: Callable[[], int]) -> int:
     except Inexact as difference:
         print(f"error: {difference}", file=sys.stderr)
         return FAILED
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing more can be said, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in _FULL + _FORBIDDEN:
             raise
         place = f" {error.filename}" if error.filename else ""
-        print(
-            f"error: cannot write{place}: {error.strerror}; what was finished is kept, make room and run it again",
-            file=sys.stderr,
+        mend = (
+            "make room and run it again; what was finished is kept" if error.errno in _FULL else "choose another place"
         )
+        print(f"error: cannot write{place}: {error.strerror}; {mend}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)

@@ -7,6 +7,9 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+NAMED = ("even", "odd", "all")
+"""Subsets that have columns of their own in the timeline."""
+
 CLEAR_OF_ZERO = 0.5
 """Nats between clean and corrupt below which a recovered fraction means nothing and is left out."""
 
@@ -60,7 +63,7 @@ def timeline(run: xr.Dataset, direction: str) -> pd.DataFrame:
     columns: dict[str, Float[np.ndarray, " checkpoint"]] = {"step": done.step.values}
     layer = best_layer(done, direction)
     at_best = done.logit_diff.sel(layer=layer)
-    named = [name for name in ("even", "odd", "all") if name in done.subset.values]
+    named = [name for name in NAMED if name in done.subset.values]
     series = {"clean": done.clean_logit_diff, "corrupt": done.corrupt_logit_diff}
     series |= {name: at_best.sel(subset=name) for name in named}
     for name, values in series.items():
@@ -72,15 +75,29 @@ def timeline(run: xr.Dataset, direction: str) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.Index(done.checkpoint.values, name="checkpoint"))
 
 
+def strongest(run: xr.Dataset, direction: str) -> pd.DataFrame:
+    """One row a checkpoint: the subset that moves its best layer most, by name, mean (nats) and success rate."""
+    done = finished(run)
+    layer = best_layer(done, direction)
+    best = effect(done, direction).sel(layer=layer).mean("trial").argmax("subset")
+    values = done.logit_diff.sel(layer=layer).isel(subset=best)
+    columns = {"subset": done.subset.values[best.values], "mean": values.mean("trial").values}
+    return pd.DataFrame(columns | {"rate": success(values).mean("trial").values}, index=done.checkpoint.values)
+
+
 def format_timeline(run: xr.Dataset, settings: dict[str, Any]) -> str:
     """The timeline as a plain table, with a line that says how to read it."""
     frame = timeline(run, settings["direction"])
     table = pd.DataFrame(index=frame.index)
     table["step"] = [str(step) if step >= 0 else "?" for step in frame["step"]]
-    for name in ("clean", "corrupt", "even", "odd", "all"):
+    for name in ("clean", "corrupt", *NAMED):
         if name in frame:
             pairs = zip(frame[name], frame[f"{name}_rate"], strict=True)
             table[name] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in pairs]
+    if not set(NAMED) & set(frame):
+        best = strongest(run, settings["direction"])
+        table["strongest"] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in zip(best["mean"], best["rate"], strict=True)]
+        table["heads"] = [label if len(label) <= 24 else f"{label[:23]}…" for label in best["subset"]]
     if "strength" in frame:
         table["strength"] = [f"{value:+.2f}" for value in frame["strength"]]
     if not settings["joint"]:
@@ -93,5 +110,5 @@ def format_timeline(run: xr.Dataset, settings: dict[str, Any]) -> str:
     return (
         f"{table.to_string()}\n"
         f"mean logit difference (right - wrong, nats) and success rate over {n} distinct prompt{'s' * (n != 1)}; "
-        f"even, odd and all: {settings['direction']} at {where}"
+        f"patched columns: {settings['direction']} at {where}"
     )

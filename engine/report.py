@@ -1,32 +1,19 @@
-"""The page of one patched run: figures, tables and provenance, all of it read from the store."""
+"""Page, tables and figures of one patched run, written to a folder; all of it is read from the store."""
 
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from headlapse.engine.figures import INK, PAPER, STYLE, draw
-from headlapse.engine.result import (
-    Result,
-    each_checkpoint,
-    heads_of,
-    last_of,
-    mapped_subset,
-    ranges,
-    read_result,
-    signed,
-    where_of,
-)
+from headlapse.engine.figures import INK, PAPER, draw, to_svg
+from headlapse.engine.result import Result, each_checkpoint, heads_of, ranges, read_result, signed
 from headlapse.engine.store import Store, twins
 from headlapse.engine.study import RUNS, Refusal, tolerance
 from headlapse.engine.tasks import Trials, align
@@ -47,6 +34,8 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     if not names:
         raise Refusal(f"{store.path} has no patched run yet; make one with: python scripts/patch.py {store.path}")
     result = read_result(store, name or names[-1])
+    if (out / "zarr.json").exists():
+        raise Refusal(f"--out {out} is a store; name a directory of its own for the report")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -55,20 +44,25 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
         result.table.to_csv(partial)
     with _appearing(out / "patched.csv") as partial:
         _write_patched(result, partial)
-    figures = draw(result)
-    drawn = {stem: _svg(figure) for stem, figure in figures.items()}
-    for stem in ("timeline", "heatmap", "heads"):
-        if stem not in figures:  # left by a report of another run
-            for suffix in ("png", "svg"):
-                (out / f"{stem}.{suffix}").unlink(missing_ok=True)
-            continue
-        with _appearing(out / f"{stem}.svg") as partial:
-            partial.write_text(drawn[stem], encoding="utf-8")
-        with _appearing(out / f"{stem}.png") as partial:
-            figures[stem].savefig(partial, format="png", dpi=160, metadata={"Software": None})
+    drawn = _write_figures(result, out)
     with _appearing(out / "index.html") as partial:
         partial.write_text(_page(store, result, drawn), encoding="utf-8")
     return out / "index.html"
+
+
+def _write_figures(result: Result, out: Path) -> dict[str, str]:
+    """Every figure as SVG and PNG; returns the SVG by stem."""
+    figures = draw(result)
+    drawn = {stem: to_svg(figure) for stem, figure in figures.items()}
+    for stem, figure in figures.items():
+        with _appearing(out / f"{stem}.svg") as partial:
+            partial.write_text(drawn[stem], encoding="utf-8")
+        with _appearing(out / f"{stem}.png") as partial:
+            figure.savefig(partial, format="png", dpi=160, metadata={"Software": None})
+    if "heads" not in figures:  # left by a report of another run
+        for suffix in ("png", "svg"):
+            (out / f"heads.{suffix}").unlink(missing_ok=True)
+    return drawn
 
 
 def _is_tidy(result: Result) -> bool:
@@ -77,22 +71,23 @@ def _is_tidy(result: Result) -> bool:
 
 def _write_patched(result: Result, path: Path) -> None:
     """Every patched run of every trial, or means over trials where those would be too many."""
-    keys = ["checkpoint", "step", "layer", "subset"]
     with open(path, "w", encoding="utf-8", newline="") as file:
         for index, one in enumerate(each_checkpoint(result.run)):
+            keys = ["checkpoint", "layer", "subset"]
             if _is_tidy(result):
-                kept = one[["logit_diff", "clean_logit_diff", "corrupt_logit_diff"]]
-                columns = [*keys, "trial", *kept.data_vars]
+                keys, kept = [*keys, "trial"], one[["logit_diff", "clean_logit_diff", "corrupt_logit_diff"]]
             else:
-                at = result.nats.isel(checkpoint=[index])
-                kept = xr.Dataset({"mean_logit_diff": at, "success_rate": result.rate.isel(checkpoint=[index])})
-                for run in RUNS:
-                    kept[f"mean_{run}_logit_diff"] = one[f"{run}_logit_diff"].mean("trial")
-                columns = [*keys, *kept.data_vars]
-            order = ["checkpoint", "layer", "subset", *(["trial"] if "trial" in kept.dims else [])]
-            frame = kept.reset_coords(drop=True).to_dataframe(dim_order=order).reset_index()
-            frame["step"] = int(one.step.values[0])
-            frame[columns].to_csv(file, header=index == 0, index=False)
+                kept = _means(result, one, index)
+            frame = kept.reset_coords(drop=True).to_dataframe(dim_order=keys).reset_index()
+            frame.insert(1, "step", int(one.step.values[0]))
+            frame.to_csv(file, header=index == 0, index=False)
+
+
+def _means(result: Result, one: xr.Dataset, index: int) -> xr.Dataset:
+    """Means over trials of checkpoint `one`, the `index`-th."""
+    kept = {"mean_logit_diff": result.nats, "success_rate": result.rate}
+    plain = {f"mean_{run}_logit_diff": one[f"{run}_logit_diff"].mean("trial") for run in RUNS}
+    return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in kept.items()} | plain)
 
 
 def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
@@ -116,15 +111,13 @@ def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
         prompts=trials.contrasts[:SHOWN_PROMPTS],
         example=_example(trials, result.settings["positions"]),
         figures={stem: _inline(svg, stem) for stem, svg in drawn.items()},
-        mapped=heads_of(mapped_subset(result)),
-        where=where_of(result),
+        mapped=heads_of(result.mapped),
         judge="all heads" if "all" in result.run.subset.values else "the strongest subset",
         is_tidy=_is_tidy(result),
         table=_display(result),
         columns=[*RUNS, *result.shown],
         has_strength="strength" in result.table,
         has_steps=any(label != f"step{step}" for label, step in result.table["step"].items()),
-        last=last_of(result),
         headline=_headline(result),
         self_check=_self_check(store, result),
         warnings=_warnings(store, result),
@@ -134,13 +127,6 @@ def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
         device=run.get("device"),
         ranges=ranges,
     )
-
-
-def _svg(figure: Figure) -> str:
-    text = StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
-    return text.getvalue()
 
 
 def _inline(svg: str, stem: str) -> Markup:

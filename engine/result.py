@@ -8,11 +8,10 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from headlapse.engine.measures import effect, finished, success, timeline
+from headlapse.engine.measures import NAMED, effect, finished, success, timeline
 from headlapse.engine.store import Store
 from headlapse.engine.study import Refusal
 
-NAMED = ("even", "odd", "all")
 STRONGEST = 3
 """So many of the strongest subsets stand in the timeline where none of `NAMED` was patched."""
 
@@ -39,6 +38,9 @@ class Result:
     shown: tuple[str, ...]
     """The subsets in the timeline."""
 
+    mapped: str
+    """The subset in the heatmap."""
+
     not_finite: tuple[str, ...]
     """Checkpoints left out because they hold numbers that are none."""
 
@@ -50,6 +52,20 @@ class Result:
     @property
     def source(self) -> str:
         return "clean" if self.target == "corrupt" else "corrupt"
+
+    @property
+    def where(self) -> str:
+        """Which layers are patched, in words."""
+        layers = self.settings["layers"]
+        if len(layers) == 1:
+            return f"layer {layers[0]}"
+        return f"layers {ranges(layers)} together" if self.settings["joint"] else "one layer at a time"
+
+    @property
+    def last(self) -> str:
+        """The last checkpoint in words."""
+        step = int(self.table["step"].iloc[-1])
+        return f"step {step:,}" if step >= 0 else f"checkpoint {self.table.index[-1]}"
 
     @property
     def change(self) -> xr.DataArray:
@@ -84,17 +100,18 @@ def read_result(store: Store, name: str) -> Result:
     like = run.logit_diff.isel(trial=0).reset_coords(drop=True)
     nats, rate = (like.copy(data=np.concatenate(values)) for values in (means, rates))
     table = pd.concat(rows)
-    shown = tuple(word for word in NAMED if word in run.subset.values)
-    if not shown:
-        shown = strongest(run.isel(checkpoint=[-1]), direction, STRONGEST)
-        table = _with_subsets(table, shown, nats, rate)
-    return Result(name, patch.settings, run, nats, rate, table, shown, not_finite)
+    named = tuple(word for word in NAMED if word in run.subset.values)
+    strongest = _strongest(run.isel(checkpoint=[-1]), direction)
+    if not named:
+        table = _with_subsets(table, strongest, nats, rate)
+    mapped = "all" if "all" in named else strongest[0]
+    return Result(name, patch.settings, run, nats, rate, table, named or strongest, mapped, not_finite)
 
 
-def strongest(run: xr.Dataset, direction: str, n: int = 1) -> tuple[str, ...]:
-    """The `n` subsets that move the mean logit difference most towards the source run, each at its best layer."""
+def _strongest(run: xr.Dataset, direction: str) -> tuple[str, ...]:
+    """The subsets that move the mean logit difference most towards the source run, each at its best layer."""
     moved = effect(run, direction).mean(["checkpoint", "trial"]).max("layer")
-    order = np.argsort(-moved.values, kind="stable")[:n]
+    order = np.argsort(-moved.values, kind="stable")[:STRONGEST]
     return tuple(map(str, moved.subset.values[order]))
 
 
@@ -110,6 +127,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def each_checkpoint(run: xr.Dataset) -> Iterator[xr.Dataset]:
+    """A run's checkpoints in memory one by one: all of them together may not fit."""
     for index in range(run.sizes["checkpoint"]):
         yield run.isel(checkpoint=[index]).load()
 
@@ -138,23 +156,3 @@ def signed(value: float, digits: int) -> str:
     """`+1.2`, `−1.2`, and zero without a sign."""
     text = f"{value:+.{digits}f}".replace("-", "−")
     return text if text.strip("+−0.") else text[1:]
-
-
-def where_of(result: Result) -> str:
-    """Which layers a patched run patches, in words."""
-    layers = result.settings["layers"]
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    return f"layers {ranges(layers)} together" if result.settings["joint"] else "one layer at a time"
-
-
-def last_of(result: Result) -> str:
-    """The last checkpoint in words."""
-    step = int(result.table["step"].iloc[-1])
-    return f"step {step:,}" if step >= 0 else f"checkpoint {result.table.index[-1]}"
-
-
-def mapped_subset(result: Result) -> str:
-    """The subset that the heatmap shows."""
-    last = result.run.isel(checkpoint=[-1])
-    return "all" if "all" in result.run.subset.values else strongest(last, result.settings["direction"])[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headlapse.engine.activations import KINDS
-from headlapse.engine.arrays import Row, refuse_difference
+from headlapse.engine.arrays import Row, refuse_difference, refuse_foreign
 from headlapse.engine.capture import capture, memory_budget
 from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
 from headlapse.engine.layout import sha256, vocabulary_file
@@ -41,9 +41,10 @@ def checked_device(name: str | None) -> str:
     """The device asked for, or the default.  Raises `Refusal` when it is not to be had."""
     try:
         device = torch.device(name or default_device())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise Refusal(f"--device {name}: {str(error).splitlines()[0]}; use cpu") from error
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise Refusal(f"--device {name}: torch cannot compute there ({reason}); use cpu") from error
     return str(device)
 
 
@@ -63,9 +64,10 @@ def store_name(study: Study) -> str:
     return f"{model}-{task}.zarr"
 
 
-def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path) -> list[Checkpoint]:
+def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path, overwrite: bool = False) -> list[Checkpoint]:
     """The checkpoints that the store at `path` lacks.  Raises `Refusal` when it answers another question."""
-    if not path.exists():
+    refuse_foreign(path)
+    if overwrite or not path.exists():
         return list(checkpoints)
     store = Store(path)
     refuse_difference(path, store.study, identity(study), "choose another --store, or replace it with --overwrite")
@@ -74,12 +76,13 @@ def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path) -> list
 
 
 def cache_series(
-    study: Study, missing: Sequence[Checkpoint], path: Path, cache: Path, device: str
+    study: Study, missing: Sequence[Checkpoint], path: Path, cache: Path, device: str, overwrite: bool = False
 ) -> Iterator[Outcome]:
     """Capture every missing checkpoint into the store at `path`, which is made by the first that succeeds.
 
-    A checkpoint that cannot be had is an `Outcome` with a problem, and the others go on.
-    Raises `Refusal` for a task that is none, before anything is fetched.
+    Only then does it take the place of one that is to be overwritten.  A checkpoint that cannot be had is an
+    `Outcome` with a problem, and the others go on.
+    Raises `Refusal` for a task that is none, before anything is fetched, or that the tokenizer cannot ask.
     """
     load_contrasts(study.task)
 
@@ -87,26 +90,30 @@ def cache_series(
         files = fetch(checkpoint, cache)
         return files, read_weights(files, TORCH_DTYPES[study.dtype], device)
 
-    recorder = _Recorder(study, missing, path, device)
+    recorder = _Recorder(study, missing, path, device, overwrite)
     for checkpoint, loaded in prefetch(missing, load):
         try:
             if isinstance(loaded, Exception):
                 raise loaded
             yield Outcome(checkpoint.label, notes=recorder.record(checkpoint, *loaded))
         except Refusal as refusal:
+            if recorder.is_asking:
+                raise
             yield Outcome(checkpoint.label, str(refusal))
 
 
 class _Recorder:
     """Owns the resident skeleton and the store while a series goes through."""
 
-    def __init__(self, study: Study, missing: Sequence[Checkpoint], path: Path, device: str) -> None:
+    def __init__(self, study: Study, missing: Sequence[Checkpoint], path: Path, device: str, overwrite: bool) -> None:
         self.study, self.path, self.device = study, path, device
         self.rows = [Row(checkpoint.label, checkpoint.step) for checkpoint in missing]
         self.skeleton: Skeleton | None = None
-        self.store = Store(path) if path.exists() else None
+        self.store = Store(path) if path.exists() and not overwrite else None
         self.trials = self.store.trials() if self.store else None
         self.vocabularies: set[str] = set()
+        self.is_asking = False
+        """While the task meets its first tokenizer: what is wrong then is wrong for every checkpoint."""
         if self.store:
             self.store.add(self.rows)
 
@@ -128,8 +135,9 @@ class _Recorder:
         digest = sha256(vocabulary)
         if self.trials is not None and digest in self.vocabularies:
             return self.trials, ()
+        self.is_asking = first = self.trials is None
         drawn = draw_trials(self.study.task, self.study.trials, load_tokenizer(vocabulary.parent), context)
-        first = self.trials is None
+        self.is_asking = False
         if self.trials is not None and not same_tokens(drawn, self.trials):
             raise Refusal(f"{vocabulary} cuts the prompts into other tokens than the store holds; use another --store")
         self.trials = self.trials or drawn
@@ -142,7 +150,7 @@ def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]
     everything = list(range(n_layers))
     if study.sites == ("z",):
         return everything, ("z",)
-    return everything[parse_layers(study.sites, everything)[0] :], KINDS
+    return everything[parse_layers(study.sites, everything, "--sites")[0] :], KINDS
 
 
 def _is_directory(model: str) -> bool:

@@ -40,7 +40,8 @@ class Store(CheckpointArrays):
 
     def __init__(self, path: Path) -> None:
         if not arrays.is_group(path):
-            raise Refusal(f"{path} is no store; make one with: python scripts/cache.py --store {path}")
+            there = "is there, but is no store" if path.exists() else "is no store"
+            raise Refusal(f"{path} {there}; python scripts/cache.py makes one, with --store at a place of its own")
         super().__init__(path)
         found = self.attrs.get("headlapse_format")
         if found != FORMAT:

@@ -1,5 +1,6 @@
 """What is asked: one study, validated before anything is loaded.  Knows no model and no torch."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -51,3 +52,5 @@ class Study:
     def __post_init__(self) -> None:
         if self.trials is not None and self.trials < 1:
             raise Refusal(f"--trials {self.trials}: at least one trial is needed")
+        if self.sites != ("z",) and not all(re.fullmatch(r"all|\d+(-\d+)?", word) for word in self.sites):
+            raise Refusal(f"--sites {' '.join(self.sites)}: write all, layers such as 6 or 4-8, or z alone")

@@ -144,7 +144,7 @@ def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
     return value
 
 
-def parse_layers(words: Sequence[str], held: Sequence[int]) -> list[int]:
+def parse_layers(words: Sequence[str], held: Sequence[int], flag: str = "--layers") -> list[int]:
     """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `Refusal` for one that is not in `held`."""
     layers: set[int] = set()
     for word in words:
@@ -154,9 +154,9 @@ def parse_layers(words: Sequence[str], held: Sequence[int]) -> list[int]:
         elif first.isdecimal() and (last.isdecimal() if dash else True):
             layers.update(range(int(first), int(last or first) + 1))
         else:
-            raise Refusal(f"{word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
+            raise Refusal(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
     if absent := sorted(layers - set(held)):
-        raise Refusal(f"layer {absent[0]} is not there; the layers are {held[0]} to {held[-1]}")
+        raise Refusal(f"{flag}: layer {absent[0]} is not there; the layers are {held[0]} to {held[-1]}")
     if not layers:
-        raise Refusal(f"{' '.join(words)} names no layer; ranges ascend, such as 4-8")
+        raise Refusal(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
     return sorted(layers)

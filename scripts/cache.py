@@ -53,16 +53,18 @@ def main() -> int:
 
         print(plan.describe(study, checkpoints, CACHE, path, device))
         return DONE
+    arrays.refuse_foreign(path)
     with arrays.locked(path):
-        if args.overwrite:
-            arrays.remove(path)
-        missing = series.pending(study, checkpoints, path)
+        missing = series.pending(study, checkpoints, path, args.overwrite)
         if not missing:
             print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
             return DONE
         started = time.perf_counter()
         bar = tqdm(
-            series.cache_series(study, missing, path, CACHE, device), total=len(missing), desc="cache", unit="ckpt"
+            series.cache_series(study, missing, path, CACHE, device, args.overwrite),
+            total=len(missing),
+            desc="cache",
+            unit="ckpt",
         )
         problems = tell(bar)
         seconds = time.perf_counter() - started
@@ -74,7 +76,8 @@ def main() -> int:
     for warning in store.twins(opened):
         print(f"warning: {warning}", file=sys.stderr)
     n_prompts = opened.trials().length.size
-    print(f"cached {done} checkpoints x {n_prompts} prompts in {path} ({seconds:.1f} s on {device}, {study.dtype})")
+    caught = f"{done} checkpoint{'s' * (done != 1)} x {n_prompts} prompts"
+    print(f"cached {caught} in {path} ({seconds:.1f} s on {device}, {study.dtype})")
     return FAILED if problems else DONE
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -42,8 +43,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    if args.name and ("/" in args.name or args.name.startswith(".")):
-        raise Refusal(f"--name {args.name}: a name is one word without slashes that does not start with a dot")
+    if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
+        raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
     from headlapse.engine import arrays, measures, series, store, sweep
 

@@ -15,7 +15,7 @@ from headlapse.engine.study import Inexact, Refusal
         (Refusal("--trials 0: at least one"), 2, "error: --trials 0: at least one\n"),
         (Inexact("step1: replay differs"), 1, "error: step1: replay differs\n"),
         (OSError(errno.ENOSPC, "No space left on device", "z/c/0"), 1, "z/c/0: No space left on device"),
-        (OSError(errno.ENOSPC, "No space left on device"), 1, "error: cannot write: No space left on device; what was"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write: No space left on device; make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "z/c/0"), 1, "z/c/0: Disk quota exceeded"),
         (OSError(errno.EACCES, "Permission denied", "cache"), 1, "cache: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "cache"), 1, "cache: Read-only file system"),

@@ -112,13 +112,11 @@ def test_a_single_prompt_is_told_in_the_singular() -> None:
     assert "over 2 distinct prompts;" in format_timeline(some_run(), SETTINGS)
 
 
-def test_without_even_odd_and_all_the_unpatched_runs_and_the_best_layer_remain() -> None:
+def test_without_even_odd_and_all_the_subset_that_moves_a_row_most_stands_for_them() -> None:
     run = some_run().assign_coords(subset=["0", "1", "0,2"])
-    table = format_timeline(run, SETTINGS)
-    assert table.splitlines()[0].split() == ["step", "clean", "corrupt", "best", "layer"]
-    row = next(line for line in table.splitlines() if line.startswith("step10"))
-    assert row.split() == ["step10", "10", "+3.00", "100%", "+0.00", "50%", "1"]
-    assert "most moved by the strongest subset" in table
+    row = next(line for line in format_timeline(run, SETTINGS).splitlines() if line.startswith("main"))
+    assert row.split() == ["main", "?", "+4.00", "100%", "-3.00", "0%", "+3.00", "100%", "0,2", "0"]
+    assert list(timeline(run, "denoise").columns)[-1] == "best_layer"
 
 
 @pytest.mark.parametrize("subsets", [["even"], ["odd", "all"]])

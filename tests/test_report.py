@@ -15,10 +15,10 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from headlapse.engine import figures, report
+from headlapse.engine import report
 from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import Row
-from headlapse.engine.figures import choose_ticks, place_steps
+from headlapse.engine.figures import INK
 from headlapse.engine.guard import guarded
 from headlapse.engine.measures import timeline
 from headlapse.engine.report import write_report
@@ -68,6 +68,7 @@ def some_run(
     }  # fmt: skip
     sites = [layers[0]] if joint else list(layers)
     run = store.open_patch(name, settings, sites, subsets.labels, subsets.mask)
+    run.group.attrs["device"] = "cuda:3"
     for row in store.rows():
         patched = rng.normal(size=(len(sites), len(subsets), TRIALS)).astype("float32")
         answers = rng.normal(size=(2, TRIALS, 2)).astype("float32")
@@ -156,7 +157,7 @@ def test_the_page_says_what_was_asked_and_where_it_comes_from(written: tuple[Sto
     text = text_of(out / "index.html")
     for said in (
         "org/tiny", "mine.jsonl, 3 distinct prompt pairs (asked 4 times", "denoise: heads’ outputs of the clean run",
-        "positions: last", "cached in float32", "even odd all each (7 subsets of 4 heads)",
+        "positions: last", "cached in float32", "device cuda:3", "even odd all each (7 subsets of 4 heads)",
         f"torch {store.attrs['versions']['torch']}", "2.5e-06 nats", "up to 1.0e-04",
         "commit-step100", "f" * 64, "n = 3 distinct prompts", "5 of 5 checkpoints",
     ):  # fmt: skip
@@ -276,66 +277,23 @@ def test_every_figure_of_the_page_takes_its_ink_from_the_page(written: tuple[Sto
     assert len(drawn) == 3
     for figure in drawn:
         svg = figure[: figure.index("</svg>")]
-        assert 'role="img"' in svg and "currentColor" in svg and figures.INK not in svg
-    assert figures.INK in (out / "timeline.svg").read_text()
-
-
-def test_the_timeline_shows_every_finished_checkpoint_in_both_panels(store: Store) -> None:
-    some_run(store, done=lambda label: label != "step1")
-    upper, lower = figures.draw(read_result(store, "run"))["timeline"].axes[:2]
-    for axes in (upper, lower):
-        for colour in figures.COLOURS.values():
-            lines = [line for line in axes.get_lines() if line.get_color() == colour]
-            assert sum(np.size(line.get_xdata()) for line in lines) == 4
-    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["0", "10", "100", "main"]
-    assert {text.get_text() for text in upper.figure.legends[0].get_texts()} == {
-        "clean, unpatched", "corrupt, unpatched", "even heads patched", "odd heads patched", "all heads patched",
-    }  # fmt: skip
-
-
-def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: Store) -> None:
-    some_run(store)
-    result = read_result(store, "run")
-    upper, lower = figures.draw(result)["heatmap"].axes[:2]
-    change, rate = upper.get_images()[0], lower.get_images()[0]
-    data = store.patch_dataset("run").sel(subset="all").load()
-    expected = (data.logit_diff - data.corrupt_logit_diff).mean("trial").transpose("layer", "checkpoint").values
-    assert np.allclose(np.asarray(change.get_array()), expected, atol=1e-6)
-    assert change.get_clim() == pytest.approx((-abs(expected).max(), abs(expected).max()))
-    assert np.allclose(np.asarray(rate.get_array()) / 100, (data.logit_diff > 0).mean("trial").values.T)
-
-
-def test_the_head_map_needs_every_single_head(store: Store) -> None:
-    some_run(store, ["3", "1", "all", "0", "2"], name="each-in-disorder")
-    some_run(store, ["0", "1", "2", "all"], name="three-of-four")
-    figure = figures.draw(read_result(store, "each-in-disorder"))["heads"]
-    data = store.patch_dataset("each-in-disorder").isel(checkpoint=-1).load()
-    expected = [data.logit_diff.sel(subset=str(head)).mean("trial").values for head in range(HEADS)]
-    shown = np.asarray(figure.axes[0].get_images()[0].get_array())
-    assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
-    assert "heads" not in figures.draw(read_result(store, "three-of-four"))
-
-
-def test_steps_over_a_factor_of_ten_are_logarithmic_with_zero_and_unknown_steps_apart() -> None:
-    x, is_log = place_steps(np.array([0, 1, 10, 100, -1, -1]))
-    assert is_log and (np.diff(x) > 0.1).all() and x[3] - x[2] == x[2] - x[1] == 1
-    x, is_log = place_steps(np.array([0, 1000, 2000, -1]))
-    assert not is_log and x[:3].tolist() == [0, 1000, 2000] and x[3] > 2000
-    for lone in (0, 7, -1):
-        assert np.isfinite(place_steps(np.array([lone]))[0]).all()
-    assert len(set(place_steps(np.array([-1, -1]))[0])) == 2
-
-
-def test_tick_labels_never_touch_and_the_ends_have_theirs() -> None:
-    x, labels = np.linspace(0, 1, 200), ["143k"] * 200
-    ticks = choose_ticks(x, labels, 6.0, range(200))
-    assert ticks[0] == 0 and ticks[-1] == 199 and 5 < len(ticks) < 20
-    assert (np.diff(x[ticks]) * 6.0 > 4 * figures.CHARACTER).all()
+        assert 'role="img"' in svg and "currentColor" in svg and INK not in svg
+    assert INK in (out / "timeline.svg").read_text()
 
 
 def test_numbers_are_written_with_a_true_minus_and_zero_without_a_sign() -> None:
     assert [signed(value, 1) for value in (1.25, -1.26, 0.0, -0.04, 0.04)] == ["+1.2", "−1.3", "0.0", "0.0", "0.0"]
     assert ranges([4, 5, 6, 7, 8, 11]) == "4–8, 11" and ranges([2]) == "2"
+
+
+def test_without_even_odd_and_all_the_strongest_subsets_are_shown_and_the_strongest_is_mapped(store: Store) -> None:
+    strength = np.array([[1, 4, 2, 3], [1, 1, 1, 5], [0, 0, 0, 0]], dtype="float32")[..., None]
+    some_run(store, ["each"], values=lambda patched: np.zeros_like(patched) + strength)
+    some_run(store, ["each"], name="noise", direction="noise", values=lambda patched: np.zeros_like(patched) - strength)
+    for name in ("run", "noise"):
+        result = read_result(store, name)
+        assert result.shown == ("3", "1", "2") and result.mapped == "3"
+        assert (result.table["best_layer"] == 1).all() and (abs(result.table["3"]) == 5).all()
 
 
 # --- every kind of run gives a readable page ---

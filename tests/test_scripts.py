@@ -141,7 +141,7 @@ def test_added_checkpoints_are_the_only_ones_captured_and_patched(series: Path, 
     assert run("patch", "--name", "parity", cache=cache).returncode == 0
     before = store_files(cache)
     added = run("cache", "--model", series, "--checkpoints", "all", cache=cache)
-    assert "cached 1 checkpoints" in added.stdout
+    assert "cached 1 checkpoint " in added.stdout
     patched = run("patch", "--name", "parity", cache=cache)
     assert [row.split()[0] for row in patched.stdout.splitlines()[2:5]] == ["step0", "step10", "step20"]
     after = store_files(cache)
@@ -243,6 +243,23 @@ def test_a_step_whose_tokenizer_cuts_the_prompts_otherwise_is_refused_by_name(se
     assert done.returncode == 1 and "cached 2 checkpoints" in done.stdout
     [line] = told(done)
     assert line.startswith("error: step10: ") and "other tokens" in line
+
+
+def test_overwriting_keeps_the_old_store_until_the_new_one_is_whole(series: Path, copied: Path) -> None:
+    before = store_files(copied)
+    for wrong in (("--task", "nope"), ("--sites", "foo"), ("--trials", "1000000"), ("--sites", "9")):
+        refused = run("cache", "--model", series, "--overwrite", *wrong, "--store", the_store(copied), cache=copied)
+        assert refused.returncode == 2 and len(told(refused)) == 1, refused.stderr
+        assert store_files(copied) == before
+    done = run("cache", "--model", series, "--overwrite", "--trials", 4, cache=copied)
+    assert done.returncode == 0 and "x 8 prompts" in done.stdout
+    assert xr.open_zarr(the_store(copied), consolidated=False).sizes["trial"] == 4
+
+
+@pytest.mark.parametrize("place", [".", "/", "README.md", "README.md/x.zarr", "engine", ".hidden", "n" * 300])
+def test_a_place_that_cannot_be_a_store_is_one_line_and_left_alone(series: Path, tmp_path: Path, place: str) -> None:
+    refused = run("cache", "--model", series, "--store", place, cache=tmp_path)
+    assert refused.returncode in (1, 2) and len(told(refused)) == 1, refused.stderr
 
 
 def test_no_checkpoint_at_all_is_a_refusal_and_leaves_no_store(tmp_path: Path) -> None:

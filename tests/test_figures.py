@@ -1,0 +1,69 @@
+"""Laws of the figures: what they show is what the store holds, and it can be read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headlapse.engine.figures import CHARACTER, COLOURS, choose_ticks, draw, place_steps
+from headlapse.engine.result import read_result
+from headlapse.engine.store import Store
+from tests.test_report import HEADS, some_run, some_store
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return some_store(tmp_path / "tiny.zarr")
+
+
+def test_the_timeline_shows_every_finished_checkpoint_in_both_panels(store: Store) -> None:
+    some_run(store, done=lambda label: label != "step1")
+    upper, lower = draw(read_result(store, "run"))["timeline"].axes[:2]
+    for axes in (upper, lower):
+        for colour in COLOURS.values():
+            lines = [line for line in axes.get_lines() if line.get_color() == colour]
+            assert sum(np.size(line.get_xdata()) for line in lines) == 4
+    assert [tick.get_text() for tick in lower.get_xticklabels()] == ["0", "10", "100", "main"]
+    assert {text.get_text() for text in upper.figure.legends[0].get_texts()} == {
+        "clean, unpatched", "corrupt, unpatched", "even heads patched", "odd heads patched", "all heads patched",
+    }  # fmt: skip
+
+
+def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: Store) -> None:
+    some_run(store)
+    result = read_result(store, "run")
+    upper, lower = draw(result)["heatmap"].axes[:2]
+    change, rate = upper.get_images()[0], lower.get_images()[0]
+    data = store.patch_dataset("run").sel(subset="all").load()
+    expected = (data.logit_diff - data.corrupt_logit_diff).mean("trial").transpose("layer", "checkpoint").values
+    assert np.allclose(np.asarray(change.get_array()), expected, atol=1e-6)
+    assert change.get_clim() == pytest.approx((-abs(expected).max(), abs(expected).max()))
+    assert np.allclose(np.asarray(rate.get_array()) / 100, (data.logit_diff > 0).mean("trial").values.T)
+
+
+def test_the_head_map_needs_every_single_head(store: Store) -> None:
+    some_run(store, ["3", "1", "all", "0", "2"], name="each-in-disorder")
+    some_run(store, ["0", "1", "2", "all"], name="three-of-four")
+    figure = draw(read_result(store, "each-in-disorder"))["heads"]
+    data = store.patch_dataset("each-in-disorder").isel(checkpoint=-1).load()
+    expected = [data.logit_diff.sel(subset=str(head)).mean("trial").values for head in range(HEADS)]
+    shown = np.asarray(figure.axes[0].get_images()[0].get_array())
+    assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
+    assert "heads" not in draw(read_result(store, "three-of-four"))
+
+
+def test_steps_over_a_factor_of_ten_are_logarithmic_with_zero_and_unknown_steps_apart() -> None:
+    x, is_log = place_steps(np.array([0, 1, 10, 100, -1, -1]))
+    assert is_log and (np.diff(x) > 0.1).all() and x[3] - x[2] == x[2] - x[1] == 1
+    x, is_log = place_steps(np.array([0, 1000, 2000, -1]))
+    assert not is_log and x[:3].tolist() == [0, 1000, 2000] and x[3] > 2000
+    for lone in (0, 7, -1):
+        assert np.isfinite(place_steps(np.array([lone]))[0]).all()
+    assert len(set(place_steps(np.array([-1, -1]))[0])) == 2
+
+
+def test_tick_labels_never_touch_and_the_ends_have_theirs() -> None:
+    x, labels = np.linspace(0, 1, 200), ["143k"] * 200
+    ticks = choose_ticks(x, labels, 6.0, range(200))
+    assert ticks[0] == 0 and ticks[-1] == 199 and 5 < len(ticks) < 20
+    assert (np.diff(x[ticks]) * 6.0 > 4 * CHARACTER).all()
