@@ -146,7 +146,7 @@ def _shelf(model: str, cache: Path) -> tuple[Shelf, Path | None]:
         return _local_shelf(model, Path(path).resolve())
     if os.path.exists(path):
         raise Refusal(f"--model {model} is a file; give the directory that holds {layout.CONFIG} and the weights")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).parent.absolute() == cache.absolute():
         raise Refusal(f"--model {model}: there is no such directory; give one, a hub id (owner/name) or {DEMO}")
     if not _HUB_ID.fullmatch(model):
         raise Refusal(f"--model {model!r} is neither a directory here nor a hub id (owner/name)")

@@ -53,12 +53,11 @@ def main() -> int:
 
         print(plan.describe(study, checkpoints, CACHE, path, device))
         return DONE
-    arrays.refuse_foreign(path)
+    if not series.pending(study, checkpoints, path, args.overwrite):
+        print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
+        return DONE
     with arrays.locked(path):
         missing = series.pending(study, checkpoints, path, args.overwrite)
-        if not missing:
-            print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
-            return DONE
         started = time.perf_counter()
         bar = tqdm(
             series.cache_series(study, missing, path, CACHE, device, args.overwrite),

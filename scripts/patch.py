@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
-in halves), lattice (all 2^H), size:K, random:N, or heads themselves, e.g. even odd 0,2,4"""
+in halves), lattice (all 2^H), size:K (all of K heads), random:N, or heads themselves,
+e.g. even odd 0,2,4 size:6 random:100"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,7 +27,7 @@ def parse_args() -> argparse.Namespace:
     add("--subsets", nargs="+", default=["even", "odd", "all", "each"], metavar="S", help=SUBSETS)
     add("--layers", nargs="+", default=["all"], metavar="L", help="which layers, one at a time, e.g. all | 6 | 4-8 11")
     add("--joint", action="store_true", help="patch those layers all at once, e.g. --layers 4-8 --joint")
-    add("--positions", default="last", help="where: last, end:K (the last K tokens) or all, e.g. end:3")
+    add("--positions", default="last", help="last, end:K (the last K) or all (prompts of equal length), e.g. end:3")
     add(
         "--direction",
         default="denoise",
