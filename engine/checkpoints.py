@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
@@ -29,6 +30,9 @@ _ALIASES = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.w
 """GPT-NeoX's unembedding: the name in its files and the one in newer versions of transformers."""
 
 Wanted = Callable[[str], bool]
+LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a decoder layer, without the residual stream."""
+
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -138,26 +142,49 @@ class Skeleton:
         finally:
             self.model.set_attn_implementation(IMPLEMENTATION)
 
+    def layer_calls(self, position_ids: Int[Tensor, "batch row"]) -> list[LayerCall]:
+        """What the model hands each of its layers besides the residual stream of rows at `position_ids`."""
+        calls: list[LayerCall] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            calls.append((args[1:], kwargs))
+            return self._as_layer_output(hidden)
+
+        # What the rows hold is never looked at; embeddings can be narrower than the residual stream.
+        nothing = torch.zeros((), device=self.device, dtype=self.dtype)
+        with self._replaced_layers(record):
+            self.model.base_model(
+                inputs_embeds=nothing.expand(*position_ids.shape, self.anatomy.d_embedding),
+                position_ids=position_ids,
+                use_cache=False,
+            )
+        return calls
+
+    def answer_logits(
+        self, resid: Float[Tensor, "batch row d_model"], answer_tokens: Int[Tensor, "batch answer"]
+    ) -> Float[Tensor, "batch row answer"]:
+        """What the model makes of residual streams that left its last layer."""
+        batch, n_rows, _ = resid.shape
+        every = torch.arange(n_rows, device=self.device).expand(batch, -1)
+        nothing = resid.new_zeros(()).expand(batch, n_rows, self.anatomy.d_embedding)
+        left = self._as_layer_output(resid)
+        with self._replaced_layers(lambda *_, **__: left), self.answering(answer_tokens, every):
+            logits: Tensor = self.model(
+                inputs_embeds=nothing, position_ids=torch.zeros_like(every), use_cache=False
+            ).logits
+        return logits
+
+    def _as_layer_output(self, resid: Tensor) -> Any:
+        return (resid,) if self.anatomy.layer_returns_tuple else resid
+
     @contextmanager
-    def running(self, start: int, stop: int | None, resid_pre: Tensor) -> Iterator[None]:
-        """Forward passes run only the layers from `start` to before `stop` (None: to the end).
-
-        Layer `start` receives `resid_pre`, whatever the embeddings were; past the last layer, the final norm does.
-        """
-
-        def skip(*_args: Any, **_kwargs: Any) -> Any:
-            return (resid_pre,) if self.anatomy.layer_returns_tuple else resid_pre
-
-        def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return (resid_pre, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-        modules = self.layer_modules()
+    def _replaced_layers(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """Every layer does as `forward` says while the body runs."""
         with ExitStack() as stack:
-            for module in [*modules[:start], *(modules[stop:] if stop is not None else [])]:
-                module.forward = skip
+            for module in self.layer_modules():
+                module.forward = forward
                 stack.callback(module.__dict__.pop, "forward")
-            if start == 0:
-                stack.callback(modules[0].register_forward_pre_hook(begin, with_kwargs=True).remove)
             yield
 
     @contextmanager

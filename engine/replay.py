@@ -1,15 +1,18 @@
 """Patched runs from the cache: only the patched positions of the layers after the patch are computed again.
 
 A patch at layer L changes nothing before L and, under causal attention, nothing before the first patched position.
-The unpatched prefix's keys and values and the residual stream entering L are known from the capture, so the patched
-positions of all subsets run side by side along the query axis.  Where a layer's MLP does not see its attention
-(parallel residual), a patch at it is a sum of head differences and the layer itself is not run either.
+The unpatched prefix's keys and values and the residual stream around L are known from the capture, so the patched
+positions of all runs stand side by side along the query axis.  They go through the later layers in *waves*: runs that
+are patched at other layers join on the way, and a layer's weights serve all of them in the same matrix products.
+Where a layer's MLP does not see its attention (parallel residual), a patch at it is a sum of head differences and the
+layer itself is not run again.
 
 This is exact activation patching (Vig et al. 2020, arXiv:2004.12265; Heimersheim and Nanda 2024, arXiv:2404.15255)
 at the price of a few wide matrix products.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,13 +21,14 @@ from torch import Tensor
 
 from headlapse.engine.activations import Activations
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.passes import Direction, Ground, Replaying, Site, run_on
+from headlapse.engine.ground import Direction, Ground, Site
+from headlapse.engine.steps import Giving, Replaying, Resid, Steps
 from headlapse.engine.sums import Sums, sums_of
 from headlapse.engine.tasks import Alignment, Trials
-from headlapse.kernels.mix import mix_deltas
+from headlapse.kernels.mix import add_deltas, mix_heads
 
-ROWS = {"cpu": 2048, "cuda": 65_536}
-"""Rows (trials x subsets x positions) of one pass, by kind of device: wide enough for speed, small enough to hold."""
+ROWS = {"cpu": 1024, "cuda": 65_536}
+"""Rows (trials x runs x positions) of one wave, by kind of device: wide enough for speed, small enough to hold."""
 
 
 @torch.inference_mode()
@@ -42,31 +46,98 @@ def replay(
     """Logit difference (right minus wrong, in nats) of every patched run.
 
     The heads of each subset take their z from the source run, at the aligned positions of every layer of the site;
-    the target run is otherwise left alone.  `done` hears how many patched runs each pass finished.
+    the target run is otherwise left alone.  `done` hears how many patched runs each wave finished.
     """
     ground = Ground.lay(skeleton, activations, trials, alignment, direction)
     n_trials, n_patched = alignment.valid.shape
     rows = rows or ROWS.get(torch.device(skeleton.device).type, ROWS["cpu"])
-    per_pass = max(1, rows // (n_trials * n_patched))
-    subsets = torch.from_numpy(mask).to(skeleton.device)
-    result = torch.empty(len(sites), len(mask), n_trials)
-    for site, row in zip(sites, result, strict=True):
-        sums = sums_of(skeleton, ground, site[0])
-        for chunk, part in zip(subsets.split(per_pass), row.split(per_pass), strict=True):
-            part.copy_(_patched_logit_diff(skeleton, ground, site, chunk, sums))
-            done(part.numel())
-    return result.numpy()
+    replaying = _Replay(Steps(skeleton, ground), torch.from_numpy(mask).to(skeleton.device))
+    result = torch.empty(len(sites), len(mask), n_trials, device=skeleton.device)
+    for wave in waves(sites, len(mask), rows // (n_trials * n_patched)):
+        logit_diff = replaying.logit_diff(wave).split([group.n_runs for group in wave])
+        for group, part in zip(wave, logit_diff, strict=True):
+            result[group.index, group.first : group.last] = part
+        done(sum(group.n_runs for group in wave) * n_trials)
+    return result.cpu().numpy()
 
 
-def _patched_logit_diff(
-    skeleton: Skeleton, ground: Ground, site: Site, subsets: Bool[Tensor, "subset head"], sums: Sums | None
-) -> Float[Tensor, "subset trial"]:
-    first, n_subsets = site[0], len(subsets)
-    if sums is None:
-        start, resid_pre = first, ground.patched("resid_pre", first, ground.target)[:, None]
-        resid_pre = resid_pre.expand(-1, n_subsets, -1, -1)
-    else:
-        start, resid_pre = first + 1, sums.unpatched[:, None] + mix_deltas(sums.deltas, subsets)
-    logits = run_on(skeleton, ground, Replaying(ground, site, subsets), start, resid_pre)
-    right, wrong = logits.float().unbind(-1)
-    return (right - wrong).T.cpu()
+@dataclass(frozen=True)
+class Group:
+    """Runs of one site that stand side by side in a wave: the subsets from `first` to before `last`."""
+
+    index: int
+    """Of the site."""
+
+    site: Site
+    first: int
+    last: int
+
+    @property
+    def n_runs(self) -> int:
+        return self.last - self.first
+
+
+def waves(sites: Sequence[Site], n_subsets: int, most: int) -> Iterator[list[Group]]:
+    """Every (site, subset) once, in waves of equal size and of at most `most` runs; early layers go first."""
+    order = sorted(range(len(sites)), key=lambda index: sites[index][0])
+    n_runs = len(sites) * n_subsets
+    n_waves = -(-n_runs // max(1, most))
+    for wave in range(n_waves):
+        first, last = n_runs * wave // n_waves, n_runs * (wave + 1) // n_waves
+        yield [
+            Group(
+                order[place],
+                sites[order[place]],
+                max(first - place * n_subsets, 0),
+                min(last - place * n_subsets, n_subsets),
+            )
+            for place in range(first // n_subsets, -(-last // n_subsets))
+        ]
+
+
+class _Replay:
+    """One checkpoint's patched runs of the given subsets, wave by wave."""
+
+    def __init__(self, steps: Steps, subsets: Bool[Tensor, "subset head"]) -> None:
+        self.steps, self.ground, self.subsets = steps, steps.ground, subsets
+        self.n_layers = steps.skeleton.anatomy.n_layers
+        self._sums: dict[int, Sums | None] = {}
+
+    def logit_diff(self, wave: Sequence[Group]) -> Float[Tensor, "run trial"]:
+        """The wave's groups one after another."""
+        running: list[Group] = []
+        resid: Resid | None = None
+        for layer in range(wave[0].site[0], self.n_layers):
+            if resid is not None:
+                resid = self.steps.through(layer, resid, Replaying(self.ground, self._patched(running, layer)))
+            starting = [group for group in wave if group.site[0] == layer]
+            started = [self._start(group) for group in starting]
+            running += starting
+            resid = torch.cat(started if resid is None else [resid, *started], dim=1) if started else resid
+        assert resid is not None
+        right, wrong = self.steps.answer_logits(resid).float().unbind(-1)
+        return (right - wrong).T
+
+    def _patched(self, running: Sequence[Group], layer: int) -> Bool[Tensor, "run head"] | None:
+        """The heads that are patched at a later layer of joint sites."""
+        if not any(layer in group.site for group in running):
+            return None
+        return torch.cat([self._heads(group) & (layer in group.site) for group in running])
+
+    def _heads(self, group: Group) -> Bool[Tensor, "run head"]:
+        return self.subsets[group.first : group.last]
+
+    def _start(self, group: Group) -> Resid:
+        """The residual stream after the first patched layer."""
+        layer, heads, ground = group.site[0], self._heads(group), self.ground
+        if layer not in self._sums:
+            self._sums[layer] = sums_of(self.steps, layer)
+        sums = self._sums[layer]
+        if sums is not None:
+            return add_deltas(sums.unpatched, sums.deltas, heads)
+        # Nothing upstream has changed: the target's own z is the captured one.
+        z = mix_heads(
+            ground.patched("z", layer, ground.target)[:, None], ground.patched("z", layer, ground.source), heads
+        )
+        resid_pre = ground.patched("resid_pre", layer, ground.target)[:, None].expand(-1, group.n_runs, -1, -1)
+        return self.steps.through(layer, resid_pre, Giving(z, ground.longest))

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.passes import Ground, run_on
+from headlapse.engine.steps import Giving, Steps
+from headlapse.kernels.mix import head_deltas
 
 
 @dataclass(frozen=True)
@@ -25,76 +26,64 @@ class Sums:
     """(z_source - z_target) W_O, head by head."""
 
 
-def sums_of(skeleton: Skeleton, ground: Ground, layer: int) -> Sums | None:
+def sums_of(steps: Steps, layer: int) -> Sums | None:
     """The layer's sums where its heads add up, None where they do not."""
+    skeleton, ground = steps.skeleton, steps.ground
     if layer not in skeleton.heads_add_up:
-        skeleton.heads_add_up[layer] = not _is_seen(skeleton, ground, layer) and _adds_up(skeleton, ground, layer)
+        skeleton.heads_add_up[layer] = not _is_seen(steps, layer) and _adds_up(steps, layer)
     if not skeleton.heads_add_up[layer]:
         return None
     target, source = (ground.patched("z", layer, run) for run in (ground.target, ground.source))
-    each = torch.eye(target.shape[2], device=target.device, dtype=target.dtype)[:, :, None]
-    deltas = _projected(skeleton, layer, (source - target)[:, :, None] * each)
-    return Sums(_layer_output(skeleton, ground, layer, target), deltas)
+    if layer + 1 < skeleton.anatomy.n_layers:
+        unpatched = ground.patched("resid_pre", layer + 1, ground.target)
+    else:
+        unpatched = _layer_output(steps, layer, target)
+    return Sums(unpatched, head_deltas(source, target, output_weight(skeleton, layer)))
 
 
-def _adds_up(skeleton: Skeleton, ground: Ground, layer: int) -> bool:
+def output_weight(skeleton: Skeleton, layer: int) -> Float[Tensor, "head head_dim d_model"]:
+    """W_O, head by head, whatever way round the model's own module keeps it."""
+    project = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+    if isinstance(project, nn.Linear):
+        weight = project.weight.T
+    else:
+        units = torch.eye(skeleton.anatomy.n_heads * skeleton.anatomy.value_dim).to(project.weight)
+        weight = project(units) - project(torch.zeros_like(units[:1]))
+    return weight.unflatten(0, (skeleton.anatomy.n_heads, -1))
+
+
+def _adds_up(steps: Steps, layer: int) -> bool:
     """Whether a push on z arrives in the residual stream as W_O leaves it, without another factor, say."""
-    z = ground.patched("z", layer, ground.target)
+    z = steps.ground.patched("z", layer, steps.ground.target)
     push = torch.ones_like(z) * z.std()
-    before, after = (_layer_output(skeleton, ground, layer, given) for given in (z, z + push))
-    expected = _projected(skeleton, layer, push)
+    before, after = (_layer_output(steps, layer, given) for given in (z, z + push))
+    expected = push.flatten(-2) @ output_weight(steps.skeleton, layer).flatten(0, 1)
     rounding = 32 * torch.finfo(before.dtype).eps * before.abs().max()
     return bool((after - before - expected).abs().max() <= rounding + 0.01 * expected.abs().max())
 
 
-def _is_seen(skeleton: Skeleton, ground: Ground, layer: int) -> bool:
+def _is_seen(steps: Steps, layer: int) -> bool:
     """Whether any weight of the layer but W_O works on what attention gave: told by NaN, which nothing sheds."""
     saw: list[bool] = []
 
     def look(_module: nn.Module, args: tuple[object, ...]) -> None:
         saw.append(any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in args))
 
+    skeleton = steps.skeleton
     project = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
     with ExitStack() as stack:
         for module in skeleton.layer_modules()[layer].modules():
             if module is not project and next(module.parameters(recurse=False), None) is not None:
                 stack.callback(module.register_forward_pre_hook(look).remove)
-        z = ground.patched("z", layer, ground.target)
-        _layer_output(skeleton, ground, layer, torch.full_like(z, torch.nan))
+        z = steps.ground.patched("z", layer, steps.ground.target)
+        _layer_output(steps, layer, torch.full_like(z, torch.nan))
     assert saw, "a layer has weights besides W_O"
     return any(saw)
 
 
-def _layer_output(skeleton: Skeleton, ground: Ground, layer: int, z: Tensor) -> Float[Tensor, "trial patched d_model"]:
-    """What leaves `layer` when its heads give z (trial, patched, head, head_dim) at the patched positions."""
-    out: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        out.append(output[0] if isinstance(output, tuple) else output)
-
-    handle = skeleton.layer_modules()[layer].register_forward_hook(keep)
-    try:
-        resid_pre = ground.patched("resid_pre", layer, ground.target)[:, None]
-        run_on(skeleton, ground, _Giving(z, ground.longest), layer, resid_pre, stop=layer + 1)
-    finally:
-        handle.remove()
-    return out[0]
-
-
-@dataclass(frozen=True)
-class _Giving:
-    """An attention mode whose heads give a fixed z."""
-
-    z: Float[Tensor, "trial patched head head_dim"]
-    longest: int
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return self.z
-
-
-def _projected(skeleton: Skeleton, layer: int, z: Tensor) -> Tensor:
-    """z (..., head, head_dim) through W_O without its bias: (..., d_model)."""
-    project = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
-    flat = z.flatten(-2)
-    projected: Tensor = project(flat) - project(torch.zeros_like(flat))
-    return projected
+def _layer_output(
+    steps: Steps, layer: int, z: Float[Tensor, "trial patched head head_dim"]
+) -> Float[Tensor, "trial patched d_model"]:
+    """What leaves `layer` in the target run when its heads give `z`."""
+    resid_pre = steps.ground.patched("resid_pre", layer, steps.ground.target)
+    return steps.through(layer, resid_pre[:, None], Giving(z[:, None], steps.ground.longest))[:, 0]

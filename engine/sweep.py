@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, open_skeleton, prefetch, read_weights
-from headlapse.engine.passes import Direction, Site
+from headlapse.engine.ground import Direction, Site
 from headlapse.engine.replay import replay
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch

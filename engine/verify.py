@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.passes import Direction, Site, source_and_target
+from headlapse.engine.ground import Direction, Site, source_and_target
 from headlapse.engine.study import Inexact
 from headlapse.engine.tasks import Alignment, Trials
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from headlapse.kernels.attend import attend_shared_prefix
-from headlapse.kernels.mix import mix_deltas, mix_heads
+from headlapse.kernels.mix import add_deltas, head_deltas, mix_heads
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
@@ -29,12 +29,22 @@ def test_mixing_takes_the_named_heads_from_the_source_and_the_rest_from_the_targ
         assert torch.equal(mixed[t, s, p, h], expected)
 
 
-def test_deltas_are_summed_over_the_heads_of_each_subset() -> None:
-    deltas, subsets = normal(3, 2, 7, 4, seed=0), some_subsets(5, 7)
-    mixed = mix_deltas(deltas, subsets)
-    assert mixed.shape == (3, 5, 2, 4)
+def test_a_heads_delta_is_its_difference_through_its_rows_of_the_output_projection() -> None:
+    source, target, weight = normal(3, 2, 7, 4, seed=0), normal(3, 2, 7, 4, seed=1), normal(7, 4, 9, seed=2)
+    deltas = head_deltas(source, target, weight)
+    assert deltas.shape == (3, 2, 7, 9)
+    for t, p, h in product(range(3), range(2), range(7)):
+        expected = (source[t, p, h] - target[t, p, h]) @ weight[h]
+        torch.testing.assert_close(deltas[t, p, h], expected, atol=1e-5, rtol=0)
+
+
+def test_deltas_of_the_heads_of_each_subset_are_added_to_the_unpatched_stream() -> None:
+    unpatched, deltas, subsets = normal(3, 2, 4, seed=1), normal(3, 2, 7, 4, seed=0), some_subsets(5, 7)
+    patched = add_deltas(unpatched, deltas, subsets)
+    assert patched.shape == (3, 5, 2, 4)
     for t, s, p in product(range(3), range(5), range(2)):
-        torch.testing.assert_close(mixed[t, s, p], deltas[t, p, subsets[s]].sum(0), atol=1e-5, rtol=0)
+        expected = unpatched[t, p] + deltas[t, p, subsets[s]].sum(0)
+        torch.testing.assert_close(patched[t, s, p], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -79,8 +89,21 @@ def test_how_tensors_lie_in_memory_changes_nothing() -> None:
     target, source, subsets = normal(3, 5, 2, 7, 4, seed=0), normal(3, 2, 7, 4, seed=1), some_subsets(5, 7)
     mixed = mix_heads(scattered(target), scattered(source), scattered(subsets))
     assert torch.equal(mixed, mix_heads(target, source, subsets))
-    summed = mix_deltas(scattered(source), scattered(subsets))
-    torch.testing.assert_close(summed, mix_deltas(source, subsets), atol=1e-6, rtol=0)
+    unpatched, weight = normal(3, 2, 9, seed=5), normal(7, 4, 9, seed=6)
+    deltas = head_deltas(source, target[:, 0], weight)
+    torch.testing.assert_close(
+        head_deltas(scattered(source), target[:, 0], scattered(weight)), deltas, atol=1e-6, rtol=0
+    )
+    summed = add_deltas(scattered(unpatched), scattered(deltas), scattered(subsets))
+    torch.testing.assert_close(summed, add_deltas(unpatched, deltas, subsets), atol=1e-6, rtol=0)
+
+
+def test_the_heads_that_a_subset_names_take_the_sources_z() -> None:
+    query, own = normal(3, 6, 4, 2, 8, seed=0), (3, 2, 4, 2, 8)
+    tensors = query, normal(*own, seed=1), normal(*own, seed=2), normal(3, 2, 5, 8, seed=3), normal(3, 2, 5, 8, seed=4)
+    length, source, subsets = torch.tensor([5, 0, 3]), normal(3, 2, 6, 8, seed=7), some_subsets(4, 6)
+    expected = mix_heads(attend_shared_prefix(*tensors, length, 0.3), source, subsets)
+    assert torch.equal(attend_shared_prefix(*tensors, length, 0.3, source, subsets), expected)
 
 
 def test_what_lies_past_a_prefix_does_not_count() -> None:

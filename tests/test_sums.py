@@ -6,8 +6,9 @@ import torch
 
 from headlapse.engine import replay as room
 from headlapse.engine.capture import capture
-from headlapse.engine.passes import Ground
+from headlapse.engine.ground import Ground
 from headlapse.engine.replay import replay
+from headlapse.engine.steps import Steps
 from headlapse.engine.sums import sums_of
 from headlapse.engine.tasks import align
 from tests.models import MAIN, MORE, N_LAYERS, random_subsets, random_trials, tiny
@@ -20,8 +21,9 @@ PARALLEL = {"neox-parallel", "phi", "cohere"}
 def test_heads_add_up_under_parallel_residual_and_nowhere_else(name: str) -> None:
     skeleton, trials = dressed(tiny(name)), random_trials()
     ground = Ground.lay(skeleton, capture(skeleton, trials, 2**30), trials, align(trials, "end:2"), "denoise")
+    steps = Steps(skeleton, ground)
     with torch.inference_mode():
-        found = [sums_of(skeleton, ground, layer) is not None for layer in range(N_LAYERS)]
+        found = [sums_of(steps, layer) is not None for layer in range(N_LAYERS)]
     assert found == [name in PARALLEL] * N_LAYERS
 
 
