@@ -166,12 +166,11 @@ class Skeleton:
     ) -> Float[Tensor, "batch row answer"]:
         """What the model makes of residual streams that left its last layer."""
         batch, n_rows, _ = resid.shape
-        every = torch.arange(n_rows, device=self.device).expand(batch, -1)
         nothing = resid.new_zeros(()).expand(batch, n_rows, self.anatomy.d_embedding)
         left = self._as_layer_output(resid)
-        with self._replaced_layers(lambda *_, **__: left), self.answering(answer_tokens, every):
+        with self._replaced_layers(lambda *_, **__: left), self.answering(answer_tokens):
             logits: Tensor = self.model(
-                inputs_embeds=nothing, position_ids=torch.zeros_like(every), use_cache=False
+                inputs_embeds=nothing, position_ids=answer_tokens.new_zeros(batch, n_rows), use_cache=False
             ).logits
         return logits
 
@@ -188,8 +187,10 @@ class Skeleton:
             yield
 
     @contextmanager
-    def answering(self, answer_tokens: Tensor, read: Tensor) -> Iterator[None]:
-        """Forward passes return only the answers' logits (batch, read, answer) at the positions `read` (batch, read).
+    def answering(
+        self, answer_tokens: Int[Tensor, "batch answer"], read: Int[Tensor, "batch read"] | None = None
+    ) -> Iterator[None]:
+        """Forward passes return only the answers' logits (batch, read, answer), at the positions `read` or everywhere.
 
         Two rows of the unembedding are multiplied instead of the whole vocabulary; what the model does to its
         logits afterwards (scaling, capping) still happens.
@@ -205,7 +206,7 @@ class Skeleton:
 class _AnswerRows(nn.Module):
     """The rows of the unembedding that the answers need, at the positions that are read."""
 
-    def __init__(self, unembed: nn.Module, answer_tokens: Tensor, read: Tensor) -> None:
+    def __init__(self, unembed: nn.Module, answer_tokens: Tensor, read: Tensor | None) -> None:
         super().__init__()
         weight, bias = unembed.weight, getattr(unembed, "bias", None)
         assert isinstance(weight, Tensor)
@@ -214,7 +215,7 @@ class _AnswerRows(nn.Module):
         self.read = read
 
     def forward(self, resid: Tensor) -> Tensor:
-        picked = resid.take_along_dim(self.read[..., None], dim=1)
+        picked = resid if self.read is None else resid.take_along_dim(self.read[..., None], dim=1)
         logits = picked @ self.rows.transpose(1, 2)
         return logits if self.bias is None else logits + self.bias[:, None]
 

@@ -49,16 +49,20 @@ def replay(
     the target run is otherwise left alone.  `done` hears how many patched runs each wave finished.
     """
     ground = Ground.lay(skeleton, activations, trials, alignment, direction)
-    n_trials, n_patched = alignment.valid.shape
-    rows = rows or ROWS.get(torch.device(skeleton.device).type, ROWS["cpu"])
+    most = runs_at_once(skeleton.device, alignment.valid.size, rows)
     replaying = _Replay(Steps(skeleton, ground), torch.from_numpy(mask).to(skeleton.device))
-    result = torch.empty(len(sites), len(mask), n_trials, device=skeleton.device)
-    for wave in waves(sites, len(mask), rows // (n_trials * n_patched)):
+    result = torch.empty(len(sites), len(mask), trials.n_trials, device=skeleton.device)
+    for wave in waves(sites, len(mask), most):
         logit_diff = replaying.logit_diff(wave).split([group.n_runs for group in wave])
         for group, part in zip(wave, logit_diff, strict=True):
             result[group.index, group.first : group.last] = part
-        done(sum(group.n_runs for group in wave) * n_trials)
+        done(sum(group.n_runs for group in wave) * trials.n_trials)
     return result.cpu().numpy()
+
+
+def runs_at_once(device: str, rows_per_run: int, rows: int | None = None) -> int:
+    """Runs (of all trials) that go through the layers together."""
+    return max(1, (rows or ROWS.get(torch.device(device).type, ROWS["cpu"])) // rows_per_run)
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def waves(sites: Sequence[Site], n_subsets: int, most: int) -> Iterator[list[Gro
     """Every (site, subset) once, in waves of equal size and of at most `most` runs; early layers go first."""
     order = sorted(range(len(sites)), key=lambda index: sites[index][0])
     n_runs = len(sites) * n_subsets
-    n_waves = -(-n_runs // max(1, most))
+    n_waves = -(-n_runs // most)
     for wave in range(n_waves):
         first, last = n_runs * wave // n_waves, n_runs * (wave + 1) // n_waves
         yield [

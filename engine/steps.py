@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -36,8 +37,9 @@ class Steps:
 
     def answer_logits(self, resid: Resid) -> Float[Tensor, "trial run answer"]:
         """What the model makes of residual streams that left its last layer, at the position that is read."""
-        read = self.ground.read[:, None, None, None]
-        return self.skeleton.answer_logits(resid.take_along_dim(read, dim=2).squeeze(2), self.ground.answers)
+        trial = torch.arange(len(resid), device=resid.device)
+        read = resid[:, :, 0] if resid.shape[2] == 1 else resid[trial, :, self.ground.read]
+        return self.skeleton.answer_logits(read, self.ground.answers)
 
     def _call(self, n_runs: int) -> list[LayerCall]:
         if n_runs not in self._calls:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, open_skeleton, prefetch, read_weights
@@ -19,6 +20,7 @@ from headlapse.engine.study import Dtype, Refusal, tolerance
 from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.tasks import Alignment, Trials, align
 from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact
+from headlapse.kernels.attend import twin_for
 
 PAIRS = 2
 """(layer, subset) pairs verified at every checkpoint against a full hooked forward."""
@@ -93,7 +95,7 @@ def open_run(store: Store, plan: Plan, name: str, device: str) -> PatchedRun:
     """The patched run `name` of the store, made where it is not there."""
     first_layers = [site[0] for site in plan.sites]
     run = store.open_patch(name, plan.settings, first_layers, plan.subsets.labels, plan.subsets.mask)
-    run.group.attrs["device"] = device
+    run.group.attrs.update(device=device, kernels=twin_for(torch.device(device)))
     return run
 
 

@@ -4,10 +4,17 @@ Shapes: T trials, S subsets, P patched positions, N prefix positions, H heads, K
 queries and keys, V width of values.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
 from headlapse.kernels.mix import mix_heads
+
+
+def twin_for(device: torch.device) -> str:
+    """Which twin computes there: `triton` on a CUDA device where Triton is installed, else `eager`."""
+    return "triton" if device.type == "cuda" and find_spec("triton") else "eager"
 
 
 def attend_shared_prefix(
@@ -27,6 +34,26 @@ def attend_shared_prefix(
     Prefix positions at or past `prefix_length_T` do not count, and must be finite.
     Where subsets are given, the heads they name take the source's z instead.
     """
+    tensors = (query_THSPD, key_TKSPD, value_TKSPV, prefix_key_TKND, prefix_value_TKNV, prefix_length_T)
+    if twin_for(query_THSPD.device) == "triton":
+        from headlapse.kernels import attend_triton
+
+        return attend_triton.attend_shared_prefix(*tensors, scaling, source_TPHV, subsets_SH)
+    z_TSPHV = _attend_eagerly(*tensors, scaling)
+    if source_TPHV is None or subsets_SH is None:
+        return z_TSPHV
+    return mix_heads(z_TSPHV, source_TPHV, subsets_SH)
+
+
+def _attend_eagerly(
+    query_THSPD: Tensor,
+    key_TKSPD: Tensor,
+    value_TKSPV: Tensor,
+    prefix_key_TKND: Tensor,
+    prefix_value_TKNV: Tensor,
+    prefix_length_T: Tensor,
+    scaling: float,
+) -> Tensor:
     T, H, S, P, _D = query_THSPD.shape
     K, N = prefix_key_TKND.shape[1:3]
     query = query_THSPD.reshape(T * K, H // K * S * P, -1)
@@ -38,10 +65,7 @@ def attend_shared_prefix(
     pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     from_prefix = pattern[..., :N].reshape(T * K, H // K * S * P, N) @ prefix_value_TKNV.flatten(0, 1)
     z = _add_own(from_prefix.view(*to_own.shape[:-1], -1), pattern[..., N:], value_TKSPV[:, :, None])
-    z_TSPHV = z.flatten(1, 2).permute(0, 2, 3, 1, 4)
-    if source_TPHV is None or subsets_SH is None:
-        return z_TSPHV
-    return mix_heads(z_TSPHV, source_TPHV, subsets_SH)
+    return z.flatten(1, 2).permute(0, 2, 3, 1, 4)
 
 
 def _own_scores(query_TKGSPD: Tensor, key_TK1SPD: Tensor) -> Tensor:

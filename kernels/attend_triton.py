@@ -11,7 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-WARPS = lambda R, d, v: 8 if R * max(d, v) >= 8192 else 4
+"""Folded into the scaling: the hardware's exponential has base 2."""
+
+TILE = 2**14
+"""Bytes: two tiles of keys and two of values in flight leave room for the queries' on small cards."""
 
 
 @triton.jit
@@ -133,10 +136,12 @@ def attend_shared_prefix(
     z_TSPHV = query_THSPD.new_empty(T, S, P, H, V)
 
     padded_D, padded_V = (max(16, triton.next_power_of_2(width)) for width in (D, V))
-    # 16 KiB to a tile: two of keys and two of values in flight leave small cards room for the query.
-    fitting = 2**14 // (max(padded_D, padded_V) * query_THSPD.element_size())
-    R = max(16, min(fitting, 128, triton.next_power_of_2(S * P)))
-    B = max(16, min(fitting, 64, triton.next_power_of_2(N)))
+    vector = max(padded_D, padded_V) * query_THSPD.element_size()
+    # Tensor cores do not compute in float32: there a product is unrolled, and large tiles run out of registers.
+    most = min(TILE // vector, 32 if query_THSPD.dtype == torch.float32 else 64)
+    R, B = (max(16, min(most, triton.next_power_of_2(n))) for n in (S * P, N))
+    # Left to itself, Triton 3.9 fuses too, but warns.
+    options = {"num_warps": 8 if R * vector >= TILE else 4, "num_stages": 2, "enable_fp_fusion": True}
 
     read = (query_THSPD, key_TKSPD, value_TKSPV, prefix_key_TKND, prefix_value_TKNV, prefix_length_T)
     tensors = (*read, source_TPHV, subsets_SH)
@@ -144,7 +149,5 @@ def attend_shared_prefix(
     sizes = (S, P, N, H // K, D, V, padded_D, padded_V, R, B)
     # Triton starts kernels on the current device, which need not be the tensors'.
     with torch.cuda.device_of(query_THSPD):
-        _attend[triton.cdiv(S * P, R), H, T](
-            *tensors, z_TSPHV, *strides, scaling * LOG2_E, *sizes, num_stages=2, num_warps=WARPS(R, padded_D, padded_V)
-        )
+        _attend[triton.cdiv(S * P, R), H, T](*tensors, z_TSPHV, *strides, scaling * LOG2_E, *sizes, **options)
     return z_TSPHV
