@@ -33,7 +33,7 @@ from headlapse.engine.anatomy import dissect, read_config
 from headlapse.engine.capture import capture
 from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, read_weights
 from headlapse.engine.layout import CONFIG, config_file, weight_files
-from headlapse.engine.memory import memory_budget, peak_memory
+from headlapse.engine.machine import peak_memory
 from headlapse.engine.peers import PEERS, Condition
 from headlapse.engine.replay import replay, runs_at_once, waves
 from headlapse.engine.sources import Files
@@ -183,7 +183,7 @@ class _Ours:
         self.activations: Capture = self.capture(trials)
 
     def capture(self, trials: Trials) -> Capture:
-        return capture(self.skeleton, trials, memory_budget(self.skeleton.device))
+        return capture(self.skeleton, trials, 2**33)
 
     def patch(self, trials: Trials, conditions: Sequence[Condition]) -> Float[np.ndarray, "condition trial"]:
         """Conditions come layer by layer, with the same subsets at each."""
@@ -284,21 +284,25 @@ def _floor(skeleton: Skeleton, workload: Workload, trials: Trials) -> tuple[floa
     Those of the layers after the patch, at the patched position; attention and the unembedding are left out.
     """
     modules = [module for module in skeleton.layer_modules()[0].modules() if isinstance(module, nn.Linear | Conv1D)]
-    seconds = flops = 0.0
-    for rows, times in _row_counts(skeleton, workload, trials.n_trials).items():
-        for module in modules:
-            n_in = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
-            x = torch.randn(rows, n_in, device=skeleton.device).to(skeleton.dtype)
-            seconds += times * _fastest(functools.partial(module, x), goes=20, enough=0.3).seconds
-            flops += times * 2 * rows * module.weight.numel()
-    return seconds, flops
+    counts = _row_counts(skeleton, workload, trials.n_trials)
+    n_in = {module: module.weight.shape[0 if isinstance(module, Conv1D) else 1] for module in modules}
+    rows = {n: torch.randn(max(counts), n, device=skeleton.device).to(skeleton.dtype) for n in n_in.values()}
+
+    def multiply() -> None:
+        for n_rows, times in counts.items():
+            for _ in range(times):
+                for module in modules:
+                    module(rows[n_in[module]][:n_rows])
+
+    flops = sum(2 * n_rows * times * module.weight.numel() for n_rows, times in counts.items() for module in modules)
+    return _fastest(multiply).seconds, float(flops)
 
 
 def _row_counts(skeleton: Skeleton, workload: Workload, n_trials: int) -> Counter[int]:
     """How many rows go through a layer together, and how often."""
     sites = [(layer,) for layer in workload.layers]
     counts: Counter[int] = Counter()
-    for wave in waves(sites, len(workload.mask(skeleton.anatomy.n_heads)), runs_at_once(skeleton.device, n_trials)):
+    for wave in waves(sites, len(workload.mask(skeleton.anatomy.n_heads)), runs_at_once(skeleton, n_trials)):
         for layer in range(skeleton.anatomy.n_layers):
             counts[n_trials * sum(group.n_runs for group in wave if group.site[0] < layer)] += 1
             if not skeleton.heads_add_up.get(layer):

@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
@@ -92,10 +91,3 @@ def _bytes_per_prompt(skeleton: Skeleton, n_positions: int) -> int:
     kept = body.n_heads * body.value_dim + 2 * body.n_kv_heads * body.head_dim + body.d_model
     widest = 16 * body.d_model + body.n_heads * n_positions
     return n_positions * (body.n_layers * kept + widest) * skeleton.dtype.itemsize
-
-
-def memory_budget(device: str) -> int:
-    """Bytes one forward may take: a quarter of the machine's or the device's memory, the same on every run."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory // 4
-    return psutil.virtual_memory().total // 4

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.attention import IMPLEMENTATION
+from headlapse.engine.machine import Machine, told_bytes
 from headlapse.engine.sources import Files
 from headlapse.engine.study import DTYPES, Dtype, Refusal
 
@@ -49,6 +50,18 @@ def read_weights(
         for name, tensor in _tensors(path, wanted):
             weights[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
     return weights
+
+
+def weight_bytes(files: Files, dtype: torch.dtype) -> int:
+    """What the weights take in memory as `dtype`, going by the first tensor of every file.
+
+    Raises `Refusal` for a file that is cut off or is no weight file.
+    """
+    total = 0
+    for path in files.weights:
+        _, first = next(_tensors(path, lambda _name: True), ("", torch.empty(0)))
+        total += path.stat().st_size * dtype.itemsize // first.element_size()
+    return total
 
 
 def _tensors(path: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
@@ -88,6 +101,7 @@ class Skeleton:
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
+        self._bare = model.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._tied = _tied_names(model)
 
@@ -128,6 +142,11 @@ class Skeleton:
                     f"{who} is configured to tie {target} to {source}, but the file holds two different tensors"
                 )
         self.model.load_state_dict({n: t for n, t in named.items() if n in self._shapes}, strict=False, assign=True)
+        self.model.tie_weights()
+
+    def undress(self) -> None:
+        """Let the weights go; another checkpoint's must be worn before the skeleton runs again."""
+        self.model.load_state_dict(self._bare, strict=False, assign=True)
         self.model.tie_weights()
 
     def layer_modules(self) -> list[nn.Module]:
@@ -218,6 +237,45 @@ class _AnswerRows(nn.Module):
         picked = resid if self.read is None else resid.take_along_dim(self.read[..., None], dim=1)
         logits = picked @ self.rows.transpose(1, 2)
         return logits if self.bias is None else logits + self.bias[:, None]
+
+
+Loaded = tuple[Files, dict[str, Tensor] | None]
+"""A checkpoint's files, and its weights where they could be read ahead."""
+
+
+class Wardrobe:
+    """The resident skeleton, and the checkpoints that it wears one after another."""
+
+    def __init__(self, dtype: Dtype, machine: Machine) -> None:
+        self.dtype, self.machine = dtype, machine
+        self._skeleton: Skeleton | None = None
+
+    def ahead(self, files: Files) -> Loaded:
+        """Read weights while another checkpoint computes, where both find room."""
+        dtype = TORCH_DTYPES[self.dtype]
+        has_room = 2 * weight_bytes(files, dtype) <= self.machine.memory
+        return files, read_weights(files, dtype, self.machine.device) if has_room else None
+
+    def wear(self, loaded: Loaded) -> tuple[Skeleton, int]:
+        """The skeleton in the checkpoint's weights, and the bytes of memory that are left beside them.
+
+        Raises `Refusal` where they do not fit into the memory or the architecture.
+        """
+        files, weights = loaded
+        dtype = TORCH_DTYPES[self.dtype]
+        left = self.machine.memory - weight_bytes(files, dtype)
+        if left <= 0:
+            raise Refusal(
+                f"the weights take {told_bytes(weight_bytes(files, dtype))} in {self.dtype}, more than the "
+                f"{told_bytes(self.machine.memory)} allowed; give more --memory, or a smaller --dtype"
+            )
+        if weights is None:
+            if self._skeleton is not None:
+                self._skeleton.undress()
+            weights = read_weights(files, dtype, self.machine.device)
+        self._skeleton = open_skeleton(files, self.dtype, self.machine.device, self._skeleton)
+        self._skeleton.wear(weights)
+        return self._skeleton, left
 
 
 def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[tuple[Item, Value | Refusal | OSError]]:

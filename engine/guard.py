@@ -22,9 +22,9 @@ def tell_problems(problems: Mapping[str, str]) -> None:
 
 def guarded(main: Callable[[], int]) -> int:
     """Run `main` and return its exit status: 2 refused, 1 inexact or disk full, 130 interrupted."""
-    # Idle OpenMP threads then sleep instead of spinning: as fast alone, many times faster on a machine that others use.
-    # Read when torch is first imported, which `main` does.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Idle OpenMP threads then soon sleep instead of spinning on: as fast alone, many times faster on a machine that
+    # others use.  Read when torch is first imported, which `main` does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return main()
     except Refusal as refusal:

@@ -1,17 +1,15 @@
 """What caching a series would take: revisions, bytes to fetch and to store, and about how long."""
 
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from headlapse.engine.activations import KINDS
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.checkpoints import TORCH_DTYPES, load_tokenizer
 from headlapse.engine.layout import vocabulary_file
+from headlapse.engine.machine import matmul_rate, told_bytes, told_time
 from headlapse.engine.series import kept_layers, pending
 from headlapse.engine.sources import DEMO, Checkpoint, Supply, description, plan
 from headlapse.engine.study import Study
@@ -79,22 +77,21 @@ def _sums(study: Study, todo: Sequence[Supply], cache: Path, path: Path, device:
     load = load_of(study, body, trials)
     stored = load.stored * len(todo)
     weights = sum(supply.n_bytes or 0 for supply in todo)
-    computing = (
-        load.flops * len(todo) / _matmul_rate(device, TORCH_DTYPES[study.dtype]) + (weights + stored) / DISK_RATE
-    )
+    computing = load.flops * len(todo) / matmul_rate(device, TORCH_DTYPES[study.dtype]) + (weights + stored) / DISK_RATE
     free = shutil.disk_usage(_existing(path)).free
-    short = f"; NOT ENOUGH: {_size(free)} are free" if stored > free else f" ({_size(free)} are free)"
+    short = f"; NOT ENOUGH: {told_bytes(free)} are free" if stored > free else f" ({told_bytes(free)} are free)"
+    fetching = f"about {told_time(fetched / NETWORK_RATE)} at {told_bytes(NETWORK_RATE)}/s"
     return [
-        f"to fetch: {_size(fetched)}{unknown}, about {_time(fetched / NETWORK_RATE)} at {_size(NETWORK_RATE)}/s",
-        f"to store: {_size(stored)}{short}",
-        f"to read, compute and write: about {_time(computing)} on {device}",
+        f"to fetch: {told_bytes(fetched)}{unknown}, {fetching}",
+        f"to store: {told_bytes(stored)}{short}",
+        f"to read, compute and write: about {told_time(computing)} on {device}",
     ]
 
 
 def _line(supply: Supply, is_missing: bool) -> str:
     checkpoint = supply.checkpoint
     step = str(checkpoint.step) if checkpoint.step >= 0 else "?"
-    size = _size(supply.n_bytes) if supply.n_bytes is not None else "size unknown"
+    size = told_bytes(supply.n_bytes) if supply.n_bytes is not None else "size unknown"
     if supply.problem:
         state = f"error: {supply.problem}"
     elif not is_missing:
@@ -107,31 +104,7 @@ def _line(supply: Supply, is_missing: bool) -> str:
     return f"  {checkpoint.label:<12} step {step:>7}  {state}{commit}"
 
 
-def _matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one matrix product of a forward's size, measured now."""
-    left, right = (torch.ones(size, 1024, device=device, dtype=dtype) for size in (512, 1024))
-    for _ in range(3):
-        started = time.perf_counter()
-        float((left @ right)[0, 0])
-        seconds = time.perf_counter() - started
-    return 2 * 512 * 1024 * 1024 / seconds
-
-
 def _existing(path: Path) -> Path:
     """The nearest folder that exists: where the bytes will go."""
     path = path.absolute()
     return path if path.exists() else _existing(path.parent)
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit in ("B", "kB") else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

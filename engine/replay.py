@@ -30,6 +30,9 @@ from headlapse.kernels.mix import add_deltas, mix_heads
 ROWS = {"cpu": 1024, "cuda": 65_536}
 """Rows (trials x runs x positions) of one wave, by kind of device: wide enough for speed, small enough to hold."""
 
+WIDEST = 32
+"""A generous estimate of what a layer holds of a row at once, in widths of the residual stream."""
+
 
 @torch.inference_mode()
 def replay(
@@ -41,16 +44,17 @@ def replay(
     sites: Sequence[Site],
     mask: Bool[np.ndarray, "subset head"],
     done: Callable[[int], object] = lambda _runs: None,
-    rows: int | None = None,
+    runs: int | None = None,
 ) -> Float[np.ndarray, "site subset trial"]:
     """Logit difference (right minus wrong, in nats) of every patched run.
 
     The heads of each subset take their z from the source run, at the aligned positions of every layer of the site;
-    the target run is otherwise left alone.  `done` hears how many patched runs each wave finished.
+    the target run is otherwise left alone.  `done` hears how many patched runs each wave of at
+    most `runs` finished.
     """
     ground = Ground.lay(skeleton, activations, trials, alignment, direction)
-    most = runs_at_once(skeleton.device, alignment.valid.size, rows)
-    replaying = _Replay(Steps(skeleton, ground), torch.from_numpy(mask).to(skeleton.device))
+    most = min(runs or runs_at_once(skeleton, alignment.valid.size), len(sites) * len(mask))
+    replaying = _Replay(Steps(skeleton, ground, most), torch.from_numpy(mask).to(skeleton.device))
     result = torch.empty(len(sites), len(mask), trials.n_trials, device=skeleton.device)
     for wave in waves(sites, len(mask), most):
         logit_diff = replaying.logit_diff(wave).split([group.n_runs for group in wave])
@@ -60,9 +64,13 @@ def replay(
     return result.cpu().numpy()
 
 
-def runs_at_once(device: str, rows_per_run: int, rows: int | None = None) -> int:
-    """Runs (of all trials) that go through the layers together."""
-    return max(1, (rows or ROWS.get(torch.device(device).type, ROWS["cpu"])) // rows_per_run)
+def runs_at_once(skeleton: Skeleton, rows_per_run: int, memory: int = 2**40) -> int:
+    """Runs (of all trials) that go through the layers together, within `memory` (bytes)."""
+    body = skeleton.anatomy
+    kind = torch.device(skeleton.device).type
+    bytes_per_row = WIDEST * max(body.d_model, body.n_heads * body.head_dim) * skeleton.dtype.itemsize
+    rows = min(ROWS.get(kind, ROWS["cpu"]), memory // bytes_per_row)
+    return max(1, rows // rows_per_run)
 
 
 @dataclass(frozen=True)

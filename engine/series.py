@@ -5,14 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from headlapse.engine.activations import KINDS
 from headlapse.engine.arrays import Row, refuse_difference, refuse_foreign
-from headlapse.engine.capture import capture, memory_budget
-from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
+from headlapse.engine.capture import capture
+from headlapse.engine.checkpoints import Loaded, Wardrobe, load_tokenizer, prefetch
 from headlapse.engine.layout import sha256, vocabulary_file
+from headlapse.engine.machine import Machine
 from headlapse.engine.sources import DEMO, Checkpoint, Files, fetch
 from headlapse.engine.store import Store, create_store
 from headlapse.engine.study import Refusal, Study
@@ -31,21 +29,6 @@ class Outcome:
 
     notes: tuple[str, ...] = ()
     """What the user should hear besides."""
-
-
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def checked_device(name: str | None) -> str:
-    """The device asked for, or the default.  Raises `Refusal` when it is not to be had."""
-    try:
-        device = torch.device(name or default_device())
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:80]
-        raise Refusal(f"--device {name}: torch cannot compute there ({reason}); use cpu") from error
-    return str(device)
 
 
 def identity(study: Study) -> dict[str, Any]:
@@ -76,7 +59,7 @@ def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path, overwri
 
 
 def cache_series(
-    study: Study, missing: Sequence[Checkpoint], path: Path, cache: Path, device: str, overwrite: bool = False
+    study: Study, missing: Sequence[Checkpoint], path: Path, cache: Path, machine: Machine, overwrite: bool = False
 ) -> Iterator[Outcome]:
     """Capture every missing checkpoint into the store at `path`, which is made by the first that succeeds.
 
@@ -86,16 +69,13 @@ def cache_series(
     """
     load_contrasts(study.task)
 
-    def load(checkpoint: Checkpoint) -> tuple[Files, dict[str, Tensor]]:
-        files = fetch(checkpoint, cache)
-        return files, read_weights(files, TORCH_DTYPES[study.dtype], device)
-
-    recorder = _Recorder(study, missing, path, device, overwrite)
-    for checkpoint, loaded in prefetch(missing, load):
+    wardrobe = Wardrobe(study.dtype, machine)
+    recorder = _Recorder(study, missing, path, wardrobe, overwrite)
+    for checkpoint, loaded in prefetch(missing, lambda checkpoint: wardrobe.ahead(fetch(checkpoint, cache))):
         try:
             if isinstance(loaded, Exception):
                 raise loaded
-            yield Outcome(checkpoint.label, notes=recorder.record(checkpoint, *loaded))
+            yield Outcome(checkpoint.label, notes=recorder.record(checkpoint, loaded))
         except Refusal as refusal:
             if recorder.is_asking:
                 raise
@@ -103,12 +83,13 @@ def cache_series(
 
 
 class _Recorder:
-    """Owns the resident skeleton and the store while a series goes through."""
+    """Owns the store while a series goes through."""
 
-    def __init__(self, study: Study, missing: Sequence[Checkpoint], path: Path, device: str, overwrite: bool) -> None:
-        self.study, self.path, self.device = study, path, device
+    def __init__(
+        self, study: Study, missing: Sequence[Checkpoint], path: Path, wardrobe: Wardrobe, overwrite: bool
+    ) -> None:
+        self.study, self.path, self.wardrobe = study, path, wardrobe
         self.rows = [Row(checkpoint.label, checkpoint.step) for checkpoint in missing]
-        self.skeleton: Skeleton | None = None
         self.store = Store(path) if path.exists() and not overwrite else None
         self.trials = self.store.trials() if self.store else None
         self.vocabularies: set[str] = set()
@@ -117,14 +98,14 @@ class _Recorder:
         if self.store:
             self.store.add(self.rows)
 
-    def record(self, checkpoint: Checkpoint, files: Files, weights: dict[str, Tensor]) -> tuple[str, ...]:
+    def record(self, checkpoint: Checkpoint, loaded: Loaded) -> tuple[str, ...]:
         """Capture one checkpoint and write it; what the user should hear about the prompts."""
-        self.skeleton = open_skeleton(files, self.study.dtype, self.device, self.skeleton)
-        self.skeleton.wear(weights)
-        trials, notes = self._ask(files, self.skeleton.anatomy.context)
-        captured = capture(self.skeleton, trials, memory_budget(self.device))
+        files, _ = loaded
+        skeleton, memory = self.wardrobe.wear(loaded)
+        trials, notes = self._ask(files, skeleton.anatomy.context)
+        captured = capture(skeleton, trials, memory)
         if self.store is None:
-            layers, kinds = kept_layers(self.study, self.skeleton.anatomy.n_layers)
+            layers, kinds = kept_layers(self.study, skeleton.anatomy.n_layers)
             self.store = create_store(self.path, identity(self.study), self.rows, layers, kinds, trials, captured)
         self.store.write(checkpoint.label, captured, _provenance(checkpoint, files))
         return notes

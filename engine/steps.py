@@ -1,13 +1,14 @@
 """One layer at a time: the patched positions of many runs, side by side, through a layer of the skeleton."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from headlapse.engine.attention import AttentionMode, attending
-from headlapse.engine.checkpoints import LayerCall, Skeleton
+from headlapse.engine.checkpoints import Skeleton
 from headlapse.engine.ground import Ground
 from headlapse.kernels.attend import attend_shared_prefix
 
@@ -17,23 +18,24 @@ Resid = Float[Tensor, "trial run patched d_model"]
 class Steps:
     """The layers of a skeleton on one checkpoint's ground, a step each.
 
-    What the model hands its layers besides the residual stream (rotary angles, say) depends on nothing but the number
-    of runs; it is recorded once for each.
+    What the model hands its layers besides the residual stream (rotary angles, say) is recorded once, for `most` runs;
+    fewer runs get as much of it as they have rows.
     """
 
-    def __init__(self, skeleton: Skeleton, ground: Ground) -> None:
+    def __init__(self, skeleton: Skeleton, ground: Ground, most: int = 1) -> None:
         self.skeleton, self.ground = skeleton, ground
         self._modules = skeleton.layer_modules()
-        self._calls: dict[int, list[LayerCall]] = {}
+        positions = ground.positions[ground.target].repeat(1, most)
+        self._calls, self._n_rows = skeleton.layer_calls(positions), positions.shape[1]
 
     def through(self, layer: int, resid_pre: Resid, mode: AttentionMode) -> Resid:
         """The residual stream after `layer`, whose attention does as `mode` says."""
-        n_runs = resid_pre.shape[1]
-        args, kwargs = self._call(n_runs)[layer]
+        rows = resid_pre.flatten(1, 2)
+        args, kwargs = self._first(rows.shape[1], self._calls[layer])
         with attending(mode):
-            output = self._modules[layer](resid_pre.flatten(1, 2), *args, **kwargs)
+            output = self._modules[layer](rows, *args, **kwargs)
         resid_post: Tensor = output[0] if isinstance(output, tuple) else output
-        return resid_post.unflatten(1, (n_runs, -1))
+        return resid_post.unflatten(1, resid_pre.shape[1:3])
 
     def answer_logits(self, resid: Resid) -> Float[Tensor, "trial run answer"]:
         """What the model makes of residual streams that left its last layer, at the position that is read."""
@@ -41,11 +43,16 @@ class Steps:
         read = resid[:, :, 0] if resid.shape[2] == 1 else resid[trial, :, self.ground.read]
         return self.skeleton.answer_logits(read, self.ground.answers)
 
-    def _call(self, n_runs: int) -> list[LayerCall]:
-        if n_runs not in self._calls:
-            positions = self.ground.positions[self.ground.target]
-            self._calls[n_runs] = self.skeleton.layer_calls(positions.repeat(1, n_runs))
-        return self._calls[n_runs]
+    def _first(self, n_rows: int, given: Any) -> Any:
+        """Of everything that has as many rows as were recorded, (batch, row, ...) or (row), the first."""
+        if isinstance(given, dict):
+            return {name: self._first(n_rows, value) for name, value in given.items()}
+        if isinstance(given, tuple):
+            return tuple(self._first(n_rows, value) for value in given)
+        if not isinstance(given, Tensor) or not given.ndim:
+            return given
+        axis = min(1, given.ndim - 1)
+        return given.narrow(axis, 0, n_rows) if given.shape[axis] == self._n_rows else given
 
 
 @dataclass(frozen=True)

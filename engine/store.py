@@ -171,17 +171,14 @@ class PatchedRun(CheckpointArrays):
     def settings(self) -> dict[str, Any]:
         return dict(self.attrs["patch"])
 
-    def write(
-        self,
-        label: str,
-        logit_diff: Float[np.ndarray, "layer subset trial"],
-        answer_logits: Float[np.ndarray, "run trial answer"],
-        self_check: float,
-    ) -> None:
-        """Write one checkpoint's patched runs, the completion mark last."""
+    def write_layers(self, label: str, first: int, logit_diff: Float[np.ndarray, "layer subset trial"]) -> None:
+        """Write one checkpoint's patched runs from the `first` layer of the run on."""
+        self.array("logit_diff")[self.index(label), first : first + len(logit_diff)] = logit_diff
+
+    def finish(self, label: str, answer_logits: Float[np.ndarray, "run trial answer"], self_check: float) -> None:
+        """Write what belongs to one checkpoint's patched runs, the completion mark last."""
         index = self.index(label)
         plain = answer_logits[..., 0] - answer_logits[..., 1]
-        self.array("logit_diff")[index] = logit_diff
         self.array("clean_logit_diff")[index] = plain[RUNS.index("clean")]
         self.array("corrupt_logit_diff")[index] = plain[RUNS.index("corrupt")]
         self.array("self_check")[index] = self_check

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -31,13 +31,19 @@ class Subsets:
         return len(self.labels)
 
 
-def parse_subsets(words: Sequence[str], n_heads: int, seed: int = 0) -> Subsets:
-    """The subsets that `words` name, each once.  Raises `Refusal` for a word outside the language."""
+def parse_subsets(
+    words: Sequence[str], n_heads: int, seed: int = 0, estimate: Callable[[int], str] = lambda _n: ""
+) -> Subsets:
+    """The subsets that `words` name, each once.
+
+    Raises `Refusal` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells what
+    so many would take.
+    """
     asked = sum(count_subsets(word, n_heads) for word in words)
     if asked > LARGEST_SWEEP:
         raise Refusal(
             f"--subsets {' '.join(words)}: {asked:,} subsets of {n_heads} heads is more than {LARGEST_SWEEP:,}; "
-            "take balanced, size:K or a sample such as random:100000"
+            f"{estimate(asked)}take balanced, size:K or a sample such as random:100000"
         )
     rows: dict[frozenset[int], None] = {}
     for word in words:

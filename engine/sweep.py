@@ -1,5 +1,6 @@
 """Patch every checkpoint of a store: the same sites and subsets at each, replayed from the cache and verified."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float
 
-from headlapse.engine.checkpoints import TORCH_DTYPES, Skeleton, open_skeleton, prefetch, read_weights
+from headlapse.engine.checkpoints import Loaded, Skeleton, Wardrobe, prefetch
 from headlapse.engine.ground import Direction, Site
-from headlapse.engine.replay import replay
+from headlapse.engine.machine import Machine, matmul_rate, told_time
+from headlapse.engine.replay import replay, runs_at_once
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch
 from headlapse.engine.store import PatchedRun, Store
@@ -21,6 +23,9 @@ from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.tasks import Alignment, Trials, align
 from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact
 from headlapse.kernels.attend import twin_for
+
+HELD = 2**28
+"""Bytes of results that are held before they are written, unless a single site needs more."""
 
 PAIRS = 2
 """(layer, subset) pairs verified at every checkpoint against a full hooked forward."""
@@ -82,13 +87,21 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
     layers = parse_layers(sweep.layers, store.layers)
     sites = (tuple(layers),) if sweep.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
-    subsets = parse_subsets(sweep.subsets, store.n_heads)
+    subsets = parse_subsets(sweep.subsets, store.n_heads, estimate=functools.partial(_estimate, store, layers))
     dtype: Dtype = sweep.dtype or store.study["dtype"]
     settings = {
         "protocol": "corrected", "direction": sweep.direction, "positions": sweep.positions, "layers": layers,
         "joint": sweep.joint, "subsets": list(sweep.subsets), "dtype": dtype,
     }  # fmt: skip
     return Plan(settings, trials, align(trials, sweep.positions), subsets, sites, sweep.direction, dtype)
+
+
+def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
+    """About how long so many subsets at each layer would take, at 24 d_model^2 operations a row and later layer."""
+    d_model, n_trials = store.array("resid_pre").shape[-1], store.array("tokens").shape[1]
+    passed = sum(store.layers[-1] - layer for layer in layers)
+    flops = 24 * d_model**2 * n_subsets * n_trials * passed * len(store.complete())
+    return f"they would take about {told_time(flops / matmul_rate('cpu', torch.float32))} on this machine's processor; "
 
 
 def open_run(store: Store, plan: Plan, name: str, device: str) -> PatchedRun:
@@ -105,7 +118,7 @@ def patch_series(
     run: PatchedRun,
     missing: Sequence[str],
     cache: Path,
-    device: str,
+    machine: Machine,
     done: Callable[[int], object],
 ) -> Iterator[Outcome]:
     """Replay the plan at every missing checkpoint and verify a few patched runs of each.
@@ -113,41 +126,73 @@ def patch_series(
     `done` hears how many patched runs were finished.  Weights that cannot be had are an `Outcome` with a problem;
     replay that differs from stock transformers raises `Inexact`.
     """
-    indices = store.complete()
+    wardrobe = Wardrobe(plan.dtype, machine)
 
-    def load(label: str) -> tuple[Files, dict[str, Tensor]]:
+    def load(label: str) -> Loaded:
         files = fetch(_recorded(store, label), cache)
         _refuse_other_weights(store, label, files)
-        return files, read_weights(files, TORCH_DTYPES[plan.dtype], device)
+        return wardrobe.ahead(files)
 
-    skeleton: Skeleton | None = None
     for label, loaded in prefetch(missing, load):
-        if isinstance(loaded, OSError):
-            raise loaded
-        if isinstance(loaded, Refusal):
-            yield Outcome(label, str(loaded))
+        try:
+            if isinstance(loaded, Exception):
+                raise loaded
+            skeleton, memory = wardrobe.wear(loaded)
+        except Refusal as refusal:
+            yield Outcome(label, str(refusal))
             continue
-        files, weights = loaded
-        skeleton = open_skeleton(files, plan.dtype, device, skeleton)
-        skeleton.wear(weights)
-        activations = store.activations(indices[label])
-        logit_diff = replay(
-            skeleton, activations, plan.trials, plan.alignment, plan.direction, plan.sites, plan.subsets.mask, done
-        )
-        difference = _verified(skeleton, store, plan, label, logit_diff)
-        run.write(label, logit_diff, store.answer_logits(indices[label]), difference)
+        _patch(store, plan, run, label, skeleton, memory, done)
         yield Outcome(label)
 
 
-def _verified(skeleton: Skeleton, store: Store, plan: Plan, label: str, logit_diff: np.ndarray) -> float:
-    """Largest difference between replay and full hooked forwards over a few random pairs, in nats."""
+def _patch(
+    store: Store,
+    plan: Plan,
+    run: PatchedRun,
+    label: str,
+    skeleton: Skeleton,
+    memory: int,
+    done: Callable[[int], object],
+) -> None:
+    """Replay one checkpoint, as many sites at a time as find room, and write it."""
+    index = store.complete()[label]
+    activations = store.activations(index)
+    runs = runs_at_once(skeleton, plan.alignment.valid.size, memory)
+    replayed = functools.partial(
+        replay, skeleton, activations, plan.trials, plan.alignment, plan.direction, mask=plan.subsets.mask, done=done
+    )
     pairs = choose_pairs(label, plan.sites, len(plan.subsets), PAIRS)
-    patches = [(plan.sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
+    difference = 0.0
+    for first, sites in _blocks(plan):
+        logit_diff = replayed(sites=sites, runs=runs)
+        if chosen := [(site - first, subset) for site, subset in pairs if first <= site < first + len(sites)]:
+            # numpy's maximum keeps NaN, Python's max does not
+            difference = float(np.maximum(difference, _difference(skeleton, plan, sites, chosen, logit_diff)))
+            require_exact(difference, tolerance(plan.dtype, store.study["dtype"]), label)
+        run.write_layers(label, first, logit_diff)
+    run.finish(label, store.answer_logits(index), difference)
+
+
+def _blocks(plan: Plan) -> Iterator[tuple[int, tuple[Site, ...]]]:
+    """Sites whose results are held at once, each block with the index of its first."""
+    per_site = len(plan.subsets) * plan.trials.n_trials * np.dtype(np.float32).itemsize
+    size = max(1, HELD // per_site)
+    for first in range(0, len(plan.sites), size):
+        yield first, plan.sites[first : first + size]
+
+
+def _difference(
+    skeleton: Skeleton,
+    plan: Plan,
+    sites: Sequence[Site],
+    pairs: Sequence[tuple[int, int]],
+    logit_diff: Float[np.ndarray, "site subset trial"],
+) -> float:
+    """Largest difference between replay and full hooked forwards over a few (site, subset) pairs, in nats."""
+    patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
     expected = hooked_logit_diff(skeleton, plan.trials, plan.alignment, plan.direction, patches)
     replayed = np.stack([logit_diff[site, subset] for site, subset in pairs])
-    difference = float(np.abs(replayed - expected).max())  # numpy's max keeps NaN
-    require_exact(difference, tolerance(plan.dtype, store.study["dtype"]), label)
-    return difference
+    return float(np.abs(replayed - expected).max())  # numpy's max keeps NaN
 
 
 def _recorded(store: Store, label: str) -> Checkpoint:

@@ -31,9 +31,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    from headlapse.engine import bench, series
+    from headlapse.engine import bench, machine
 
-    device = series.checked_device(args.device)
+    device = machine.Machine.asked(args.device).device
     directory = CACHE / "bench" / f"{args.shape}-{args.dtype}"
     bench.write_random(args.shape, directory, args.dtype)
     trials = bench.some_trials(args.trials, *args.tokens)

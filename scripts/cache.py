@@ -34,6 +34,7 @@ def parse_args() -> argparse.Namespace:
     add("--store", type=Path, help="where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", default="float32", choices=DTYPES, help="arithmetic and what is stored, e.g. float16")
+    add("--memory", help="what weights and computing may take, e.g. 8GB (default: three quarters of what there is)")
     add("--plan", action="store_true", help="say what would be fetched and stored, and stop")
     add("--overwrite", action="store_true", help="replace a store that answers another question")
     return parser.parse_args()
@@ -43,15 +44,15 @@ def main() -> int:
     args = parse_args()
     study = Study(args.model, args.task, args.trials, tuple(args.sites), args.dtype)
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, series, sources, store
+    from headlapse.engine import arrays, machine, series, sources, store
 
     checkpoints = sources.resolve(study.model, args.checkpoints, CACHE)
     path = args.store or CACHE / series.store_name(study)
-    device = series.checked_device(args.device)
+    where = machine.Machine.asked(args.device, args.memory)
     if args.plan:
         from headlapse.engine import plan
 
-        print(plan.describe(study, checkpoints, CACHE, path, device))
+        print(plan.describe(study, checkpoints, CACHE, path, where.device))
         return DONE
     if not series.pending(study, checkpoints, path, args.overwrite):
         print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
@@ -60,7 +61,7 @@ def main() -> int:
         missing = series.pending(study, checkpoints, path, args.overwrite)
         started = time.perf_counter()
         bar = tqdm(
-            series.cache_series(study, missing, path, CACHE, device, args.overwrite),
+            series.cache_series(study, missing, path, CACHE, where, args.overwrite),
             total=len(missing),
             desc="cache",
             unit="ckpt",
@@ -76,7 +77,8 @@ def main() -> int:
         print(f"warning: {warning}", file=sys.stderr)
     n_prompts = opened.trials().length.size
     caught = f"{done} checkpoint{'s' * (done != 1)} x {n_prompts} prompts"
-    print(f"cached {caught} in {path} ({seconds:.1f} s on {device}, {study.dtype})")
+    peak = machine.told_bytes(machine.peak_memory(where.device))
+    print(f"cached {caught} in {path} ({seconds:.1f} s on {where.device}, {study.dtype}, peak memory {peak})")
     return FAILED if problems else DONE
 
 

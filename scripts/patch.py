@@ -38,6 +38,7 @@ def parse_args() -> argparse.Namespace:
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", choices=DTYPES, help="arithmetic of the replay, e.g. float32 (default: the store's)")
+    add("--memory", help="what weights and computing may take, e.g. 8GB (default: three quarters of what there is)")
     add("--overwrite", action="store_true", help="replace a run of that name")
     return parser.parse_args()
 
@@ -47,31 +48,32 @@ def main() -> int:
     if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
         raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, measures, series, store, sweep
+    from headlapse.engine import arrays, machine, measures, store, sweep
 
     asked = sweep.Sweep(tuple(args.subsets), tuple(args.layers), args.joint, args.positions, args.direction, args.dtype)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
     plan = sweep.spell_out(asked, held)
     name = args.name or asked.name()
-    device = series.checked_device(args.device)
+    where = machine.Machine.asked(args.device, args.memory)
     with arrays.locked(path):
         if args.overwrite:
             arrays.remove(path / "patches" / name)
-        run = sweep.open_run(held, plan, name, device)
+        run = sweep.open_run(held, plan, name, where.device)
         missing = [label for label in held.complete() if label not in run.complete()]
         started = time.perf_counter()
         with tqdm(
             total=plan.n_runs * len(missing), desc="patch", unit="run", unit_scale=True, disable=not missing
         ) as bar:
-            outcomes = list(sweep.patch_series(held, plan, run, missing, CACHE, device, bar.update))
+            outcomes = list(sweep.patch_series(held, plan, run, missing, CACHE, where, bar.update))
         seconds = time.perf_counter() - started
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
     done = run.dataset()
     if done.complete.any():
         print(measures.format_timeline(done, plan.settings))
         n_runs = plan.n_runs * (len(missing) - len(problems))
-        speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {device}, {plan.dtype})"
+        speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"
+        speed += f", peak memory {machine.told_bytes(machine.peak_memory(where.device))}"
         print(f"{speed if missing else 'nothing to do'}; {name} is in {path}")
         worst = float(done.self_check.max())
         print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")

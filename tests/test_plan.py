@@ -11,6 +11,7 @@ import pytest
 from headlapse.engine import plan as room
 from headlapse.engine.anatomy import dissect, read_config
 from headlapse.engine.checkpoints import load_tokenizer
+from headlapse.engine.machine import Machine
 from headlapse.engine.plan import describe, load_of
 from headlapse.engine.series import cache_series
 from headlapse.engine.sources import Checkpoint, Supply, resolve
@@ -37,7 +38,7 @@ def study_of(model: Path, sites: str = "all", dtype: str = "float32") -> Study:
 
 
 def captured(study: Study, checkpoints: Sequence[Checkpoint], path: Path) -> Store:
-    outcomes = list(cache_series(study, checkpoints, path, path.parent, "cpu"))
+    outcomes = list(cache_series(study, checkpoints, path, path.parent, Machine()))
     assert [outcome.problem for outcome in outcomes] == [None] * len(checkpoints)
     return Store(path)
 

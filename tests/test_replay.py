@@ -212,8 +212,8 @@ def test_a_run_does_not_depend_on_what_runs_beside_it(name: str) -> None:
     trials, mask = random_trials(), random_subsets(30, 8)
     kept, alignment = capture(skeleton, trials, MEMORY), align(trials, "end:3")
     together = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask)
-    for rows in (7, 100):
-        split = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, rows=rows)
+    for runs in (1, 11):
+        split = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, runs=runs)
         np.testing.assert_allclose(split, together, rtol=0, atol=EXACT)
     alone = replay(skeleton, kept, trials, alignment, "denoise", JOINT[1:], mask[7:8])
     np.testing.assert_allclose(alone[0, 0], together[N_LAYERS + 1, 7], rtol=0, atol=EXACT)
@@ -238,5 +238,5 @@ def test_replay_reports_every_patched_run_once() -> None:
     trials, mask = random_trials(), random_subsets(30, 8)
     kept, heard = capture(skeleton, trials, MEMORY), list[int]()
     alignment = align(trials, "last")
-    found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, rows=16)
+    found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=3)
     assert len(heard) > 1 and sum(heard) == found.size

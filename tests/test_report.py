@@ -73,7 +73,8 @@ def some_run(
         patched = rng.normal(size=(len(sites), len(subsets), TRIALS)).astype("float32")
         answers = rng.normal(size=(2, TRIALS, 2)).astype("float32")
         if done(row.label):
-            run.write(row.label, values(patched), answers, 2.5e-6)
+            run.write_layers(row.label, 0, values(patched))
+            run.finish(row.label, answers, 2.5e-6)
     return run
 
 
@@ -191,7 +192,8 @@ def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_p
     patched = np.full((3, 3, TRIALS), -2, dtype="float32")
     patched[1] = [[1.5, -1.5, 0.75], [-1, -1, -1], [3, 3, 3]]
     answers = np.array([[[4, 0]] * 3, [[0, 2]] * 3], dtype="float32")
-    run.write("step10", patched, answers, 0.0)
+    run.write_layers("step10", 0, patched)
+    run.finish("step10", answers, 0.0)
     text = text_of(write_report(store, tmp_path / "out"))
     assert "step10 +4.00 100% −2.00 0% +0.25 67% −1.00 0% +3.00 100% +0.67 1" in text
     assert "At the last checkpoint, step 10: clean, unpatched 100% +4.00 nats corrupt, unpatched 0% −2.00 nats" in text

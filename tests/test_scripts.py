@@ -307,7 +307,8 @@ def test_sites_from_a_layer_on_give_the_same_patched_runs(series: Path, cached: 
     assert run("patch", "--name", "parity", cache=tmp_path).returncode == 0
     ours, theirs = (xr.open_zarr(the_store(c), group="patches/parity", consolidated=False) for c in (tmp_path, cached))
     assert list(ours.layer.values) == [1, 2]
-    assert np.array_equal(ours.logit_diff.values, theirs.logit_diff.sel(layer=[1, 2]).values)
+    # Not bit for bit: other runs stand beside them in the matrix products.
+    np.testing.assert_allclose(ours.logit_diff.values, theirs.logit_diff.sel(layer=[1, 2]).values, rtol=0, atol=1e-5)
 
 
 def test_a_users_own_task_of_equal_lengths_is_patched_at_all_positions(series: Path, tmp_path: Path) -> None:

@@ -240,7 +240,9 @@ def test_a_patched_run_reads_back_by_label(store: Store) -> None:
     run = store.open_patch("parity", SETTINGS, [0, 2], SUBSETS.labels, SUBSETS.mask)
     values = np.random.default_rng(0).normal(size=(2, 3, TRIALS)).astype("float32")
     answers = np.random.default_rng(1).normal(size=(2, TRIALS, 2)).astype("float32")
-    run.write("step10", values, answers, 1e-6)
+    run.write_layers("step10", 0, values[:1])
+    run.write_layers("step10", 1, values[1:])
+    run.finish("step10", answers, 1e-6)
     data = Store(store.path).patch_dataset("parity")
     assert data.logit_diff.dims == ("checkpoint", "layer", "subset", "trial")
     assert data.logit_diff.dtype == "float32"
@@ -256,7 +258,8 @@ def test_a_patched_run_reads_back_by_label(store: Store) -> None:
 def test_a_patched_run_grows_with_its_store_and_keeps_what_it_has(store: Store) -> None:
     run = store.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     values = np.ones((1, 3, TRIALS), dtype="float32")
-    run.write("step0", values, np.zeros((2, TRIALS, 2), dtype="float32"), 0.0)
+    run.write_layers("step0", 0, values)
+    run.finish("step0", np.zeros((2, TRIALS, 2), dtype="float32"), 0.0)
     store.add([Row("step20", 20)])
     grown = Store(store.path).open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     assert [row.label for row in grown.rows()] == ["step0", "step10", "main", "step20"]

@@ -65,6 +65,8 @@ def test_a_word_outside_the_language_is_refused_by_name(word: str) -> None:
 def test_a_lattice_that_would_never_finish_is_refused_with_its_count() -> None:
     with pytest.raises(Refusal, match="4,294,967,296 subsets"):
         parse_subsets(["lattice"], 32)
+    with pytest.raises(Refusal, match="a long time"):
+        parse_subsets(["lattice"], 32, estimate=lambda n: f"{n} take a long time")
 
 
 def test_layers_are_named_singly_by_range_or_all_together() -> None:

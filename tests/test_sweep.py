@@ -10,6 +10,7 @@ import pytest
 import xarray as xr
 
 from headlapse.engine import sweep as room
+from headlapse.engine.machine import Machine
 from headlapse.engine.series import cache_series
 from headlapse.engine.sources import resolve
 from headlapse.engine.store import PatchedRun, Store
@@ -33,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def cached(model: Path, path: Path, wanted: Sequence[str] = (), **changes: Any) -> Store:
     study = Study(str(model), trials=3, **changes)
-    list(cache_series(study, resolve(study.model, wanted, path.parent), path, path.parent, "cpu"))
+    list(cache_series(study, resolve(study.model, wanted, path.parent), path, path.parent, Machine()))
     return Store(path)
 
 
@@ -56,7 +57,7 @@ def opened(store: Store, sweep: Sweep = SMALL, name: str = "r") -> tuple[Plan, P
 def patched(store: Store, plan: Plan, patch: PatchedRun, missing: Sequence[str]) -> list[int]:
     """Patch `missing`; how many patched runs were finished by each pass."""
     finished: list[int] = []
-    outcomes = list(patch_series(store, plan, patch, missing, store.path.parent, "cpu", finished.append))
+    outcomes = list(patch_series(store, plan, patch, missing, store.path.parent, Machine(), finished.append))
     assert [(outcome.label, outcome.problem) for outcome in outcomes] == [(label, None) for label in missing]
     return finished
 
@@ -67,8 +68,8 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     shifts: list[float] = []
     exact = room.replay
 
-    def off(*given: Any) -> np.ndarray:
-        return exact(*given) + np.float32(shifts.pop(0))
+    def off(*given: Any, **named: Any) -> np.ndarray:
+        return exact(*given, **named) + np.float32(shifts.pop(0))
 
     monkeypatch.setattr(room, "replay", off)
     yield shifts
@@ -198,8 +199,8 @@ def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypat
     plan, patch = opened(store)
     exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), PAIRS)[-1]
 
-    def off(*given: Any) -> np.ndarray:
-        logit_diff = exact(*given)
+    def off(*given: Any, **named: Any) -> np.ndarray:
+        logit_diff = exact(*given, **named)
         logit_diff[site, subset, -1] = np.nan
         return logit_diff
 
