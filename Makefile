@@ -17,6 +17,7 @@ test: $(VENV)/installed lint
 # Type checkers do not follow editable installs: they see a plain copy.
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+	rm -rf build
 	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/typed .
 	MYPYPATH=build/typed $(RUN) -m mypy
 

@@ -4,7 +4,6 @@ Every tool lives in a process of its own and is asked in turn, so that a noisy m
 tool's imports do not disturb another's, and each has a peak memory.
 """
 
-import functools
 import platform
 import re
 import time
@@ -116,7 +115,7 @@ def pythia_config(shape: str) -> GPTNeoXConfig:
         num_attention_heads=n_heads,
         intermediate_size=4 * d_model,
         max_position_embeddings=2048,
-        rotary_pct=0.25,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
         use_parallel_residual=True,
         tie_word_embeddings=False,
     )
@@ -232,8 +231,9 @@ def _files(directory: Path) -> Files:
 
 
 def _stock(directory: Path, dtype: Dtype, device: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=TORCH_DTYPES[dtype], local_files_only=True)
-    return model.to(device).eval().requires_grad_(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=TORCH_DTYPES[dtype], local_files_only=True)
+    stock: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return stock
 
 
 def _time_patch(workload: Workload, sample: int | None) -> Timing:

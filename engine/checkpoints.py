@@ -30,7 +30,7 @@ _MASK_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_em
 _ALIASES = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
 """GPT-NeoX's unembedding: the name in its files and the one in newer versions of transformers."""
 
-Wanted = Callable[[str], bool]
+Weights = dict[str, Tensor]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer, without the residual stream."""
 
@@ -38,17 +38,23 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
-def read_weights(
-    files: Files, dtype: torch.dtype, device: str, wanted: Wanted = lambda _name: True
-) -> dict[str, Tensor]:
-    """The wanted tensors by name, cast to `dtype` on `device`; memory-mapped where nothing has to change.
+def read_weights(files: Files, dtype: torch.dtype, device: str, buffers: dict[str, Tensor] | None = None) -> Weights:
+    """Every tensor by name, cast to `dtype` on `device`; memory-mapped where nothing has to change.
 
+    What is cast or moved goes into `buffers` of an earlier reading where they fit, and is left there.
     Raises `Refusal` for a file that is cut off or is no weight file.
     """
-    weights: dict[str, Tensor] = {}
+    buffers = {} if buffers is None else buffers
+    weights: Weights = {}
     for path in files.weights:
-        for name, tensor in _tensors(path, wanted):
-            weights[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        for name, tensor in _tensors(path):
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            if tensor.dtype != target or tensor.device != torch.device(device):
+                kept = buffers.get(name)
+                if kept is None or kept.shape != tensor.shape or kept.dtype != target:
+                    kept = buffers[name] = torch.empty_like(tensor, dtype=target, device=device)
+                tensor = kept.copy_(tensor)
+            weights[name] = tensor
     return weights
 
 
@@ -59,20 +65,19 @@ def weight_bytes(files: Files, dtype: torch.dtype) -> int:
     """
     total = 0
     for path in files.weights:
-        _, first = next(_tensors(path, lambda _name: True), ("", torch.empty(0)))
+        _, first = next(_tensors(path), ("", torch.empty(0)))
         total += path.stat().st_size * dtype.itemsize // first.element_size()
     return total
 
 
-def _tensors(path: Path, wanted: Wanted) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                for name in filter(wanted, file.keys()):
+                for name in file.keys():  # noqa: SIM118, it is no mapping
                     yield name, file.get_tensor(name)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            yield from ((name, loaded[name]) for name in loaded if wanted(name))
+            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise Refusal(f"{path} is cut off or no weight file ({reason}); delete it and fetch it again") from error
@@ -101,7 +106,6 @@ class Skeleton:
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
-        self._bare = model.state_dict()
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._tied = _tied_names(model)
 
@@ -117,15 +121,15 @@ class Skeleton:
                 return candidate
         return name
 
-    def wear(self, weights: Mapping[str, Tensor], part: Wanted = lambda _name: True) -> None:
-        """Swap `weights` in.  `part` tells which of the skeleton's parameters they have to cover.
+    def wear(self, weights: Mapping[str, Tensor]) -> None:
+        """Swap `weights` in.
 
         Raises `Refusal` naming keys that are missing, unknown or of another shape, and changes nothing then.
         """
         named = {self.canonical(name): tensor for name, tensor in weights.items()}
         unknown = sorted(name for name in named if name not in self._shapes)
         unknown = [name for name in unknown if not _MASK_BUFFERS.search(name)]
-        missing = sorted(name for name in self._shapes if part(name) and name not in named and name not in self._tied)
+        missing = sorted(name for name in self._shapes if name not in named and name not in self._tied)
         misshapen = sorted(n for n, t in named.items() if n in self._shapes and tuple(t.shape) != self._shapes[n])
         who = self.anatomy.architecture
         if misshapen:
@@ -142,11 +146,6 @@ class Skeleton:
                     f"{who} is configured to tie {target} to {source}, but the file holds two different tensors"
                 )
         self.model.load_state_dict({n: t for n, t in named.items() if n in self._shapes}, strict=False, assign=True)
-        self.model.tie_weights()
-
-    def undress(self) -> None:
-        """Let the weights go; another checkpoint's must be worn before the skeleton runs again."""
-        self.model.load_state_dict(self._bare, strict=False, assign=True)
         self.model.tie_weights()
 
     def layer_modules(self) -> list[nn.Module]:
@@ -239,22 +238,28 @@ class _AnswerRows(nn.Module):
         return logits if self.bias is None else logits + self.bias[:, None]
 
 
-Loaded = tuple[Files, dict[str, Tensor] | None]
+Loaded = tuple[Files, Weights | None]
 """A checkpoint's files, and its weights where they could be read ahead."""
 
 
 class Wardrobe:
-    """The resident skeleton, and the checkpoints that it wears one after another."""
+    """The resident skeleton, and the checkpoints that it wears one after another.
+
+    Weights that are cast or moved are read into two sets of buffers in turn, of which one is worn; where memory has no
+    room for two, into one.
+    """
 
     def __init__(self, dtype: Dtype, machine: Machine) -> None:
         self.dtype, self.machine = dtype, machine
         self._skeleton: Skeleton | None = None
+        self._buffers: tuple[Weights, Weights] = ({}, {})
 
     def ahead(self, files: Files) -> Loaded:
         """Read weights while another checkpoint computes, where both find room."""
-        dtype = TORCH_DTYPES[self.dtype]
-        has_room = 2 * weight_bytes(files, dtype) <= self.machine.memory
-        return files, read_weights(files, dtype, self.machine.device) if has_room else None
+        if 2 * weight_bytes(files, TORCH_DTYPES[self.dtype]) > self.machine.memory:
+            return files, None
+        self._buffers = self._buffers[::-1]
+        return files, self._read(files)
 
     def wear(self, loaded: Loaded) -> tuple[Skeleton, int]:
         """The skeleton in the checkpoint's weights, and the bytes of memory that are left beside them.
@@ -262,20 +267,18 @@ class Wardrobe:
         Raises `Refusal` where they do not fit into the memory or the architecture.
         """
         files, weights = loaded
-        dtype = TORCH_DTYPES[self.dtype]
-        left = self.machine.memory - weight_bytes(files, dtype)
-        if left <= 0:
+        taken = weight_bytes(files, TORCH_DTYPES[self.dtype])
+        if taken >= self.machine.memory:
             raise Refusal(
-                f"the weights take {told_bytes(weight_bytes(files, dtype))} in {self.dtype}, more than the "
-                f"{told_bytes(self.machine.memory)} allowed; give more --memory, or a smaller --dtype"
+                f"the weights take {told_bytes(taken)} in {self.dtype}, the {told_bytes(self.machine.memory)} allowed "
+                "do not hold more; give more --memory, or a smaller --dtype"
             )
-        if weights is None:
-            if self._skeleton is not None:
-                self._skeleton.undress()
-            weights = read_weights(files, dtype, self.machine.device)
         self._skeleton = open_skeleton(files, self.dtype, self.machine.device, self._skeleton)
-        self._skeleton.wear(weights)
-        return self._skeleton, left
+        self._skeleton.wear(weights if weights is not None else self._read(files))
+        return self._skeleton, self.machine.memory - taken
+
+    def _read(self, files: Files) -> Weights:
+        return read_weights(files, TORCH_DTYPES[self.dtype], self.machine.device, self._buffers[0])
 
 
 def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[tuple[Item, Value | Refusal | OSError]]:

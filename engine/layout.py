@@ -118,6 +118,12 @@ def n_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(directory))
 
 
+def stamp(path: Path) -> list[int]:
+    """Size in bytes and time of the last change in nanoseconds: what tells, at no cost, that a file was touched."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

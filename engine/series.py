@@ -1,7 +1,9 @@
 """A checkpoint series through one resident skeleton: cached once, then patched from the cache."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from headlapse.engine.activations import KINDS
 from headlapse.engine.arrays import Row, refuse_difference, refuse_foreign
 from headlapse.engine.capture import capture
 from headlapse.engine.checkpoints import Loaded, Wardrobe, load_tokenizer, prefetch
-from headlapse.engine.layout import sha256, vocabulary_file
+from headlapse.engine.layout import sha256, stamp, vocabulary_file
 from headlapse.engine.machine import Machine
 from headlapse.engine.sources import DEMO, Checkpoint, Files, fetch
 from headlapse.engine.store import Store, create_store
@@ -71,15 +73,40 @@ def cache_series(
 
     wardrobe = Wardrobe(study.dtype, machine)
     recorder = _Recorder(study, missing, path, wardrobe, overwrite)
-    for checkpoint, loaded in prefetch(missing, lambda checkpoint: wardrobe.ahead(fetch(checkpoint, cache))):
-        try:
-            if isinstance(loaded, Exception):
-                raise loaded
-            yield Outcome(checkpoint.label, notes=recorder.record(checkpoint, loaded))
-        except Refusal as refusal:
-            if recorder.is_asking:
-                raise
-            yield Outcome(checkpoint.label, str(refusal))
+
+    def captures() -> Iterator[tuple[Outcome, Callable[[], None]]]:
+        for checkpoint, loaded in prefetch(missing, lambda checkpoint: wardrobe.ahead(fetch(checkpoint, cache))):
+            try:
+                if isinstance(loaded, Exception):
+                    raise loaded
+                notes, write = recorder.record(checkpoint, loaded)
+                yield Outcome(checkpoint.label, notes=notes), write
+            except Refusal as refusal:
+                if recorder.is_asking:
+                    raise
+                yield Outcome(checkpoint.label, str(refusal)), lambda: None
+
+    return _behind(captures())
+
+
+def _behind(jobs: Iterable[tuple[Outcome, Callable[[], None]]]) -> Iterator[Outcome]:
+    """Do each job while the next one is made, and hand its outcome on when it is done."""
+    waiting: tuple[Outcome, Future[None]] | None = None
+    with ThreadPoolExecutor(1, "write") as pool:
+        for outcome, work in jobs:
+            if waiting is not None:
+                yield _done(*waiting)
+            waiting = outcome, pool.submit(work)
+        if waiting is not None:
+            yield _done(*waiting)
+
+
+def _done(outcome: Outcome, job: Future[None]) -> Outcome:
+    try:
+        job.result()
+    except Refusal as refusal:
+        return replace(outcome, problem=str(refusal))
+    return outcome
 
 
 class _Recorder:
@@ -98,8 +125,8 @@ class _Recorder:
         if self.store:
             self.store.add(self.rows)
 
-    def record(self, checkpoint: Checkpoint, loaded: Loaded) -> tuple[str, ...]:
-        """Capture one checkpoint and write it; what the user should hear about the prompts."""
+    def record(self, checkpoint: Checkpoint, loaded: Loaded) -> tuple[tuple[str, ...], Callable[[], None]]:
+        """Capture one checkpoint; what the user should hear about the prompts, and what writes it."""
         files, _ = loaded
         skeleton, memory = self.wardrobe.wear(loaded)
         trials, notes = self._ask(files, skeleton.anatomy.context)
@@ -107,8 +134,8 @@ class _Recorder:
         if self.store is None:
             layers, kinds = kept_layers(self.study, skeleton.anatomy.n_layers)
             self.store = create_store(self.path, identity(self.study), self.rows, layers, kinds, trials, captured)
-        self.store.write(checkpoint.label, captured, _provenance(checkpoint, files))
-        return notes
+        provenance = _provenance(checkpoint, files)
+        return notes, functools.partial(self.store.write, checkpoint.label, captured, provenance)
 
     def _ask(self, files: Files, context: int) -> tuple[Trials, tuple[str, ...]]:
         """The prompts as tokens.  Raises `Refusal` when this checkpoint's tokenizer cuts them otherwise."""
@@ -141,4 +168,5 @@ def _is_directory(model: str) -> bool:
 
 def _provenance(checkpoint: Checkpoint, files: Files) -> dict[str, Any]:
     """Enough to find these very weights again, and to know them."""
-    return {**asdict(checkpoint), "commit": files.commit, "sha256": files.sha256}
+    stamps = {path.name: stamp(path) for path in files.weights}
+    return {**asdict(checkpoint), "commit": files.commit, "sha256": files.sha256, "stamps": stamps}

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from headlapse.engine import hub, layout
 from headlapse.engine.labels import PYTHIA, Shelf, pick, step_of, unknown
@@ -96,16 +97,16 @@ def resolve(model: str, wanted: Sequence[str], cache: Path) -> list[Checkpoint]:
     return [Checkpoint(label, steps[label], model, str(place / label) if place else model) for label in order]
 
 
-def fetch(checkpoint: Checkpoint, cache: Path) -> Files:
+def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | None = None) -> Files:
     """The checkpoint's files, complete and hashed; what is not on disk is trained or downloaded.
 
+    Files that still have the size and the time of their last change that were `recorded` are not hashed again.
     Raises `Refusal` when they cannot be had.
     """
-    if checkpoint.model == DEMO:
-        return _on_disk(_grown(checkpoint, cache))
-    if os.path.isabs(checkpoint.location):
-        return _on_disk(Path(checkpoint.location))
-    return _from_hub(checkpoint)
+    if checkpoint.model != DEMO and not os.path.isabs(checkpoint.location):
+        return _from_hub(checkpoint)
+    directory = _grown(checkpoint, cache) if checkpoint.model == DEMO else Path(checkpoint.location)
+    return _on_disk(directory, told=_unchanged(directory, recorded))
 
 
 def plan(checkpoints: Sequence[Checkpoint], cache: Path) -> list[Supply]:
@@ -196,6 +197,15 @@ def _on_disk(directory: Path, commit: str | None = None, told: Mapping[str, str 
     except OSError as error:
         raise Refusal(f"{error.filename or directory} cannot be read: {error.strerror}; mend and run again") from error
     return Files(directory, weights, config, sha256, commit)
+
+
+def _unchanged(directory: Path, recorded: Mapping[str, Any] | None) -> dict[str, str]:
+    """Recorded digests of the weight files that have not been touched since."""
+    if recorded is None or not directory.is_dir():
+        return {}
+    stamps = recorded.get("stamps", {})
+    same = {path.name for path in layout.weight_files(directory) if layout.stamp(path) == stamps.get(path.name)}
+    return {name: digest for name, digest in recorded["sha256"].items() if name in same}
 
 
 def _from_hub(checkpoint: Checkpoint) -> Files:

@@ -157,6 +157,14 @@ class StoredActivations:
         self._place = {layer: place for place, layer in enumerate(store.layers)}
         self._read: dict[tuple[str, int], Tensor] = {}
 
+    def read_all(self, first: int) -> None:
+        """Read every kind from layer `first` on, which takes less time at once than bit by bit."""
+        place = self._place[first]
+        for kind in self._store.kinds():
+            raw = np.asarray(self._store.array(kind)[self._index, place:])
+            for layer, one in zip(self._store.layers[place:], raw, strict=True):
+                self._read[kind, layer] = to_tensor(one, self._dtype)
+
     def read(self, kind: str, layer: int) -> Tensor:
         if (kind, layer) not in self._read:
             raw = np.asarray(self._store.array(kind)[self._index, self._place[layer]])

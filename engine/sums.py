@@ -5,6 +5,7 @@ Whether they do is found by trying, once per layer of a skeleton, and not from a
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -43,7 +44,8 @@ def sums_of(steps: Steps, layer: int) -> Sums | None:
 
 def output_weight(skeleton: Skeleton, layer: int) -> Float[Tensor, "head head_dim d_model"]:
     """W_O, head by head, whatever way round the model's own module keeps it."""
-    project = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+    project: Any = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+    weight: Tensor
     if isinstance(project, nn.Linear):
         weight = project.weight.T
     else:

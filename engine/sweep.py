@@ -17,18 +17,21 @@ from headlapse.engine.machine import Machine, matmul_rate, told_time
 from headlapse.engine.replay import replay, runs_at_once
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch
-from headlapse.engine.store import PatchedRun, Store
+from headlapse.engine.store import PatchedRun, Store, StoredActivations
 from headlapse.engine.study import Dtype, Refusal, tolerance
 from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.tasks import Alignment, Trials, align
-from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact
+from headlapse.engine.verify import choose_pairs, choose_trials, hooked_logit_diff, require_exact
 from headlapse.kernels.attend import twin_for
 
 HELD = 2**28
 """Bytes of results that are held before they are written, unless a single site needs more."""
 
 PAIRS = 2
-"""(layer, subset) pairs verified at every checkpoint against a full hooked forward."""
+"""(layer, subset) pairs verified at every checkpoint against full hooked forwards."""
+
+VERIFIED = 4
+"""Trials, at most, on which they are."""
 
 
 @dataclass(frozen=True)
@@ -128,20 +131,26 @@ def patch_series(
     """
     wardrobe = Wardrobe(plan.dtype, machine)
 
-    def load(label: str) -> Loaded:
-        files = fetch(_recorded(store, label), cache)
+    indices = store.complete()
+    first_layer = min(site[0] for site in plan.sites)
+
+    def load(label: str) -> tuple[Loaded, StoredActivations]:
+        files = fetch(_recorded(store, label), cache, store.provenance(label))
         _refuse_other_weights(store, label, files)
-        return wardrobe.ahead(files)
+        activations = store.activations(indices[label])
+        activations.read_all(first_layer)
+        return wardrobe.ahead(files), activations
 
     for label, loaded in prefetch(missing, load):
         try:
             if isinstance(loaded, Exception):
                 raise loaded
-            skeleton, memory = wardrobe.wear(loaded)
+            weights, activations = loaded
+            skeleton, memory = wardrobe.wear(weights)
         except Refusal as refusal:
             yield Outcome(label, str(refusal))
             continue
-        _patch(store, plan, run, label, skeleton, memory, done)
+        _patch(store, plan, run, label, skeleton, activations, memory, done)
         yield Outcome(label)
 
 
@@ -151,12 +160,11 @@ def _patch(
     run: PatchedRun,
     label: str,
     skeleton: Skeleton,
+    activations: StoredActivations,
     memory: int,
     done: Callable[[int], object],
 ) -> None:
     """Replay one checkpoint, as many sites at a time as find room, and write it."""
-    index = store.complete()[label]
-    activations = store.activations(index)
     runs = runs_at_once(skeleton, plan.alignment.valid.size, memory)
     replayed = functools.partial(
         replay, skeleton, activations, plan.trials, plan.alignment, plan.direction, mask=plan.subsets.mask, done=done
@@ -167,10 +175,10 @@ def _patch(
         logit_diff = replayed(sites=sites, runs=runs)
         if chosen := [(site - first, subset) for site, subset in pairs if first <= site < first + len(sites)]:
             # numpy's maximum keeps NaN, Python's max does not
-            difference = float(np.maximum(difference, _difference(skeleton, plan, sites, chosen, logit_diff)))
+            difference = float(np.maximum(difference, _difference(skeleton, plan, label, sites, chosen, logit_diff)))
             require_exact(difference, tolerance(plan.dtype, store.study["dtype"]), label)
         run.write_layers(label, first, logit_diff)
-    run.finish(label, store.answer_logits(index), difference)
+    run.finish(label, store.answer_logits(store.index(label)), difference)
 
 
 def _blocks(plan: Plan) -> Iterator[tuple[int, tuple[Site, ...]]]:
@@ -184,20 +192,22 @@ def _blocks(plan: Plan) -> Iterator[tuple[int, tuple[Site, ...]]]:
 def _difference(
     skeleton: Skeleton,
     plan: Plan,
+    label: str,
     sites: Sequence[Site],
     pairs: Sequence[tuple[int, int]],
     logit_diff: Float[np.ndarray, "site subset trial"],
 ) -> float:
-    """Largest difference between replay and full hooked forwards over a few (site, subset) pairs, in nats."""
+    """Largest difference between replay and full hooked forwards over a few pairs and trials, in nats."""
+    some = choose_trials(label, plan.trials.n_trials, VERIFIED)
     patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
-    expected = hooked_logit_diff(skeleton, plan.trials, plan.alignment, plan.direction, patches)
-    replayed = np.stack([logit_diff[site, subset] for site, subset in pairs])
+    expected = hooked_logit_diff(skeleton, plan.trials.only(some), plan.alignment.only(some), plan.direction, patches)
+    replayed = np.stack([logit_diff[site, subset, some] for site, subset in pairs])
     return float(np.abs(replayed - expected).max())  # numpy's max keeps NaN
 
 
 def _recorded(store: Store, label: str) -> Checkpoint:
     """The checkpoint as the store remembers it, pinned to its commit."""
-    fields = {k: v for k, v in store.provenance(label).items() if k != "sha256"}
+    fields = {k: v for k, v in store.provenance(label).items() if k not in ("sha256", "stamps")}
     return Checkpoint(**fields)
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, repeat
 from pathlib import Path
@@ -79,6 +79,12 @@ class Trials:
     def n_trials(self) -> int:
         return len(self.contrasts)
 
+    def only(self, chosen: Sequence[int]) -> "Trials":
+        """Some of the trials."""
+        kept = {name: getattr(self, name)[:, chosen] for name in ("tokens", "length", "token_text")}
+        contrasts = tuple(self.contrasts[trial] for trial in chosen)
+        return replace(self, **kept, answer_tokens=self.answer_tokens[chosen], contrasts=contrasts)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -93,6 +99,10 @@ class Alignment:
 
     read: Int[np.ndarray, " trial"]
     """Index along `patched` of the last real token, whose logits are compared."""
+
+    def only(self, chosen: Sequence[int]) -> "Alignment":
+        """That of some of the trials."""
+        return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
 
 
 def decimal(seed: int) -> Iterator[Contrast]:

@@ -22,6 +22,12 @@ def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int
     return [divmod(int(place), n_subsets) for place in sorted(places)]
 
 
+def choose_trials(label: str, n_trials: int, most: int) -> list[int]:
+    """Random trials to verify on, ascending; the same for the same checkpoint."""
+    draw = np.random.default_rng([*label.encode(), n_trials])
+    return sorted(draw.choice(n_trials, size=min(most, n_trials), replace=False).tolist())
+
+
 @torch.inference_mode()
 def hooked_logit_diff(
     skeleton: Skeleton,

@@ -6,8 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from headlapse.engine.checkpoints import Skeleton, load_tokenizer, open_skeleton, prefetch, read_weights
+from headlapse.engine.checkpoints import (
+    Skeleton,
+    Wardrobe,
+    load_tokenizer,
+    open_skeleton,
+    prefetch,
+    read_weights,
+    weight_bytes,
+)
 from headlapse.engine.layout import vocabulary_file
+from headlapse.engine.machine import Machine
 from headlapse.engine.sources import Checkpoint, Files, fetch
 from headlapse.engine.study import Refusal
 from tests.models import FORMS, MAIN, MORE, Form, legacy_buffers, save, tiny, tiny_tokenizer
@@ -59,10 +68,42 @@ def test_the_dtype_is_the_one_asked_for_whatever_the_file_holds(tmp_path: Path) 
     assert {t.dtype for t in read_weights(files, torch.bfloat16, "cpu").values()} == {torch.bfloat16}
 
 
-def test_only_the_wanted_tensors_are_read(tmp_path: Path) -> None:
+def test_what_is_cast_goes_into_the_buffers_of_an_earlier_reading(tmp_path: Path) -> None:
+    first, second = (files_of(save(tiny("neox-parallel", n).half(), tmp_path / str(n))) for n in (1, 2))
+    buffers: dict[str, torch.Tensor] = {}
+    read = read_weights(first, torch.float32, "cpu", buffers)
+    places = {name: tensor.data_ptr() for name, tensor in read.items()}
+    again = read_weights(second, torch.float32, "cpu", buffers)
+    assert {name: tensor.data_ptr() for name, tensor in again.items()} == places
+    fresh = read_weights(second, torch.float32, "cpu")
+    assert all(torch.equal(again[name], fresh[name]) for name in fresh)
+
+
+def room_for(files: Files, times: float) -> Machine:
+    return Machine("cpu", int(times * weight_bytes(files, torch.float32)) + 1)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_checkpoint_is_read_ahead_only_where_two_find_room(tmp_path: Path, dtype: str, times: int) -> None:
+    models = [tiny("neox-parallel", seed) for seed in (1, 2, 3)]
+    held = {"float16": torch.float16, "float32": torch.float32}[dtype]
+    files = [files_of(save(model.to(held), tmp_path / str(n))) for n, model in enumerate(models)]
+    wardrobe = Wardrobe("float32", room_for(files[0], times))
+    for (_, loaded), model in zip(prefetch(files, wardrobe.ahead), models, strict=True):
+        assert not isinstance(loaded, Exception)
+        assert (loaded[1] is not None) == (times == 2)
+        skeleton, left = wardrobe.wear(loaded)
+        assert 0 < left <= room_for(files[0], times).memory - weight_bytes(files[0], torch.float32)
+        with torch.no_grad(), skeleton.stock() as stock:
+            assert torch.equal(stock(TOKENS).logits, model.float()(TOKENS).logits)
+
+
+def test_weights_that_the_memory_does_not_hold_are_refused_with_what_would(tmp_path: Path) -> None:
     files = files_of(save(tiny("neox-parallel"), tmp_path))
-    found = read_weights(files, torch.float32, "cpu", lambda name: ".layers.2." in name)
-    assert found and all(".layers.2." in name for name in found)
+    wardrobe = Wardrobe("float32", room_for(files, 0.5))
+    with pytest.raises(Refusal, match=r"in float32.*allowed.*--memory"):
+        wardrobe.wear(wardrobe.ahead(files))
 
 
 def test_a_file_without_the_base_models_prefix_is_worn_too() -> None:
