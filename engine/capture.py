@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
 from torch import Tensor, nn
 
 from headlapse.engine.activations import KINDS, Capture
 from headlapse.engine.attention import attending, causal_attention
 from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.machine import as_many_as_fit
 from headlapse.engine.tasks import Trials
 
 
@@ -32,11 +32,7 @@ def capture(skeleton: Skeleton, trials: Trials, memory: int) -> Capture:
         kept = {kind: [torch.cat([kept[kind][layer] for kept, _ in parts]) for layer in layers] for kind in KINDS}
         return kept, torch.cat([logits for _, logits in parts])
 
-    try:
-        kept, logits = run(first_try)
-    except torch.OutOfMemoryError:
-        # Only now: every try of accelerate's search collects garbage first, which takes longer than a small forward.
-        kept, logits = find_executable_batch_size(run, starting_batch_size=first_try // 2)()
+    kept, logits = as_many_as_fit(run, first_try)
     by_run = (n_runs, n_trials)
     return Capture(
         kept={kind: [tensor.unflatten(0, by_run) for tensor in tensors] for kind, tensors in kept.items()},

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, 
 
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.attention import IMPLEMENTATION
-from headlapse.engine.machine import Machine, told_bytes
+from headlapse.engine.machine import Machine, allow_tf32, told_bytes
 from headlapse.engine.sources import Files
-from headlapse.engine.study import DTYPES, Dtype, Refusal
+from headlapse.engine.study import DTYPES, Arithmetic, Refusal
 
-TORCH_DTYPES: dict[Dtype, torch.dtype] = {dtype: getattr(torch, dtype) for dtype in DTYPES}
+TORCH_DTYPES: dict[Arithmetic, torch.dtype] = {dtype: getattr(torch, dtype) for dtype in DTYPES}
+TORCH_DTYPES["tf32"] = torch.float32
 
 _MASK_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
 """Tables that old .bin files carry beside the weights.  Ignored only where the skeleton has no such parameter."""
@@ -59,15 +60,9 @@ def read_weights(files: Files, dtype: torch.dtype, device: str, buffers: dict[st
 
 
 def weight_bytes(files: Files, dtype: torch.dtype) -> int:
-    """What the weights take in memory as `dtype`, going by the first tensor of every file.
-
-    Raises `Refusal` for a file that is cut off or is no weight file.
-    """
-    total = 0
-    for path in files.weights:
-        _, first = next(_tensors(path), ("", torch.empty(0)))
-        total += path.stat().st_size * dtype.itemsize // first.element_size()
-    return total
+    """What the weights take in memory as `dtype`.  Raises `Refusal` for a file that is cut off or is no weight file."""
+    tensors = (tensor for path in files.weights for _, tensor in _tensors(path))
+    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -249,7 +244,8 @@ class Wardrobe:
     room for two, into one.
     """
 
-    def __init__(self, dtype: Dtype, machine: Machine) -> None:
+    def __init__(self, dtype: Arithmetic, machine: Machine) -> None:
+        allow_tf32(dtype == "tf32")
         self.dtype, self.machine = dtype, machine
         self._skeleton: Skeleton | None = None
         self._buffers: tuple[Weights, Weights] = ({}, {})
@@ -329,7 +325,7 @@ def load_tokenizer(directory: Path) -> Any:
         raise Refusal(f"the tokenizer in {directory} cannot be loaded ({reason}); put another there") from error
 
 
-def open_skeleton(files: Files, dtype: Dtype, device: str, current: Skeleton | None = None) -> Skeleton:
+def open_skeleton(files: Files, dtype: Arithmetic, device: str, current: Skeleton | None = None) -> Skeleton:
     """The resident skeleton where it fits the checkpoint's config, else a new one."""
     config = read_config(files.config.parent)
     if current is not None and current.fits(config):

@@ -4,12 +4,17 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import psutil
 import torch
+from accelerate.utils import find_executable_batch_size
 
-from headlapse.engine.study import Refusal
+from headlapse.engine.study import Arithmetic, Refusal
+
+Result = TypeVar("Result")
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -24,15 +29,34 @@ class Machine:
     """Bytes that weights and what is computed with them may take together."""
 
     @classmethod
-    def asked(cls, device: str | None, memory: str | None = None) -> "Machine":
+    def asked(cls, device: str | None, memory: str | None = None, dtype: Arithmetic = "float32") -> "Machine":
         """The machine a user asks for, or the default.  Raises `Refusal` when it is not to be had."""
         checked = _checked(device)
+        if dtype == "tf32" and torch.device(checked).type != "cuda":
+            raise Refusal(f"--dtype tf32: {checked} does not compute in it, only CUDA devices do; use float32")
         return cls(checked, _parse(memory) if memory else most_of_memory(checked))
 
     @property
     def kind(self) -> str:
         """`cpu` or `cuda`."""
         return torch.device(self.device).type
+
+
+def as_many_as_fit(run: Callable[[int], Result], most: int) -> Result:
+    """`run` with a batch of `most`, or of fewer where the device's memory does not hold them."""
+    try:
+        return run(most)
+    except torch.OutOfMemoryError:
+        # Only now: every try of accelerate's search collects garbage first, which takes longer than a small forward.
+        # Whatever the failed try still held is let go with its exception.
+        pass
+    found: Result = find_executable_batch_size(run, starting_batch_size=max(1, most // 2))()
+    return found
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether matrix products of float32 may round to TF32 on CUDA devices, from now on."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
 def most_of_memory(device: str) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from headlapse.engine.activations import Activations
 from headlapse.engine.checkpoints import Skeleton
 from headlapse.engine.ground import Direction, Ground, Site
+from headlapse.engine.machine import as_many_as_fit
 from headlapse.engine.steps import Giving, Replaying, Resid, Steps
 from headlapse.engine.sums import Sums, sums_of
 from headlapse.engine.tasks import Alignment, Trials
@@ -53,14 +54,24 @@ def replay(
     most `runs` finished.
     """
     ground = Ground.lay(skeleton, activations, trials, alignment, direction)
-    most = min(runs or runs_at_once(skeleton, alignment.valid.size), len(sites) * len(mask))
-    replaying = _Replay(Steps(skeleton, ground, most), torch.from_numpy(mask).to(skeleton.device))
+    subsets = torch.from_numpy(mask).to(skeleton.device)
     result = torch.empty(len(sites), len(mask), trials.n_trials, device=skeleton.device)
-    for wave in waves(sites, len(mask), most):
-        logit_diff = replaying.logit_diff(wave).split([group.n_runs for group in wave])
-        for group, part in zip(wave, logit_diff, strict=True):
-            result[group.index, group.first : group.last] = part
-        done(sum(group.n_runs for group in wave) * trials.n_trials)
+    n_done = 0
+
+    def run(most: int) -> None:
+        nonlocal n_done
+        done(-n_done)  # none, unless memory did not hold the waves that were tried before
+        n_done = 0
+        replaying = _Replay(Steps(skeleton, ground, most), subsets)
+        for wave in waves(sites, len(mask), most):
+            logit_diff = replaying.logit_diff(wave).split([group.n_runs for group in wave])
+            for group, part in zip(wave, logit_diff, strict=True):
+                result[group.index, group.first : group.last] = part
+            finished = sum(group.n_runs for group in wave) * trials.n_trials
+            n_done += finished
+            done(finished)
+
+    as_many_as_fit(run, min(runs or runs_at_once(skeleton, alignment.valid.size), len(sites) * len(mask)))
     return result.cpu().numpy()
 
 

@@ -7,7 +7,11 @@ from typing import Literal, get_args
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
-ROUNDING: dict[Dtype, float] = {"float32": 2**-23, "float16": 2**-10, "bfloat16": 2**-7}
+Arithmetic = Dtype | Literal["tf32"]
+ARITHMETICS: tuple[Arithmetic, ...] = (*DTYPES, "tf32")
+"""What can be computed in; `tf32` is float32 whose matrix products round to ten bits, on CUDA devices."""
+
+ROUNDING: dict[Arithmetic, float] = {"float32": 2**-23, "tf32": 2**-10, "float16": 2**-10, "bfloat16": 2**-7}
 """Machine epsilon."""
 
 TOLERANCE = 1e-4
@@ -25,7 +29,7 @@ class Inexact(RuntimeError):
     """Replay and a full hooked forward disagree: the numbers must not be used."""
 
 
-def tolerance(*dtypes: Dtype) -> float:
+def tolerance(*dtypes: Arithmetic) -> float:
     """Largest difference allowed, in nats, where the coarsest of `dtypes` rounds: as many roundings as in float32."""
     return TOLERANCE * max(ROUNDING[dtype] for dtype in dtypes) / ROUNDING["float32"]
 

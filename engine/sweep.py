@@ -18,7 +18,7 @@ from headlapse.engine.replay import replay, runs_at_once
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch
 from headlapse.engine.store import PatchedRun, Store, StoredActivations
-from headlapse.engine.study import Dtype, Refusal, tolerance
+from headlapse.engine.study import Arithmetic, Refusal, tolerance
 from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.tasks import Alignment, Trials, align
 from headlapse.engine.verify import choose_pairs, choose_trials, hooked_logit_diff, require_exact
@@ -47,7 +47,7 @@ class Sweep:
 
     positions: str = "last"
     direction: Direction = "denoise"
-    dtype: Dtype | None = None
+    dtype: Arithmetic | None = None
     """Arithmetic of the replay; None is the store's."""
 
     def name(self) -> str:
@@ -73,7 +73,7 @@ class Plan:
     subsets: Subsets
     sites: tuple[Site, ...]
     direction: Direction
-    dtype: Dtype
+    dtype: Arithmetic
 
     @property
     def n_runs(self) -> int:
@@ -91,7 +91,7 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
     sites = (tuple(layers),) if sweep.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
     subsets = parse_subsets(sweep.subsets, store.n_heads, estimate=functools.partial(_estimate, store, layers))
-    dtype: Dtype = sweep.dtype or store.study["dtype"]
+    dtype: Arithmetic = sweep.dtype or store.study["dtype"]
     settings = {
         "protocol": "corrected", "direction": sweep.direction, "positions": sweep.positions, "layers": layers,
         "joint": sweep.joint, "subsets": list(sweep.subsets), "dtype": dtype,

@@ -1,4 +1,4 @@
-"""Time headlapse against the tools used today: the same patched runs, in turn, on random weights of Pythia's shapes."""
+"""Time headlapse against the tools used today: the same work in turn, on random weights of Pythia's shapes."""
 
 import argparse
 import os
@@ -6,13 +6,15 @@ import sys
 from pathlib import Path
 
 from headlapse.engine.guard import DONE, guarded
-from headlapse.engine.study import DTYPES
+from headlapse.engine.study import ARITHMETICS
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
-TOOLS = """who runs, e.g. headlapse hooks nnsight-several (default: all that are installed;
-pip install -e '.[bench]' installs TransformerLens and nnsight)"""
+TOOLS = """who runs, e.g. headlapse headlapse@bfloat16 hooks nnsight-several (default: all that are
+installed; pip install -e '.[bench]' installs TransformerLens and nnsight)"""
+WORKLOADS = """parity each splits lattice capture loading generation study growth (default: all),
+e.g. parity splits"""
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,31 +22,37 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", default="pythia-160m", help="e.g. pythia-410m")
     add("--tools", nargs="+", metavar="T", help=TOOLS)
-    add("--workloads", nargs="+", default=["parity", "each", "splits", "lattice"], metavar="W", help="e.g. parity each")
+    add("--workloads", nargs="+", default=[], metavar="W", help=WORKLOADS)
     add("--trials", type=int, default=15, help="prompt pairs, e.g. 30")
     add("--tokens", type=int, nargs=2, default=[12, 17], metavar="N", help="of clean and corrupt prompts, e.g. 12 17")
     add("--sample", type=int, default=72, help="patched conditions that a peer is timed on, 0 for all, e.g. 144")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
-    add("--dtype", default="float32", choices=DTYPES, help="arithmetic of all tools, e.g. bfloat16")
+    add("--dtype", default="float32", choices=ARITHMETICS, help="arithmetic where a tool says none, e.g. bfloat16")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_args()
-    from headlapse.engine import bench, machine
+    from headlapse.engine import machine
+    from headlapse.engine.bench import contest, shapes, table
 
-    device = machine.Machine.asked(args.device).device
-    directory = CACHE / "bench" / f"{args.shape}-{args.dtype}"
-    bench.write_random(args.shape, directory, args.dtype)
-    trials = bench.some_trials(args.trials, *args.tokens)
-    tools = args.tools or bench.installed()
-    print(bench.machine(device, args.dtype), flush=True)
-    print(f"{args.shape}, {args.trials} trials, {args.tokens[0]} and {args.tokens[1]} tokens", flush=True)
-    contestants = {tool: bench.Contestant(tool, directory, trials, args.dtype, device) for tool in tools}
-    for table in bench.tables(contestants, args.shape, args.workloads, args.sample):
-        print(f"\n{table}", flush=True)
-    for contestant in contestants.values():
-        contestant.close()
+    shapes.pythia_config(args.shape)
+    words = table.choose_workloads(args.workloads, args.shape)
+    device = machine.Machine.asked(args.device, dtype=args.dtype).device
+    checkpoint = CACHE / "bench" / f"{args.shape}-{args.dtype}"
+    shapes.write_random(args.shape, checkpoint, args.dtype)
+    trials = shapes.some_trials(args.trials, *args.tokens)
+    print(
+        f"{table.machine(device)}; {args.shape}, {args.dtype}, prompts of {args.tokens[0]} and {args.tokens[1]} tokens"
+    )
+    tools = contest.choose_tools(args.tools or contest.installed(), args.dtype)
+    series = CACHE / "bench" / f"{args.shape}-series"
+    with contest.at_work(tools, checkpoint, trials, device) as contestants:
+        bench = table.Bench(
+            args.shape, checkpoint, series, ROOT / "scripts", contestants, args.sample, args.trials, device
+        )
+        for text in bench.tables(words):
+            print(f"\n{text}", flush=True)
     return DONE
 
 

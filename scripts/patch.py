@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
-from headlapse.engine.study import DTYPES, Refusal
+from headlapse.engine.study import ARITHMETICS, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -37,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     add("--protocol", default="corrected", choices=["corrected"], help="z of true heads at aligned positions")
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
-    add("--dtype", choices=DTYPES, help="arithmetic of the replay, e.g. float32 (default: the store's)")
+    add("--dtype", choices=ARITHMETICS, help="arithmetic of the replay, e.g. float32 (default: the store's)")
     add("--memory", help="what weights and computing may take, e.g. 8GB (default: three quarters of what there is)")
     add("--overwrite", action="store_true", help="replace a run of that name")
     return parser.parse_args()
@@ -55,7 +55,7 @@ def main() -> int:
     held = store.Store(path)
     plan = sweep.spell_out(asked, held)
     name = args.name or asked.name()
-    where = machine.Machine.asked(args.device, args.memory)
+    where = machine.Machine.asked(args.device, args.memory, plan.dtype)
     with arrays.locked(path):
         if args.overwrite:
             arrays.remove(path / "patches" / name)

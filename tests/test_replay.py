@@ -9,9 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from headlapse.engine.activations import Capture
+from headlapse.engine.attention import AttentionMode
 from headlapse.engine.capture import capture
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.replay import Site, replay
+from headlapse.engine.replay import Site, replay, runs_at_once, waves
+from headlapse.engine.steps import Steps
 from headlapse.engine.study import Refusal
 from headlapse.engine.tasks import Trials, align
 from tests.models import (
@@ -240,3 +242,50 @@ def test_replay_reports_every_patched_run_once() -> None:
     alignment = align(trials, "last")
     found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=3)
     assert len(heard) > 1 and sum(heard) == found.size
+
+
+def test_replay_goes_on_with_fewer_runs_where_memory_fails_and_reports_each_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _, skeleton = pair("neox-parallel")
+    trials, mask = random_trials(), random_subsets(30, 8)
+    kept, heard = capture(skeleton, trials, MEMORY), list[int]()
+    alignment, through = align(trials, "last"), Steps.through
+    expected = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask)
+
+    def narrow(self: Steps, layer: int, resid_pre: torch.Tensor, mode: AttentionMode) -> torch.Tensor:
+        if layer == N_LAYERS - 1 and resid_pre.shape[1] > 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return through(self, layer, resid_pre, mode)
+
+    monkeypatch.setattr(Steps, "through", narrow)
+    found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=40)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=EXACT)
+    assert sum(heard) == found.size and min(heard) < 0
+
+
+# Waves
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_waves_hold_every_run_once_in_equal_parts_and_early_layers_first(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    sites = [(int(layer),) for layer in draw.permutation(9)[: draw.integers(1, 9)]]
+    n_subsets, most = int(draw.integers(1, 40)), int(draw.integers(1, 60))
+    found = list(waves(sites, n_subsets, most))
+    runs = [(group.index, subset) for wave in found for group in wave for subset in range(group.first, group.last)]
+    assert sorted(runs) == [(site, subset) for site in range(len(sites)) for subset in range(n_subsets)]
+    sizes = [sum(group.n_runs for group in wave) for wave in found]
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    assert len(sizes) == -(-len(runs) // most)
+    groups = [group for wave in found for group in wave]
+    assert all(group.n_runs > 0 and group.site == sites[group.index] for group in groups)
+    layers = [group.site[0] for group in groups]
+    assert layers == sorted(layers)
+
+
+def test_memory_bounds_how_many_runs_go_together() -> None:
+    _, skeleton = pair("neox-parallel")
+    most = runs_at_once(skeleton, rows_per_run=3)
+    few = [runs_at_once(skeleton, 3, memory) for memory in (0, 10**4, 10**5, 10**6, 10**12)]
+    assert few[0] == 1 and few == sorted(few) and few[-1] == most and 1 < few[-3] < most

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from headlapse.engine.store import Store
 from tests.hub_server import HubServer
 from tests.models import N_LAYERS, Form, legacy_buffers, save, tiny, tiny_tokenizer
 
@@ -285,6 +287,24 @@ def test_checkpoints_with_the_same_weights_at_different_steps_are_noticed(series
     assert done.returncode == 0
     [line] = told(done)
     assert line.startswith("warning: step20, step30 serve the same weights")
+
+
+def test_memory_that_holds_no_checkpoint_is_refused_with_what_it_takes(series: Path, tmp_path: Path) -> None:
+    refused = run("cache", "--model", series, "--memory", "1kB", cache=tmp_path)
+    assert refused.returncode == 2 and not list(tmp_path.glob("*.zarr"))
+    for line in told(refused):
+        assert re.search(r"the weights take 37\d kB in float32, the 1 kB allowed do not hold more", line)
+    refused = run("cache", "--model", series, "--memory", "much", cache=tmp_path)
+    assert refused.returncode == 2 and "write 8GB" in refused.stderr
+
+
+def test_memory_for_one_checkpoint_gives_what_plenty_gives(cached: Path, copied: Path) -> None:
+    path = the_store(copied)
+    for name, memory in (("plenty", "8GB"), ("little", "700kB")):
+        done = run("patch", path, "--name", name, "--memory", memory, cache=copied)
+        assert done.returncode == 0 and "peak memory" in done.stdout, done.stderr
+    plenty, little = (Store(path).patch(name).values("logit_diff") for name in ("plenty", "little"))
+    np.testing.assert_allclose(little, plenty, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from headlapse.engine import layout
 from headlapse.engine.labels import step_of
 from headlapse.engine.sources import Checkpoint, Files, Supply, description, fetch, plan, resolve
 from headlapse.engine.study import Refusal
@@ -361,6 +363,47 @@ def test_every_form_of_weights_is_found_and_hashed(form: str, tmp_path: Path, ca
     assert names(files) == sorted(expected)
     assert files.sha256 == {name: sha256(content) for name, content in expected.items()}
     assert (files.directory, files.config, files.commit) == (directory, directory / "config.json", None)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were hashed."""
+    found: list[str] = []
+    digest = layout.sha256
+
+    def count(path: Path) -> str:
+        found.append(path.name)
+        return digest(path)
+
+    monkeypatch.setattr(layout, "sha256", count)
+    return found
+
+
+def recorded(files: Files) -> dict[str, object]:
+    """What a store remembers of them."""
+    return {"sha256": files.sha256, "stamps": {path.name: layout.stamp(path) for path in files.weights}}
+
+
+def test_only_files_that_were_touched_are_hashed_again(tmp_path: Path, cache: Path, hashed: list[str]) -> None:
+    directory = written(tmp_path / "model", COMMON, SHARDED)
+    [checkpoint] = resolve(str(directory), (), cache)
+    held = recorded(fetch(checkpoint, cache))
+    hashed.clear()
+    assert fetch(checkpoint, cache, held).sha256 == held["sha256"] and not hashed
+    touched = directory / sorted(SHARDS)[0]
+    exchanged = bytes(reversed(touched.read_bytes()))
+    touched.write_bytes(exchanged)
+    os.utime(touched, ns=(1, 1))
+    now = fetch(checkpoint, cache, held)
+    assert hashed == [touched.name] and now.sha256 == {**now.sha256, touched.name: sha256(exchanged)} != held["sha256"]
+
+
+def test_a_store_without_stamps_has_its_files_hashed(tmp_path: Path, cache: Path, hashed: list[str]) -> None:
+    [checkpoint] = resolve(str(written(tmp_path / "model", COMMON, SHARDED)), (), cache)
+    held = recorded(fetch(checkpoint, cache))
+    hashed.clear()
+    del held["stamps"]
+    assert fetch(checkpoint, cache, held).sha256 == held["sha256"] and sorted(hashed) == sorted(SHARDS)
 
 
 def test_the_best_form_of_weights_is_taken(tmp_path: Path, cache: Path) -> None:

@@ -182,6 +182,43 @@ def test_only_the_missing_checkpoints_are_done_and_the_others_stay_as_they_are(s
     assert (patch.values("logit_diff")[1] == before).all() and np.isfinite(patch.values("logit_diff")).all()
 
 
+def test_results_written_layer_by_layer_are_those_written_at_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, at_once = opened(store)
+    patched(store, plan, at_once, LABELS)
+    monkeypatch.setattr(room, "HELD", 1)
+    assert len(list(room._blocks(plan))) == len(plan.sites) > 1
+    plan, streamed = opened(store, name="streamed")
+    patched(store, plan, streamed, LABELS)
+    np.testing.assert_allclose(streamed.values("logit_diff"), at_once.values("logit_diff"), rtol=0, atol=1e-5)
+    assert (streamed.values("self_check") <= tolerance("float32")).all()
+    for kind in ("clean_logit_diff", "corrupt_logit_diff"):
+        assert (streamed.values(kind) == at_once.values(kind)).all()
+
+
+def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "HELD", 1)
+    plan, patch = opened(store)
+    exact, checked = room.replay, {site for site, _ in choose_pairs("step0", plan.sites, len(plan.subsets), PAIRS)}
+
+    def off(*given: Any, **named: Any) -> np.ndarray:
+        return exact(*given, **named) + np.float32(named["sites"] == (plan.sites[max(checked)],))
+
+    monkeypatch.setattr(room, "replay", off)
+    with pytest.raises(Inexact, match=r"^step0: replay differs"):
+        patched(store, plan, patch, ["step0"])
+    assert not patch.complete()
+
+
+def test_more_subsets_than_anyone_waits_for_are_refused_with_the_time_and_what_to_take(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "n_heads", 32)
+    with pytest.raises(Refusal, match=r"4,294,967,296 subsets .* take about [\d,.]+ (days|years|h) on .*random:100000"):
+        spell_out(Sweep(subsets=("lattice",)), store)
+
+
 @pytest.mark.parametrize("shift", [float("nan"), 3e-4, -3e-4, float("inf")])
 def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
     store: Store, shifted: list[float], shift: float

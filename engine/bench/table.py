@@ -1,0 +1,168 @@
+"""What scripts/bench.py prints: the same work by every tool in turn, a table for each kind of work."""
+
+import platform
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+import torch
+
+from headlapse.engine.bench.contest import OURS, Contestant, Timing, Tool, Workload
+from headlapse.engine.bench.growth import growths
+from headlapse.engine.bench.pace import SUBSETS, pace, run_command
+from headlapse.engine.bench.shapes import SHAPES, write_series
+from headlapse.engine.machine import told_bytes
+from headlapse.engine.study import Refusal
+
+PATCHES = ("parity", "each", "splits", "lattice")
+WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth")
+"""Everything that can be timed, by the words that ask for it."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Who is timed on what."""
+
+    shape: str
+    checkpoint: Path
+    series: Path
+    scripts: Path
+    contestants: Mapping[str, Contestant]
+    sample: int
+    """Patched conditions that a peer is timed on; 0 for all."""
+
+    trials: int
+    device: str
+
+    def tables(self, words: Sequence[str]) -> Iterator[str]:
+        """A table per workload, as soon as all are through with it."""
+        for word in words:
+            yield "\n".join(self._tables()[word]())
+
+    def _tables(self) -> dict[str, Callable[[], Iterator[str]]]:
+        return {
+            **{word: lambda word=word: self._patch(word) for word in PATCHES},  # type: ignore[misc]
+            "capture": lambda: self._each("capture of all prompts", Contestant.capture),
+            "loading": lambda: self._each("loading a checkpoint", Contestant.load),
+            "generation": self._generation,
+            "study": self._study,
+            "growth": self._growth,
+        }
+
+    def _patch(self, word: str) -> Iterator[str]:
+        work = patch_workloads(self.shape)[word]
+        peers = word != "lattice"  # they would take a quarter of an hour
+        timings = {
+            name: one.patch(work, self.sample) for name, one in self.contestants.items() if peers or one.tool.is_ours
+        }
+        yield f"{work.name}: {len(work.conditions(SHAPES[self.shape][2])):,} conditions x {self.trials} trials"
+        yield _compared(timings)
+
+    def _each(self, title: str, work: Callable[[Contestant], Timing]) -> Iterator[str]:
+        yield title
+        yield _compared({name: work(one) for name, one in self.contestants.items()})
+
+    def _generation(self) -> Iterator[str]:
+        yield "the published study's 45 generations of 20 tokens, one by one (headlapse does not generate yet)"
+        able = {name: one for name, one in self.contestants.items() if one.tool.name == "hooks"}
+        yield _compared({name: one.generate() for name, one in able.items()})
+
+    def _study(self) -> Iterator[str]:
+        write_series(self.shape, self.series)
+        title = f"eleven checkpoints in float16 files, {' '.join(SUBSETS)} at all layers, whole commands"
+        yield f"{title} (files in the page cache)"
+        with TemporaryDirectory(dir=self.series.parent) as scratch:
+            store = Path(scratch) / "study.zarr"
+            cache = run_command(
+                self.scripts / "cache.py", "--model", self.series, "--store", store, "--trials", self.trials,
+                "--device", self.device,
+            )  # fmt: skip
+            patch = run_command(self.scripts / "patch.py", store, "--subsets", *SUBSETS, "--device", self.device)
+        rows = {"cache.py": cache, "patch.py": patch, "both": (cache[0] + patch[0], max(cache[1], patch[1]))}
+        named = {name: {"seconds": f"{s:.1f}", "peak memory": told_bytes(peak)} for name, (s, peak) in rows.items()}
+        yield pd.DataFrame.from_dict(named, orient="index").to_string()
+        if torch.device(self.device).type == "cpu":
+            yield self._parts()
+
+    def _parts(self) -> str:
+        """Where the time of a checkpoint goes."""
+        one = pace(self.series, 11, self.trials, self.device)
+        each, reading, products = (x / one.n_checkpoints for x in (one.seconds, one.reading, one.products))
+        return (
+            f"of a checkpoint's {each:.2f} s reading files takes {reading:.2f} s and linear layers {products:.2f} s; "
+            f"{one.rest:.0%} is neither"
+        )
+
+    def _growth(self) -> Iterator[str]:
+        write_series(self.shape, self.series)
+        yield "growth of headlapse: seconds at each size, the exponent fitted to them, peak memory"
+        tool = Tool(OURS, "float32")
+        for one in growths(self.shape, self.checkpoint, self.series, tool, self.device):
+            seconds = ", ".join(f"{size}: {took:.3g}" for size, took in zip(one.sizes, one.seconds, strict=True))
+            peaks = ", ".join(told_bytes(peak) for peak in one.peaks)
+            yield f"{one.what}: {seconds}; exponent {one.exponent:.2f}; {peaks}"
+
+
+def patch_workloads(shape: str) -> dict[str, Workload]:
+    """Patched runs, by the word that asks for them."""
+    n_layers = SHAPES[shape][0]
+    every, middle = tuple(range(n_layers)), (n_layers // 2,)
+    return {
+        "parity": Workload("even and odd, every layer", every, ("even", "odd")),
+        "each": Workload("each head, every layer", every, ("each",)),
+        "splits": Workload("all balanced splits, one layer", middle, ("balanced",)),
+        "lattice": Workload("all subsets, one layer", middle, ("lattice",)),
+    }
+
+
+def choose_workloads(words: Sequence[str], shape: str) -> list[str]:
+    """Raises `Refusal` for a word that is none, and for what would never finish."""
+    if unknown := [word for word in words if word not in WORKLOADS]:
+        raise Refusal(f"--workloads {unknown[0]}: not a workload; there are {', '.join(WORKLOADS)}")
+    few = SHAPES[shape][2] <= 16
+    if words and not few and {"splits", "lattice"} & set(words):
+        raise Refusal(f"--workloads splits lattice: {shape} has {SHAPES[shape][2]} heads, too many to try every subset")
+    return list(words) or [word for word in WORKLOADS if few or word not in ("splits", "lattice")]
+
+
+def machine(device: str) -> str:
+    """Hardware and versions, to stand beside every number."""
+    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else _processor()
+    return f"{name}, torch {torch.__version__}, transformers {version('transformers')}"
+
+
+def _compared(timings: Mapping[str, Timing]) -> str:
+    """A row per tool.  Peers are all but ours; differences are from the first of them."""
+    peers = {name: timing for name, timing in timings.items() if not name.startswith(OURS)}
+    best = min((timing.seconds for timing in peers.values()), default=None)
+    like = next((timing for timing in peers.values() if timing.values is not None), None)
+    rows = {name: _row(timing, best, like) for name, timing in timings.items()}
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string()
+
+
+def _row(timing: Timing, best: float | None, like: Timing | None) -> dict[str, str]:
+    row = {"seconds": f"{timing.seconds:.3f}", "of": f"{timing.goes} goes"}
+    if best:
+        row["faster than the best peer"] = f"{best / timing.seconds:.2f} x"
+    if timing.flops:
+        row["GFLOP/s"] = f"{timing.flops / timing.seconds / 1e9:.0f}"
+    if timing.share:
+        row["matrix products alone"] = f"{timing.share:.0%}"
+    if timing.every > 1:
+        row["timed"] = f"1 in {timing.every}"
+    row["peak memory"] = told_bytes(timing.peak)
+    if timing.values is not None and like is not None:
+        row["largest difference"] = f"{np.abs(timing.values[:: like.every // timing.every] - like.values).max():.1e}"
+    return row
+
+
+def _processor() -> str:
+    """The processor's name and how many threads torch uses."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
