@@ -38,8 +38,8 @@ def test_every_flag_and_file_that_the_readme_names_exists() -> None:
     scripts = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.py"))
     flags = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", readme)) - {"--no-deps", "--help"}
     assert flags and all(f'"{flag}"' in scripts for flag in flags), flags
-    named = re.findall(r"(?:engine|kernels|scripts)/\w+\.py", readme)
+    named = re.findall(r"(?:engine|kernels|scripts)/[\w/]+\.py", readme)
     assert named and all((ROOT / name).is_file() for name in named)
-    files = {f"{folder}/{path.name}" for folder in ("engine", "kernels") for path in (ROOT / folder).glob("*.py")}
-    told = set(named) | {f"engine/{name}" for name in re.findall(r"`(\w+\.py)`", readme)}
+    files = {path.name for folder in ("engine", "kernels") for path in (ROOT / folder).rglob("*.py")}
+    told = {Path(name).name for name in [*named, *re.findall(r"`(\w+\.py)`", readme)]}
     assert files <= told, f"the README's table lacks {sorted(files - told)}"

@@ -60,9 +60,10 @@ class Timing:
     """What one tool took for one piece of work."""
 
     seconds: float
-    """The fastest of so many goes."""
 
     goes: int = 1
+    """So many were made, of which this is the fastest."""
+
     values: Float[np.ndarray, "condition trial"] | None = None
     """Logit differences in nats."""
 
@@ -77,6 +78,13 @@ class Timing:
 
     peak: int = 0
     """Bytes that the process has held at most, so far."""
+
+
+def fastest(goes: Sequence[Timing]) -> Timing:
+    """The fastest of them, with what the others tell."""
+    best = min(goes, key=lambda go: go.seconds)
+    share = median(go.share for go in goes if go.share is not None) if best.share is not None else None
+    return replace(best, goes=len(goes), share=share, peak=max(go.peak for go in goes))
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ class _Here:
 
 
 _here: _Here
+_buffers: Weights = {}
 
 
 def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
@@ -201,12 +210,16 @@ def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
     logging.disable_progress_bar()
     allow_tf32(tool.dtype == "tf32")
     n_heads = dissect(read_config(directory)).n_heads
-    worker = (
+    worker: Any = (
         _Ours(_dressed(directory, tool.torch_dtype, device), trials)
         if tool.is_ours
         else PEERS[tool.name](_stock(directory, tool.torch_dtype, device))
     )
     _here = _Here(tool, worker, n_heads, directory, trials, device)
+    if tool.is_ours:  # what is learned once per architecture: whether heads add up
+        worker.patch(
+            trials, [(layer, np.ones(n_heads, dtype=bool)) for layer in range(worker.skeleton.anatomy.n_layers)]
+        )
 
 
 def _dressed(directory: Path, dtype: torch.dtype, device: str) -> Skeleton:
@@ -231,18 +244,15 @@ def _time_patch(workload: Workload, sample: int | None) -> Timing:
     if not _here.tool.is_ours:
         every = max(1, len(conditions) // sample) if sample else 1
         chosen = conditions[::every]
-        timing = _fastest(lambda: worker.patch(trials, chosen))
+        timing = _once(lambda: worker.patch(trials, chosen))
         return replace(timing, seconds=timing.seconds * len(conditions) / len(chosen), every=every)
-    for layer in workload.layers:  # what is learned once per architecture: whether heads add up
-        worker.patch(trials, [(layer, conditions[0][1])])
+    timing = _once(lambda: worker.patch(trials, conditions))
     multiply, flops = _products(worker.skeleton, workload, trials)
-    goes, alone = _in_turn(lambda: worker.patch(trials, conditions), multiply)
-    share = median(floor.seconds / go.seconds for go, floor in zip(goes, alone, strict=True))
-    return replace(min(goes, key=lambda go: go.seconds), goes=len(goes), share=share, flops=flops)
+    return replace(timing, share=_once(multiply).seconds / timing.seconds, flops=flops)
 
 
 def _time_capture() -> Timing:
-    timing = _fastest(lambda: _here.worker.capture(_here.trials))
+    timing = _once(lambda: _here.worker.capture(_here.trials))
     if not _here.tool.is_ours:
         return timing
     with multiplying() as spent:
@@ -254,29 +264,14 @@ def _time_load() -> Timing:
     """A checkpoint's weights into a resident model, or a model anew where the tool cannot do that."""
     if _here.tool.is_ours:
         dtype, files = _here.tool.torch_dtype, _files(_here.directory)
-        buffers: Weights = {}
-        return _fastest(lambda: _here.worker.skeleton.wear(read_weights(files, dtype, _here.device, buffers)))
-    return _fastest(lambda: _stock(_here.directory, _here.tool.torch_dtype, _here.device))
+        return _once(lambda: _here.worker.skeleton.wear(read_weights(files, dtype, _here.device, _buffers)))
+    return _once(lambda: _stock(_here.directory, _here.tool.torch_dtype, _here.device))
 
 
 def _time_generation() -> Timing:
     clean, corrupt = (torch.from_numpy(_here.trials.tokens[run, 0, : _here.trials.length[run, 0]]) for run in (0, 1))
     layer = len(_here.worker.projections) // 2
-    return _fastest(lambda: generate_published(_here.worker.model, clean, corrupt, layer))
-
-
-def _fastest(work: Callable[[], Any]) -> Timing:
-    [goes] = _in_turn(work)
-    return replace(min(goes, key=lambda go: go.seconds), goes=len(goes))
-
-
-def _in_turn(*works: Callable[[], Any], goes: int = 5, enough: float = 20.0) -> list[list[Timing]]:
-    """So many goes of each, one after another, or as many as begin within `enough` seconds."""
-    taken: list[list[Timing]] = []
-    began = time.perf_counter()
-    while not taken or (len(taken) < goes and time.perf_counter() - began < enough):
-        taken.append([_once(work) for work in works])
-    return [list(each) for each in zip(*taken, strict=True)]
+    return _once(lambda: generate_published(_here.worker.model, clean, corrupt, layer))
 
 
 def _once(work: Callable[[], Any]) -> Timing:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from headlapse.engine.bench.contest import Contestant, Timing, Tool, Workload
+from headlapse.engine.bench.contest import Contestant, Timing, Tool, Workload, fastest
 from headlapse.engine.bench.pace import pace
 from headlapse.engine.bench.shapes import SHAPES, some_trials
+
+GOES = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def growths(shape: str, checkpoint: Path, series: Path, tool: Tool, device: str)
 
     def once(n_trials: int, *works: Workload) -> list[Timing]:
         contestant = Contestant(tool, checkpoint, some_trials(n_trials, 12, 17), device)
-        timings = [contestant.patch(work) for work in works]
+        timings = [fastest([contestant.patch(work) for _ in range(GOES)]) for work in works]
         contestant.close()
         return timings
 
