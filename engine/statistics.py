@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
-from scipy.stats import bootstrap, false_discovery_control
 
 from headlapse.engine.measures import finished
 from headlapse.engine.subsets import LARGEST_SWEEP
@@ -46,6 +45,8 @@ def interval(values: Float[np.ndarray, "*cell trial"]) -> tuple[Float[np.ndarray
     if values.shape[-1] < 2:
         unknown = np.full(values.shape[:-1], np.nan)
         return unknown, unknown
+    from scipy.stats import bootstrap  # takes most of a second, and only this table needs it
+
     found = bootstrap(
         (values,), np.mean, axis=-1, confidence_level=LEVEL, n_resamples=RESAMPLES, batch=100, method="percentile",
         rng=np.random.default_rng(0),
@@ -63,6 +64,8 @@ def parity(run: xr.Dataset) -> pd.DataFrame | None:
     rows = half_and_rest(done.mask.values)
     if rows is None or "even" not in done.subset.values:
         return None
+    from scipy.stats import false_discovery_control
+
     halves, rests = rows
     even = halves.index(list(done.subset.values).index("even"))
     logit_diff = done.logit_diff.transpose("checkpoint", "layer", "subset", "trial").values
