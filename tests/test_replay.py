@@ -12,11 +12,12 @@ from headlapse.engine.activations import Capture
 from headlapse.engine.attention import AttentionMode
 from headlapse.engine.capture import capture
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.replay import Site, replay, runs_at_once, waves
+from headlapse.engine.replay import ROWS, Site, replay, runs_at_once, waves
 from headlapse.engine.steps import Steps
 from headlapse.engine.study import Refusal
 from headlapse.engine.tasks import Trials, align
 from tests.models import (
+    D_MODEL,
     LEARNED_POSITIONS,
     MAIN,
     MORE,
@@ -268,15 +269,18 @@ def test_replay_goes_on_with_fewer_runs_where_memory_fails_and_reports_each_once
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_waves_hold_every_run_once_in_equal_parts_and_early_layers_first(seed: int) -> None:
+@pytest.mark.parametrize("joint", [False, True])
+def test_waves_hold_every_run_once_in_equal_parts_and_early_layers_first(seed: int, joint: bool) -> None:
     draw = np.random.default_rng(seed)
     sites = [(int(layer),) for layer in draw.permutation(9)[: draw.integers(1, 9)]]
+    if joint:
+        sites = [tuple(sorted(draw.permutation(9)[: draw.integers(1, 5)].tolist())) for _ in sites]
     n_subsets, most = int(draw.integers(1, 40)), int(draw.integers(1, 60))
     found = list(waves(sites, n_subsets, most))
     runs = [(group.index, subset) for wave in found for group in wave for subset in range(group.first, group.last)]
     assert sorted(runs) == [(site, subset) for site in range(len(sites)) for subset in range(n_subsets)]
     sizes = [sum(group.n_runs for group in wave) for wave in found]
-    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 <= min(sizes)
     assert len(sizes) == -(-len(runs) // most)
     groups = [group for wave in found for group in wave]
     assert all(group.n_runs > 0 and group.site == sites[group.index] for group in groups)
@@ -289,3 +293,31 @@ def test_memory_bounds_how_many_runs_go_together() -> None:
     most = runs_at_once(skeleton, rows_per_run=3)
     few = [runs_at_once(skeleton, 3, memory) for memory in (0, 10**4, 10**5, 10**6, 10**12)]
     assert few[0] == 1 and few == sorted(few) and few[-1] == most and 1 < few[-3] < most
+
+
+def test_runs_go_together_as_rows_of_a_wave_and_of_memory_allow() -> None:
+    _, single = pair("neox-parallel")
+    half = Skeleton(tiny("neox-parallel").config, torch.bfloat16, "cpu")
+    for rows_per_run in (1, 3, 100, ROWS["cpu"], 10**6):
+        most = runs_at_once(single, rows_per_run)
+        assert most == max(1, ROWS["cpu"] // rows_per_run)
+        for memory in (10**4, 10**5, 10**6, 10**7):
+            runs = runs_at_once(single, rows_per_run, memory)
+            assert runs == runs_at_once(half, rows_per_run, memory // 2), "numbers half as wide, twice as many rows"
+            assert runs == 1 or (runs <= most and runs * rows_per_run * D_MODEL * 4 < memory)
+
+
+@pytest.mark.parametrize(("positions", "lengths"), LAYOUTS)
+@pytest.mark.parametrize("name", ["neox-parallel", "neox-sequential"])
+def test_little_memory_gives_what_plenty_gives(name: str, positions: str, lengths: Lengths) -> None:
+    _, skeleton = pair(name)
+    trials, mask, sites = random_trials(lengths=lengths), random_subsets(30, 8), (*SINGLE, *JOINT)
+    kept, alignment = capture(skeleton, trials, MEMORY), align(trials, positions)
+    results, n_waves = [], []
+    for memory in (0, 500_000, 2**40):
+        runs, heard = runs_at_once(skeleton, alignment.valid.size, memory), list[int]()
+        results.append(replay(skeleton, kept, trials, alignment, "denoise", sites, mask, done=heard.append, runs=runs))
+        n_waves.append(sum(n > 0 for n in heard))
+    assert n_waves[0] == len(sites) * len(mask) > n_waves[1] > n_waves[2]
+    for found in results[:2]:
+        np.testing.assert_allclose(found, results[2], rtol=0, atol=1e-5)

@@ -209,6 +209,8 @@ def test_another_question_is_refused_with_the_difference_and_the_store_is_untouc
         (("--direction", "sideways"), "invalid choice: 'sideways'"),
         (("--device", "tpu9"), "--device tpu9"),
         (("--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--memory", "nonsense"), "--memory nonsense: not an amount of memory; write 8GB"),
+        (("--memory", "-1GB"), "expected one argument"),
         (("nowhere.zarr",), "no store"),
         (("--name", "../parity"), "--name"),
         (("--name", "parity", "--direction", "noise"), 'direction is "denoise" there, "noise" asked'),
@@ -300,20 +302,54 @@ def test_checkpoints_with_the_same_weights_at_different_steps_are_noticed(series
 
 def test_memory_that_holds_no_checkpoint_is_refused_with_what_it_takes(series: Path, tmp_path: Path) -> None:
     refused = run("cache", "--model", series, "--memory", "1kB", cache=tmp_path)
-    assert refused.returncode == 2 and not list(tmp_path.glob("*.zarr"))
+    assert refused.returncode == 2 and not refused.stdout
+    named = set[str]()
     for line in told(refused):
-        assert re.search(r"the weights take 3\d\d kB in float32, the 1 kB allowed do not hold more", line)
-    refused = run("cache", "--model", series, "--memory", "much", cache=tmp_path)
-    assert refused.returncode == 2 and "write 8GB" in refused.stderr
+        found = re.fullmatch(
+            r"error: (.*): the weights take (\d+) kB in float32, the 1 kB allowed do not hold more; give .*--memory.*",
+            line,
+        )
+        assert found, line
+        labels = found[1].split(", ")
+        assert all(abs(int(found[2]) * 1000 - weight_bytes(series / label)) < 20_000 for label in labels)
+        named.update(labels)
+    assert named == set(FORM_OF)
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"], "no store, nor the beginning of one"
 
 
-def test_memory_for_one_checkpoint_gives_what_plenty_gives(cached: Path, copied: Path) -> None:
+@pytest.mark.parametrize("memory", ["nonsense", "0", "8 GB GB"])
+def test_what_is_no_amount_of_memory_is_one_line_and_exit_status_2(series: Path, tmp_path: Path, memory: str) -> None:
+    refused = run("cache", "--model", series, "--memory", memory, cache=tmp_path)
+    assert refused.returncode == 2 and not list(tmp_path.iterdir())
+    assert told(refused) == [f"error: --memory {memory}: not an amount of memory; write 8GB or 500MB"]
+
+
+def weight_bytes(checkpoint: Path) -> int:
+    """As float32, which is what the files hold."""
+    return sum(path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".bin", ".safetensors"))
+
+
+def test_memory_for_one_checkpoint_gives_what_plenty_gives(series: Path, copied: Path) -> None:
+    assert all(weight_bytes(series / label) < 700_000 < 2 * weight_bytes(series / label) for label in FORM_OF)
     path = the_store(copied)
-    for name, memory in (("plenty", "8GB"), ("little", "700kB")):
-        done = run("patch", path, "--name", name, "--memory", memory, cache=copied)
+    for name, memory in (("plenty", ()), ("little", ("--memory", "700kB"))):
+        done = run("patch", path, "--name", name, *memory, cache=copied)
         assert done.returncode == 0 and "peak memory" in done.stdout, done.stderr
-    plenty, little = (Store(path).patch(name).values("logit_diff") for name in ("plenty", "little"))
-    np.testing.assert_allclose(little, plenty, rtol=0, atol=1e-5)
+    plenty, little = (Store(path).patch(name).dataset() for name in ("plenty", "little"))
+    assert plenty.complete.all() and set(little.data_vars) == set(plenty.data_vars) >= {"logit_diff"}
+    for values in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff", "self_check"):
+        np.testing.assert_allclose(little[values], plenty[values], rtol=0, atol=1e-5)
+
+
+def test_a_series_is_captured_in_memory_for_one_checkpoint_as_in_plenty(
+    series: Path, cached: Path, tmp_path: Path
+) -> None:
+    done = run("cache", "--model", series, "--memory", "700kB", cache=tmp_path)
+    assert done.returncode == 0 and "cached 3 checkpoints" in done.stdout, done.stderr
+    little, plenty = (Store(the_store(cache)) for cache in (tmp_path, cached))
+    assert list(little.complete()) == list(FORM_OF)
+    for kind in (*plenty.kinds(), "answer_logits"):
+        np.testing.assert_allclose(little.values(kind), plenty.values(kind), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -1,13 +1,23 @@
 """Laws of the writing behind: outcomes keep their order, and what fails is told where it belongs."""
 
 import errno
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from headlapse.engine.series import Outcome, _behind
-from headlapse.engine.study import Refusal
+from headlapse.engine import series as room
+from headlapse.engine.machine import Machine
+from headlapse.engine.series import Outcome, _behind, cache_series, pending
+from headlapse.engine.sources import resolve
+from headlapse.engine.store import Store
+from headlapse.engine.study import Refusal, Study
+from tests.models import save, tiny, tiny_tokenizer
+from tests.test_scripts import store_files
 
+LABELS = ["step0", "step10", "step20"]
 Job = tuple[Outcome, Callable[[], None]]
 
 
@@ -58,3 +68,122 @@ def test_what_was_given_to_be_written_is_written_though_the_next_capture_fails()
     with pytest.raises(RuntimeError, match="the next capture"):
         list(_behind(jobs()))
     assert written == ["a"]
+
+
+def test_work_goes_on_while_the_next_is_made() -> None:
+    making, met = threading.Event(), list[bool]()
+
+    def jobs() -> Iterator[Job]:
+        yield Outcome("a"), lambda: met.append(making.wait(5))
+        making.set()
+        yield Outcome("b"), lambda: None
+
+    assert len(list(_behind(jobs()))) == 2 and met == [True]
+
+
+def test_what_there_was_to_say_of_a_refused_checkpoint_is_said_all_the_same() -> None:
+    jobs: list[Job] = [(Outcome("a", notes=("two prompts are alike",)), fail(Refusal("no room")))]
+    assert list(_behind(jobs)) == [Outcome("a", "no room", ("two prompts are alike",))]
+
+
+def test_who_stops_listening_leaves_no_work_undone_behind() -> None:
+    written: list[str] = []
+
+    def jobs() -> Iterator[Job]:
+        for label in "abc":
+            yield Outcome(label), lambda label=label: written.append(label)  # type: ignore[misc]
+
+    outcomes = _behind(jobs())
+    assert next(outcomes).label == "a"
+    outcomes.close()  # type: ignore[attr-defined]
+    threads = [thread.name for thread in threading.enumerate()]
+    assert "a" in written and not [name for name in threads if name.startswith("write")]
+
+
+# A whole series
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("series")
+    for seed, label in enumerate(LABELS):
+        save(tiny("neox-parallel", seed), directory / label, tokenizer=tiny_tokenizer())
+    return directory
+
+
+def cached(model: Path, path: Path) -> Iterator[Outcome]:
+    """Capture what the store lacks."""
+    study = Study(str(model), trials=3)
+    missing = pending(study, resolve(study.model, (), path.parent), path)
+    return cache_series(study, missing, path, path.parent, Machine())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("undisturbed") / "s.zarr"
+    assert [outcome.problem for outcome in cached(model, path)] == [None] * 3
+    return path
+
+
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, which: str | int, error: Exception
+) -> threading.Event:
+    """Fail at the call that names `which`, or at that call of all; what is set when it does."""
+    does, failed, n_calls = getattr(owner, name), threading.Event(), 0
+
+    def call(*given: Any) -> Any:
+        nonlocal n_calls
+        n_calls += 1
+        if which == n_calls or (isinstance(which, str) and which in given):
+            failed.set()
+            raise error
+        return does(*given)
+
+    monkeypatch.setattr(owner, name, call)
+    return failed
+
+
+def test_a_checkpoint_that_the_store_refuses_is_a_problem_and_the_others_are_captured(
+    model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.zarr"
+    with monkeypatch.context() as patch:
+        fail_at(patch, Store, "write", "step10", Refusal("it does not fit"))
+        outcomes = list(cached(model, path))
+    assert [(one.label, one.problem) for one in outcomes] == [
+        ("step0", None), ("step10", "it does not fit"), ("step20", None),
+    ]  # fmt: skip
+    assert Store(path).complete() == {"step0": 0, "step20": 2}
+    assert [outcome.label for outcome in cached(model, path)] == ["step10"]
+    assert store_files(path) == store_files(undisturbed)
+
+
+def test_a_disk_that_is_full_ends_the_series_and_what_was_finished_is_kept(
+    model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, heard = tmp_path / "s.zarr", list[str]()
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        fail_at(patch, Store, "write", "step10", OSError(errno.ENOSPC, "No space left on device"))
+        heard.extend(outcome.label for outcome in cached(model, path))
+    assert Store(path).complete() == {"step0": 0}
+    assert [(one.label, one.problem) for one in cached(model, path)] == [("step10", None), ("step20", None)]
+    assert store_files(path) == store_files(undisturbed)
+
+
+def test_a_capture_that_breaks_leaves_the_checkpoint_before_it_written_whole(
+    model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where it breaks before that checkpoint's first array is written."""
+    path, write = tmp_path / "s.zarr", Store.write
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="the second capture"):
+        broken = fail_at(patch, room, "capture", 2, RuntimeError("the second capture"))
+
+        def write_late(*given: Any) -> None:
+            assert broken.wait(5)
+            write(*given)
+
+        patch.setattr(Store, "write", write_late)
+        list(cached(model, path))
+    assert Store(path).complete() == {"step0": 0}
+    assert [(one.label, one.problem) for one in cached(model, path)] == [("step10", None), ("step20", None)]
+    assert store_files(path) == store_files(undisturbed)

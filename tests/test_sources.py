@@ -398,6 +398,39 @@ def test_only_files_that_were_touched_are_hashed_again(tmp_path: Path, cache: Pa
     assert hashed == [touched.name] and now.sha256 == {**now.sha256, touched.name: sha256(exchanged)} != held["sha256"]
 
 
+def test_a_file_of_another_size_or_time_is_hashed_again_whatever_is_in_it(
+    tmp_path: Path, cache: Path, hashed: list[str]
+) -> None:
+    directory = written(tmp_path / "model", COMMON, SAFETENSORS)
+    [checkpoint] = resolve(str(directory), (), cache)
+    [(name, content)] = SAFETENSORS.items()
+    path, then = directory / name, 10**18
+    os.utime(path, ns=(then, then))
+    held = recorded(fetch(checkpoint, cache))
+    changes = ((content, 1000), (content, -1000), (content + b" ", 0), (content[:-1], 0), (content[::-1], 1000))
+    for now, later in changes:
+        hashed.clear()
+        path.write_bytes(now)
+        os.utime(path, ns=(then, then + later))
+        assert fetch(checkpoint, cache, held).sha256 == {name: sha256(now)} and hashed == [name]
+    hashed.clear()
+    path.write_bytes(content)
+    os.utime(path, ns=(then + 1, then))
+    assert fetch(checkpoint, cache, held).sha256 == held["sha256"] and not hashed, "reading it is no change"
+
+
+def test_nothing_that_was_recorded_stands_for_a_file_that_is_gone(tmp_path: Path, cache: Path) -> None:
+    directory = written(tmp_path / "model", COMMON, SHARDED)
+    [checkpoint] = resolve(str(directory), (), cache)
+    held = recorded(fetch(checkpoint, cache))
+    written(directory, SAFETENSORS)
+    assert fetch(checkpoint, cache, held).sha256 == {n: sha256(content) for n, content in SAFETENSORS.items()}
+    for file in directory.iterdir():
+        file.unlink()
+    directory.rmdir()
+    assert "the directory is not there" in refusal(fetch, checkpoint, cache, held)
+
+
 def test_a_store_without_stamps_has_its_files_hashed(tmp_path: Path, cache: Path, hashed: list[str]) -> None:
     [checkpoint] = resolve(str(written(tmp_path / "model", COMMON, SHARDED)), (), cache)
     held = recorded(fetch(checkpoint, cache))

@@ -1,6 +1,8 @@
 """Laws of a sweep: what it is called, what it patches where, and that nothing inexact is ever kept."""
 
+import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,17 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from headlapse.engine import layout
 from headlapse.engine import sweep as room
-from headlapse.engine.machine import Machine
+from headlapse.engine.machine import Machine, told_time
 from headlapse.engine.series import cache_series
 from headlapse.engine.sources import resolve
 from headlapse.engine.store import PatchedRun, Store
 from headlapse.engine.study import Inexact, Refusal, Study, tolerance
 from headlapse.engine.sweep import PAIRS, Plan, Sweep, open_run, patch_series, spell_out
 from headlapse.engine.verify import choose_pairs
-from tests.models import N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
-from tests.test_scripts import run, told
+from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
+from tests.test_scripts import run, store_files, told
 
 LABELS = ["step0", "step10", "step20"]
 SMALL = Sweep(subsets=("even", "odd", "all"))
@@ -54,10 +57,13 @@ def opened(store: Store, sweep: Sweep = SMALL, name: str = "r") -> tuple[Plan, P
     return plan, open_run(store, plan, name, "cpu")
 
 
-def patched(store: Store, plan: Plan, patch: PatchedRun, missing: Sequence[str]) -> list[int]:
+def patched(
+    store: Store, plan: Plan, patch: PatchedRun, missing: Sequence[str], machine: Machine | None = None
+) -> list[int]:
     """Patch `missing`; how many patched runs were finished by each pass."""
     finished: list[int] = []
-    outcomes = list(patch_series(store, plan, patch, missing, store.path.parent, Machine(), finished.append))
+    where = machine or Machine()
+    outcomes = list(patch_series(store, plan, patch, missing, store.path.parent, where, finished.append))
     assert [(outcome.label, outcome.problem) for outcome in outcomes] == [(label, None) for label in missing]
     return finished
 
@@ -197,6 +203,25 @@ def test_results_written_layer_by_layer_are_those_written_at_once(
         assert (streamed.values(kind) == at_once.values(kind)).all()
 
 
+@pytest.mark.parametrize("n_sites", [1, 2])
+def test_streaming_changes_no_bit_where_every_run_goes_alone(
+    model: Path, store: Store, monkeypatch: pytest.MonkeyPatch, n_sites: int
+) -> None:
+    """Beside other runs a matrix product may round otherwise; so memory here has room for one run at a time."""
+    barely = Machine(memory=(model / "step0" / "model.safetensors").stat().st_size)
+    sweep = Sweep(("even", "odd", "random:9"), positions="end:2")
+    plan, at_once = opened(store, sweep)
+    finished = patched(store, plan, at_once, LABELS, barely)
+    assert set(finished) - {0} == {plan.trials.n_trials}, "each alone"
+    assert len(list(room._blocks(plan))) == 1
+    monkeypatch.setattr(room, "HELD", n_sites * len(plan.subsets) * plan.trials.n_trials * 4)
+    assert len(list(room._blocks(plan))) == -(-len(plan.sites) // n_sites)
+    plan, streamed = opened(store, sweep, name="streamed")
+    patched(store, plan, streamed, LABELS, barely)
+    assert store_files(streamed.path) == store_files(at_once.path)
+    assert (streamed.values("self_check") > 0).all()
+
+
 def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "HELD", 1)
     plan, patch = opened(store)
@@ -217,6 +242,87 @@ def test_more_subsets_than_anyone_waits_for_are_refused_with_the_time_and_what_t
     monkeypatch.setattr(Store, "n_heads", 32)
     with pytest.raises(Refusal, match=r"4,294,967,296 subsets .* take about [\d,.]+ (days|years|h) on .*random:100000"):
         spell_out(Sweep(subsets=("lattice",)), store)
+
+
+def test_the_time_told_is_that_of_the_rows_that_go_through_later_layers(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "n_heads", 24)
+    monkeypatch.setattr(room, "matmul_rate", lambda *_: 1e10)
+    per_layer = 24 * D_MODEL**2 * 2**24 * 3 * len(LABELS) / 1e10
+    for layers, passed in ((("all",), 3), (("0",), 2), (("1",), 1)):
+        with pytest.raises(Refusal, match=r"^--subsets lattice: 16,777,216 subsets of 24 heads") as caught:
+            spell_out(Sweep(("lattice",), layers), store)
+        assert f"about {told_time(passed * per_layer)} on" in str(caught.value)
+
+
+# --- files that were hashed before ---
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Checkpoints whose weights were hashed."""
+    found: list[str] = []
+    digest = layout.sha256
+
+    def count(path: Path) -> str:
+        found.append(path.parent.name)
+        return digest(path)
+
+    monkeypatch.setattr(layout, "sha256", count)
+    return found
+
+
+@pytest.fixture
+def own(model: Path, tmp_path: Path) -> Path:
+    """A series that a test may change."""
+    return Path(shutil.copytree(model, tmp_path / "own"))
+
+
+def problems(store: Store, name: str) -> dict[str, str | None]:
+    plan, patch = opened(store, name=name)
+    outcomes = patch_series(store, plan, patch, LABELS, store.path.parent, Machine(), lambda _n: None)
+    return {outcome.label: outcome.problem for outcome in outcomes}
+
+
+def test_patching_hashes_no_weights_but_those_that_were_touched(own: Path, tmp_path: Path, hashed: list[str]) -> None:
+    store = cached(own, tmp_path / "s.zarr")
+    assert hashed == LABELS
+    hashed.clear()
+    assert problems(store, "untouched") == dict.fromkeys(LABELS) and not hashed
+    os.utime(own / "step10" / "model.safetensors", ns=(1, 1))
+    assert problems(store, "touched") == dict.fromkeys(LABELS) and hashed == ["step10"]
+
+
+def test_weights_exchanged_for_some_of_the_same_size_are_refused_and_only_they(
+    own: Path, tmp_path: Path, hashed: list[str]
+) -> None:
+    store = cached(own, tmp_path / "s.zarr")
+    hashed.clear()
+    weights = own / "step10" / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes((own / "step20" / "model.safetensors").read_bytes())
+    os.utime(weights, ns=(1, 1))
+    assert weights.stat().st_size == size
+    found = problems(store, "exchanged")
+    assert "are not those that were cached" in (found.pop("step10") or "")
+    assert found == {"step0": None, "step20": None} and hashed == ["step10"]
+    assert store.patch("exchanged").complete() == {"step0": 0, "step20": 2}
+
+
+def test_a_store_from_before_there_were_stamps_is_patched_and_its_weights_hashed(
+    own: Path, tmp_path: Path, hashed: list[str]
+) -> None:
+    store = cached(own, tmp_path / "s.zarr")
+    held = store.attrs["checkpoints"]
+    before = {label: {k: v for k, v in one.items() if k != "stamps"} for label, one in held.items()}
+    assert before != held
+    store.group.attrs["checkpoints"] = before
+    hashed.clear()
+    assert problems(Store(store.path), "old") == dict.fromkeys(LABELS) and hashed == LABELS
+
+
+# --- nothing inexact is kept ---
 
 
 @pytest.mark.parametrize("shift", [float("nan"), 3e-4, -3e-4, float("inf")])
