@@ -48,7 +48,8 @@ def main() -> int:
     if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
         raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, machine, measures, statistics, store, sweep
+    from headlapse.engine import arrays, machine, measures, store, sweep
+    from headlapse.engine.statistics import splits
 
     asked = sweep.Sweep(tuple(args.subsets), tuple(args.layers), args.joint, args.positions, args.direction, args.dtype)
     path = args.store or store.find_store(CACHE)
@@ -72,7 +73,7 @@ def main() -> int:
     if done.complete.any():
         print(measures.format_timeline(done, plan.settings))
         if {"even", "odd"} <= set(plan.subsets.labels):
-            print(statistics.format_parity(done))
+            print(splits.format_parity(done))
         n_runs = plan.n_runs * (len(missing) - len(problems))
         speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"
         speed += f", peak memory {machine.told_bytes(machine.peak_memory(where.device))}"

@@ -5,7 +5,8 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from headlapse.engine.statistics import format_parity, half_and_rest, interval, parity, place
+from headlapse.engine.statistics.intervals import interval
+from headlapse.engine.statistics.splits import format_parity, half_and_rest, parity, place
 from headlapse.engine.subsets import parse_subsets
 
 HALVINGS = {4: ("balanced",), 5: ("size:2", "size:3"), 6: ("balanced",), 8: ("balanced",)}

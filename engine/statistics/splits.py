@@ -1,4 +1,4 @@
-"""How sure: even heads against odd ones, held against every other way to halve a layer's heads.  Pure."""
+"""Even heads against odd ones, held against every other way to halve a layer's heads.  Pure."""
 
 import math
 
@@ -8,12 +8,8 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from headlapse.engine.measures import finished
+from headlapse.engine.statistics.intervals import LEVEL, interval
 from headlapse.engine.subsets import LARGEST_SWEEP
-
-LEVEL = 0.95
-"""Of intervals."""
-
-RESAMPLES = 4999
 
 
 def half_and_rest(mask: Bool[np.ndarray, "subset head"]) -> tuple[list[int], list[int]] | None:
@@ -38,20 +34,6 @@ def place(value: float, null: Float[np.ndarray, " split"]) -> float:
     """
     slack = 1e-6 * np.abs(null).max()  # equal sums of float32 in another order are equal
     return float(min(1.0, 2 * min((null >= value - slack).mean(), (null <= value + slack).mean())))
-
-
-def interval(values: Float[np.ndarray, "*cell trial"]) -> tuple[Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"]]:
-    """Percentile bootstrap of the mean over distinct prompts (Efron and Tibshirani 1993, chapter 13); NaN for one."""
-    if values.shape[-1] < 2:
-        unknown = np.full(values.shape[:-1], np.nan)
-        return unknown, unknown
-    from scipy.stats import bootstrap  # takes most of a second, and only this table needs it
-
-    found = bootstrap(
-        (values,), np.mean, axis=-1, confidence_level=LEVEL, n_resamples=RESAMPLES, batch=100, method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return found.low, found.high
 
 
 def parity(run: xr.Dataset) -> pd.DataFrame | None:
