@@ -23,11 +23,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     # Torch, xarray and matplotlib take seconds to import: --help should not have to wait for them.
-    from headlapse.engine import report, store
+    from headlapse.engine import store
+    from headlapse.engine.report import page
 
     path = (args.store or store.find_store(CACHE)).absolute()
     out = args.out or path.with_name(f"{path.name.removesuffix('.zarr')}-report")
-    print(report.write_report(store.Store(path), out, args.name))
+    print(page.write_report(store.Store(path), out, args.name))
     return DONE
 
 

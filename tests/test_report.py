@@ -15,14 +15,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from headlapse.engine import report
 from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import Row
-from headlapse.engine.figures import INK
 from headlapse.engine.guard import guarded
 from headlapse.engine.measures import timeline
-from headlapse.engine.report import write_report
-from headlapse.engine.result import ranges, read_result, signed
+from headlapse.engine.report.figures import INK
+from headlapse.engine.report.page import _example, write_report
+from headlapse.engine.report.result import ranges, read_result, signed
 from headlapse.engine.store import PatchedRun, Store, create_store
 from headlapse.engine.study import Refusal
 from headlapse.engine.subsets import parse_subsets
@@ -174,7 +173,7 @@ def test_prompts_are_shown_as_they_are_and_never_read_as_markup(written: tuple[S
 
 @pytest.mark.parametrize(("positions", "n_patched"), [("last", 1), ("end:3", 3)])
 def test_the_patched_tokens_are_marked(store: Store, positions: str, n_patched: int) -> None:
-    example = report._example(store.trials(), positions)
+    example = _example(store.trials(), positions)
     assert {run: sum(patched for _, patched in tokens) for run, tokens in example.items()} == dict.fromkeys(
         ("clean", "corrupt"), n_patched
     )
@@ -243,7 +242,7 @@ def test_a_sweep_of_too_many_values_is_written_as_means_and_says_so(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     some_run(store)
-    monkeypatch.setattr(report, "TIDY_ROWS", 10)
+    monkeypatch.setattr("headlapse.engine.report.page.TIDY_ROWS", 10)
     page = write_report(store, tmp_path / "out")
     assert "averaged over prompts: the 315 single values are in the store" in text_of(page)
     frame = pd.read_csv(page.with_name("patched.csv"), dtype={"subset": str})

@@ -12,8 +12,8 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from headlapse.engine.figures import INK, PAPER, draw, to_svg
-from headlapse.engine.result import Result, each_checkpoint, heads_of, ranges, read_result, signed
+from headlapse.engine.report.figures import INK, PAPER, draw, to_svg
+from headlapse.engine.report.result import Result, each_checkpoint, heads_of, ranges, read_result, signed
 from headlapse.engine.store import Store, twins
 from headlapse.engine.study import RUNS, Refusal, tolerance
 from headlapse.engine.tasks import Trials, align
@@ -96,7 +96,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     trials, held, run = store.trials(), store.complete(), store.patch(result.name).attrs
-    return templates.get_template("report.html.j2").render(
+    return templates.get_template("page.html.j2").render(
         result=result,
         model=Path(store.study["model"]).name,
         study=store.study,

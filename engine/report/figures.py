@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headlapse.engine.measures import NAMED
-from headlapse.engine.result import Result, heads_of, signed
+from headlapse.engine.report.result import Result, heads_of, signed
 from headlapse.engine.study import RUNS
 
 INK, PAPER, FAINT = "#22262b", "#fefefe", "#8d949c"
