@@ -22,6 +22,7 @@ from headlapse.engine.measures import timeline
 from headlapse.engine.report.figures import INK
 from headlapse.engine.report.page import _example, write_report
 from headlapse.engine.report.result import ranges, read_result, signed
+from headlapse.engine.report.threats import threats
 from headlapse.engine.store import PatchedRun, Store, create_store
 from headlapse.engine.study import Refusal
 from headlapse.engine.subsets import parse_subsets
@@ -460,3 +461,43 @@ def test_the_script_refuses_in_one_line(
         assert guarded(script.main) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
+
+
+# --- threats to validity, filled from the data ---
+
+
+def said(store: Store) -> dict[str, str]:
+    return dict(threats(store, read_result(store, "run")))
+
+
+def test_every_threat_says_the_numbers_it_rests_on(store: Store) -> None:
+    some_run(store, ["even", "odd", "all"])
+    found = said(store)
+    assert list(found) == ["Prompts", "Baseline", "Alignment", "Checkpoints", "Even and odd", "Choice", "Arithmetic"]
+    assert found["Prompts"].startswith("n = 3 distinct prompts (4 were asked for") and "33.3%" in found["Prompts"]
+    assert found["Alignment"].startswith("3 of 3 patched positions hold the same token")
+    assert "in 3 of 3 pairs the prompts differ in length" in found["Alignment"]
+    assert found["Checkpoints"].startswith("4 checkpoints; between steps 10 and 100 lie 90% of the steps covered")
+    assert "6 ways to halve 4 heads" in found["Even and odd"] and "below 0.33" in found["Even and odd"]
+    assert "Of 3 layers" in found["Choice"] and "0.0001 nats" in found["Arithmetic"]
+
+
+def test_a_baseline_that_succeeds_already_is_named(store: Store) -> None:
+    run = some_run(store)
+    run.array("clean_logit_diff")[:] = np.array([[3], [3], [3], [0.2], [3]])
+    run.array("corrupt_logit_diff")[:] = np.array([[-3], [3], [-3], [-0.2], [-3]])
+    assert said(store)["Baseline"] == (
+        "The unpatched corrupt run already succeeds on half of the prompts or more at step1: a success there is no "
+        "repair; clean and corrupt runs are less than 0.5 nats apart at step1, step100: no share of so small a gap "
+        "means anything."
+    )
+
+
+def test_what_the_data_do_not_threaten_is_not_said(tmp_path: Path) -> None:
+    store = some_store(tmp_path / "tiny.zarr", steps=[0, 5, 10])
+    run = some_run(store, ["each"], layers=[1])
+    run.array("clean_logit_diff")[:] = 3.0
+    run.array("corrupt_logit_diff")[:] = -3.0
+    found = said(store)
+    assert not {"Baseline", "Even and odd", "Choice"} & set(found)
+    assert "sudden or gradual" in found["Checkpoints"], "half of the training lies between two checkpoints"

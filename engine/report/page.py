@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from headlapse.engine.report.figures import INK, PAPER, draw, to_svg
-from headlapse.engine.report.result import Result, each_checkpoint, heads_of, ranges, read_result, signed
+from headlapse.engine.report.result import Result, each_checkpoint, heads_of, listed, ranges, read_result, signed
+from headlapse.engine.report.threats import threats
 from headlapse.engine.store import Store, twins
 from headlapse.engine.study import RUNS, Refusal, tolerance
 from headlapse.engine.tasks import Trials, align
@@ -121,6 +122,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
         headline=_headline(result),
         self_check=_self_check(store, result),
         warnings=_warnings(store, result),
+        threats=threats(store, result),
         provenance=[(label, store.provenance(label)) for label in held],
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names())],
         versions=store.attrs["versions"] | run["versions"],
@@ -200,14 +202,7 @@ def _warnings(store: Store, result: Result) -> list[str]:
         ),
         "the clean run itself fails on half of the prompts or more": list(result.table.index[right["clean"] <= 0.5]),
     }
-    return twins(store) + [f"{said}: {_list(labels)}" for said, labels in found.items() if labels]
-
-
-def _list(labels: Sequence[str]) -> str:
-    """Up to a dozen labels, or the first few, the last one and how many."""
-    if len(labels) <= 12:
-        return ", ".join(labels)
-    return f"{', '.join(labels[:6])}, ... {labels[-1]} ({len(labels)} checkpoints)"
+    return twins(store) + [f"{said}: {listed(labels)}" for said, labels in found.items() if labels]
 
 
 @contextmanager

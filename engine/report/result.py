@@ -156,3 +156,10 @@ def signed(value: float, digits: int) -> str:
     """`+1.2`, `−1.2`, and zero without a sign."""
     text = f"{value:+.{digits}f}".replace("-", "−")
     return text if text.strip("+−0.") else text[1:]
+
+
+def listed(labels: Sequence[str]) -> str:
+    """Up to a dozen labels, or the first few, the last one and how many."""
+    if len(labels) <= 12:
+        return ", ".join(labels)
+    return f"{', '.join(labels[:6])}, ... {labels[-1]} ({len(labels)} checkpoints)"
