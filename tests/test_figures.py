@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headlapse.engine.report.figures import CHARACTER, COLOURS, choose_ticks, draw, place_steps
+from headlapse.engine.report.figures import draw
+from headlapse.engine.report.looks import CHARACTER, COLOURS, choose_ticks, place_steps
 from headlapse.engine.report.result import read_result
 from headlapse.engine.store import Store
 from tests.test_report import HEADS, some_run, some_store

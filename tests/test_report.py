@@ -19,7 +19,7 @@ from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import Row
 from headlapse.engine.guard import guarded
 from headlapse.engine.measures import timeline
-from headlapse.engine.report.figures import INK
+from headlapse.engine.report.looks import INK
 from headlapse.engine.report.page import _example, write_report
 from headlapse.engine.report.result import ranges, read_result, signed
 from headlapse.engine.report.threats import threats
