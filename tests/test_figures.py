@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 from headlapse.engine.report.figures import draw
 from headlapse.engine.report.looks import CHARACTER, COLOURS, choose_ticks, place_steps
@@ -51,6 +52,18 @@ def test_the_head_map_needs_every_single_head(store: Store) -> None:
     shown = np.asarray(figure.axes[0].get_images()[0].get_array())
     assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
     assert "heads" not in draw(read_result(store, "three-of-four"))
+
+
+def test_even_minus_odd_stands_among_all_halvings_at_every_layer(store: Store) -> None:
+    some_run(store, ["lattice"])
+    axes = draw(read_result(store, "run"))["splits"].axes[0]
+    data = store.patch_dataset("run").isel(checkpoint=-1).logit_diff.mean("trial").load()
+    [even] = [line for line in axes.get_lines() if line.get_color() == COLOURS["even"]]
+    assert np.allclose(np.asarray(even.get_xdata()), data.sel(subset="even") - data.sel(subset="odd"), atol=1e-6)
+    drawn = [len(lines.get_segments()) for lines in axes.collections if isinstance(lines, LineCollection)]
+    assert drawn == [6] * len(data.layer)
+    some_run(store, ["even", "odd", "0,1", "0,3", "1,2"], name="five-of-six")
+    assert "splits" not in draw(read_result(store, "five-of-six"))
 
 
 def test_steps_over_a_factor_of_ten_are_logarithmic_with_zero_and_unknown_steps_apart() -> None:

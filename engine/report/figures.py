@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headlapse.engine.measures import NAMED
+from headlapse.engine.report.evidence import draw_splits
 from headlapse.engine.report.looks import (
     COLOURS,
     FAINT,
@@ -27,11 +28,13 @@ from headlapse.engine.study import RUNS
 
 
 def draw(result: Result) -> dict[str, Figure]:
-    """The figures by file stem; `heads` only where every single head was patched."""
+    """The figures by file stem; `heads` and `splits` only where what they show was run."""
     with matplotlib.rc_context(STYLE):
         figures = {"timeline": _draw_timeline(result), "heatmap": _draw_heatmap(result)}
         if single := _single_heads(result):
             figures["heads"] = _draw_heads(result, single)
+        if splits := draw_splits(result):
+            figures["splits"] = splits
         for figure in figures.values():  # laid out once, not for every format again
             figure.draw_without_rendering()
             figure.set_layout_engine("none")

@@ -23,6 +23,9 @@ from headlapse.engine.tasks import Trials, align
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""
 
+OPTIONAL = {"heads", "splits"}
+"""Figures that only some runs have."""
+
 SHOWN_PROMPTS = 20
 """Prompt pairs that the page lists; all of them are in the store."""
 
@@ -61,9 +64,9 @@ def _write_figures(result: Result, out: Path) -> dict[str, str]:
             partial.write_text(drawn[stem], encoding="utf-8")
         with _appearing(out / f"{stem}.png") as partial:
             figure.savefig(partial, format="png", dpi=160, metadata={"Software": None})
-    if "heads" not in figures:  # left by a report of another run
+    for stem in OPTIONAL - set(figures):  # left by a report of another run
         for suffix in ("png", "svg"):
-            (out / f"heads.{suffix}").unlink(missing_ok=True)
+            (out / f"{stem}.{suffix}").unlink(missing_ok=True)
     return drawn
 
 
