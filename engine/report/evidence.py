@@ -30,7 +30,7 @@ def draw_splits(result: Result) -> Figure | None:
     looks: dict[str, Any] = {"color": FAINT, "linewidth": 0.6, "alpha": max(0.08, min(0.8, 40 / len(halves)))}
     looks["rasterized"] = null.size > DRAWN
     for row, values in enumerate(null):
-        axes.vlines(values, row - 0.32, row + 0.32, label=None if row else f"all {len(halves):,} halvings", **looks)
+        axes.vlines(values, row - 0.32, row + 0.32, label="" if row else f"all {len(halves):,} halvings", **looks)
     at: dict[str, Any] = {"color": COLOURS["even"], "marker": MARKERS["even"], "markersize": 5.5, "linestyle": "none"}
     axes.plot(even, np.arange(len(layers)), label="even − odd", zorder=3, **at)
     axes.set_yticks(range(len(layers)), layers)
