@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
+from headlapse.engine.report.evidence import heads_alone
 from headlapse.engine.report.figures import draw
 from headlapse.engine.report.looks import CHARACTER, COLOURS, choose_ticks, place_steps
 from headlapse.engine.report.result import read_result
@@ -52,6 +53,22 @@ def test_the_head_map_needs_every_single_head(store: Store) -> None:
     shown = np.asarray(figure.axes[0].get_images()[0].get_array())
     assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
     assert "heads" not in draw(read_result(store, "three-of-four"))
+
+
+def test_heads_over_training_are_the_effects_of_single_heads_with_their_intervals(store: Store) -> None:
+    some_run(store)
+    result = read_result(store, "run")
+    axes = draw(result)["training"].axes[0]
+    data = store.patch_dataset("run").load()
+    moved = (data.logit_diff - data.corrupt_logit_diff).mean("trial")
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    assert len(lines) == 5
+    for line in lines:
+        layer, head = str(line.get_label()).split(".")
+        expected = moved.sel(layer=int(layer), subset=head)
+        assert np.allclose(np.asarray(line.get_ydata()), expected, atol=1e-6)
+    held = heads_alone(result)
+    assert (held.low <= held.value).all() and (held.value <= held.high).all() and (held.low < held.high).any()
 
 
 def test_even_minus_odd_stands_among_all_halvings_at_every_layer(store: Store) -> None:

@@ -31,7 +31,7 @@ from headlapse.engine.tasks import Contrast, Trials
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 TRIALS, LAYERS, HEADS, POSITIONS = 3, 3, 4, 6
 STEPS = (0, 1, 10, 100, -1)
-FIGURES = ("timeline", "heatmap", "heads")
+FIGURES = ("timeline", "heatmap", "heads", "training")
 DEFAULT = ("even", "odd", "all", "each")
 
 
@@ -276,7 +276,7 @@ def test_every_figure_of_the_page_takes_its_ink_from_the_page(written: tuple[Sto
     _, out = written
     source = (out / "index.html").read_text()
     drawn = source.split("<svg")[1:]
-    assert len(drawn) == 3
+    assert len(drawn) == len(FIGURES)
     for figure in drawn:
         svg = figure[: figure.index("</svg>")]
         assert 'role="img"' in svg and "currentColor" in svg and INK not in svg

@@ -1,13 +1,19 @@
-"""Figures of the evidence: even against odd among all halvings of the heads."""
+"""Figures of the evidence: even against odd among all halvings of the heads; single heads over training."""
 
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from matplotlib.figure import Figure
 
-from headlapse.engine.report.looks import COLOURS, FAINT, MARKERS, WIDTH
+from headlapse.engine.measures import effect
+from headlapse.engine.report.looks import COLOURS, FAINT, MARKERS, WIDTH, label_steps, place_steps
 from headlapse.engine.report.result import Result
+from headlapse.engine.statistics.intervals import interval
 from headlapse.engine.statistics.splits import half_and_rest, place
+
+LINES = 5
+"""Heads that have a line over training."""
 
 DRAWN = 2000
 """More lines than this are pixels even in an SVG, which would take megabytes."""
@@ -46,4 +52,39 @@ def draw_splits(result: Result) -> Figure | None:
     beside.spines[:].set_visible(False)
     figure.suptitle(f"Even heads against odd heads, at {result.last}", x=0.01, ha="left", fontsize=9.5, weight="bold")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return figure
+
+
+def heads_alone(result: Result) -> xr.Dataset:
+    """What patching each head alone does: `value`, `low` and `high` (checkpoint, layer, head) in nats."""
+    moved = effect(result.run.isel(subset=list(result.single_heads)), result.settings["direction"])
+    by_trial = moved.transpose("checkpoint", "layer", "subset", "trial").values.astype(float)
+    low, high = interval(by_trial)
+    dims = ("checkpoint", "layer", "head")
+    held = {"value": by_trial.mean(-1), "low": low, "high": high}
+    coords = {"layer": moved.layer.values, "head": np.arange(by_trial.shape[2])}
+    return xr.Dataset({name: (dims, values) for name, values in held.items()}, coords)
+
+
+def draw_over_training(result: Result, values: xr.Dataset, said: str) -> Figure:
+    """The heads that ever do most, over training: a line each with its interval.
+
+    `values` holds `value`, `low` and `high` (checkpoint, layer, head) in nats; `said` tells what they are.
+    """
+    places = values.value.stack(place=["layer", "head"])
+    most = np.argsort(-np.abs(places.values).max(0), kind="stable")[:LINES]
+    x, _ = place_steps(result.table["step"].to_numpy())
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for order, at in enumerate(most):
+        layer, head = places.place.values[at]
+        where = {"layer": layer, "head": head}
+        colour = list(COLOURS.values())[order % len(COLOURS)]
+        looks: Any = {"color": colour, "marker": list(MARKERS.values())[order % len(MARKERS)], "markersize": 3.5}
+        axes.plot(x, values.value.sel(where), label=f"{result.site(int(layer))}.{head}", linewidth=1.1, **looks)
+        axes.fill_between(x, values.low.sel(where), values.high.sel(where), color=colour, alpha=0.15, linewidth=0)
+    axes.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
+    axes.set_ylabel(f"{said}\n(nats)")
+    label_steps(axes, result)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=LINES, title="layer.head")
     return figure

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headlapse.engine.measures import NAMED
-from headlapse.engine.report.evidence import draw_splits
+from headlapse.engine.report.evidence import draw_over_training, draw_splits, heads_alone
 from headlapse.engine.report.looks import (
     COLOURS,
     FAINT,
@@ -19,6 +19,7 @@ from headlapse.engine.report.looks import (
     STYLE,
     WIDTH,
     choose_ticks,
+    label_steps,
     place_steps,
     readable,
     step_labels,
@@ -28,11 +29,12 @@ from headlapse.engine.study import RUNS
 
 
 def draw(result: Result) -> dict[str, Figure]:
-    """The figures by file stem; `heads` and `splits` only where what they show was run."""
+    """The figures by file stem; `heads`, `training` and `splits` only where what they show was run."""
     with matplotlib.rc_context(STYLE):
         figures = {"timeline": _draw_timeline(result), "heatmap": _draw_heatmap(result)}
-        if single := _single_heads(result):
-            figures["heads"] = _draw_heads(result, single)
+        if result.single_heads:
+            figures["heads"] = _draw_heads(result)
+            figures["training"] = draw_over_training(result, heads_alone(result), "effect of the head alone")
         if splits := draw_splits(result):
             figures["splits"] = splits
         for figure in figures.values():  # laid out once, not for every format again
@@ -45,7 +47,7 @@ def _draw_timeline(result: Result) -> Figure:
     figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     steps = result.table["step"].to_numpy()
-    x, is_log = place_steps(steps)
+    x, _ = place_steps(steps)
     known = steps >= 0
     for column, label, style in _lines(result):
         for axes, name in ((upper, column), (lower, f"{column}_rate")):
@@ -61,8 +63,9 @@ def _draw_timeline(result: Result) -> Figure:
         axes.grid(axis="y", color=FAINT, linewidth=0.3, alpha=0.5)
         if known.any() and not known.all():
             axes.axvline((x[known].max() + x[~known].min()) / 2, color=FAINT, linewidth=0.8, linestyle=":")
-    lower.set_xlabel(f"training step{' (logarithmic)' if is_log else ''}")
-    _label_steps(upper, lower, result, x)
+    ticks = label_steps(lower, result)
+    if len(result.nats.layer) > 1:
+        _label_layers(upper, result, x, ticks)
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
@@ -80,16 +83,9 @@ def _lines(result: Result) -> Iterator[tuple[str, str, dict[str, Any]]]:
         yield subset, f"{heads_of(subset)} patched", looks | sizes
 
 
-def _label_steps(upper: Axes, lower: Axes, result: Result, x: Float[np.ndarray, " checkpoint"]) -> None:
-    """Steps below the panels, the roundest first; above them, small, the layer that the patched lines stand for."""
-    labels, steps = step_labels(result), result.table["step"].astype(str)
-    zeros = [len(step) - len(step.rstrip("0")) for step in steps]
-    roundest = sorted(range(len(zeros)), key=lambda index: -zeros[index])
-    ticks = choose_ticks(x, labels, WIDTH - 1.1, roundest)
-    lower.set_xticks(x[ticks], [labels[tick] for tick in ticks])
-    if len(result.nats.layer) == 1:
-        return
-    above = upper.secondary_xaxis("top")
+def _label_layers(axes: Axes, result: Result, x: Float[np.ndarray, " checkpoint"], ticks: Sequence[int]) -> None:
+    """Above the panel, small, the layer that the patched lines stand for."""
+    above = axes.secondary_xaxis("top")
     above.set_xticks(x[ticks], [str(result.table["best_layer"].iloc[tick]) for tick in ticks])
     above.tick_params(length=0, labelsize=7.5, pad=1)
     above.set_xlabel("best layer", fontsize=7.5)
@@ -102,15 +98,8 @@ def _draw_heatmap(result: Result) -> Figure:
     return _draw_maps(result, at, title, "checkpoint (training step)", step_labels(result))
 
 
-def _single_heads(result: Result) -> list[int]:
-    """Where the subset axis has every single head, in order of heads; empty unless all are there."""
-    mask = result.run["mask"].values
-    single = {int(mask[row].argmax()): int(row) for row in np.flatnonzero(mask.sum(1) == 1)}
-    n_heads = mask.shape[1]
-    return [single[head] for head in range(n_heads)] if len(single) == n_heads else []
-
-
-def _draw_heads(result: Result, single: list[int]) -> Figure:
+def _draw_heads(result: Result) -> Figure:
+    single = list(result.single_heads)
     at = {"checkpoint": -1, "subset": single}
     title = f"each head patched alone, {result.where}, at {result.last}"
     return _draw_maps(result, at, title, "head", [str(head) for head in range(len(single))])

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headlapse.engine.report.result import Result
@@ -71,6 +72,18 @@ def choose_ticks(
         if all(abs(x[index] - x[other]) * scale > (widths[index] + widths[other]) / 2 for other in chosen):
             chosen.append(index)
     return sorted(chosen)
+
+
+def label_steps(axes: Axes, result: Result) -> list[int]:
+    """Steps below a panel that is as wide as the page, the roundest first; returns who has a label."""
+    labels, steps = step_labels(result), result.table["step"]
+    x, is_log = place_steps(steps.to_numpy())
+    zeros = [len(step) - len(step.rstrip("0")) for step in steps.astype(str)]
+    roundest = sorted(range(len(zeros)), key=lambda index: -zeros[index])
+    ticks = choose_ticks(x, labels, WIDTH - 1.1, roundest)
+    axes.set_xticks(x[ticks], [labels[tick] for tick in ticks])
+    axes.set_xlabel(f"training step{' (logarithmic)' if is_log else ''}")
+    return ticks
 
 
 def step_labels(result: Result) -> list[str]:

@@ -23,7 +23,7 @@ from headlapse.engine.tasks import Trials, align
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""
 
-OPTIONAL = {"heads", "splits"}
+OPTIONAL = {"heads", "training", "splits"}
 """Figures that only some runs have."""
 
 SHOWN_PROMPTS = 20

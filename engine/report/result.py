@@ -72,6 +72,14 @@ class Result:
         """Patched minus unpatched target run: mean logit difference in nats (checkpoint, layer, subset)."""
         return self.nats - xr.DataArray(self.table[self.target].to_numpy(), dims="checkpoint")
 
+    @property
+    def single_heads(self) -> tuple[int, ...]:
+        """Where the subset axis has every single head, in order of heads; empty unless all are there."""
+        mask = self.run["mask"].values
+        single = {int(mask[row].argmax()): int(row) for row in np.flatnonzero(mask.sum(1) == 1)}
+        n_heads = mask.shape[1]
+        return tuple(single[head] for head in range(n_heads)) if len(single) == n_heads else ()
+
     def site(self, layer: int) -> str:
         """What a place on the layer axis is called: several layers where they were patched jointly."""
         return ranges(self.settings["layers"]) if self.settings["joint"] else str(layer)
