@@ -1,5 +1,6 @@
 """What a patched run says: rates and differences from the raw logit differences.  Pure."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,12 @@ def finished(run: xr.Dataset) -> xr.Dataset:
     order = np.lexsort((run.step.values, run.step.values < 0))
     kept = run.isel(checkpoint=order)
     return kept.isel(checkpoint=np.flatnonzero(kept.complete.values))
+
+
+def each_checkpoint(run: xr.Dataset) -> Iterator[xr.Dataset]:
+    """A run's checkpoints in memory one by one: all of them together may not fit."""
+    for index in range(run.sizes["checkpoint"]):
+        yield run.isel(checkpoint=[index]).load()
 
 
 def effect(run: xr.Dataset, direction: str) -> xr.DataArray:

@@ -11,7 +11,7 @@ from jaxtyping import Bool
 
 from headlapse.engine.study import Refusal
 
-LANGUAGE = "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, or heads such as 0,2,4"
+LANGUAGE = "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, orders:N, or heads such as 0,2,4"
 
 LARGEST_SWEEP = 2**22
 """More subsets than this are refused: at a million patched runs a minute they would still take hours."""
@@ -83,6 +83,8 @@ def count_subsets(word: str, n_heads: int) -> int:
             return math.comb(n_heads, _whole(word, k, low=0, high=n_heads))
         case ("random", ":", n):
             return min(_whole(word, n, low=1), 2**n_heads)
+        case ("orders", ":", n):
+            return min(2 * _whole(word, n, low=1) * (n_heads + 1), 2**n_heads)
         case _:
             _heads(word, n_heads)
             return 1
@@ -110,6 +112,9 @@ def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
             yield from map(frozenset, combinations(range(n_heads), int(number)))
         case "random":
             yield from _sample(count_subsets(word, n_heads), n_heads, seed)
+        case "orders":
+            for order in draw_orders(int(number), n_heads, seed):
+                yield from (frozenset(order[:k]) for k in range(n_heads + 1))
         case _:
             yield _heads(word, n_heads)
 
@@ -126,6 +131,17 @@ def _sample(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
         if bits not in seen:
             seen.add(bits)
             yield _from_bits(bits, n_heads)
+
+
+def draw_orders(n: int, n_heads: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """`n` random orders of the heads, each followed by its reverse.
+
+    A head joins early in the one and late in the other, which takes noise out of a sampled Shapley value
+    (antithetic orders: Mitchell et al. 2022, arXiv:2104.12199).
+    """
+    draw = random.Random(seed)
+    orders = [tuple(draw.sample(range(n_heads), n_heads)) for _ in range(n)]
+    return [way for order in orders for way in (order, order[::-1])]
 
 
 def _from_bits(bits: int, n_heads: int) -> frozenset[int]:

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
-in halves), lattice (all 2^H), size:K (all of K heads), random:N, or heads themselves,
+in halves), lattice (all 2^H), size:K (all of K heads), random:N, orders:N (beginnings of N
+random orders and their reverses, for Shapley values), or heads themselves,
 e.g. even odd 0,2,4 size:6 random:100"""
 
 
@@ -49,7 +50,7 @@ def main() -> int:
         raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
     from headlapse.engine import arrays, machine, measures, store, sweep
-    from headlapse.engine.statistics import splits
+    from headlapse.engine.statistics import findings
 
     asked = sweep.Sweep(tuple(args.subsets), tuple(args.layers), args.joint, args.positions, args.direction, args.dtype)
     path = args.store or store.find_store(CACHE)
@@ -72,8 +73,8 @@ def main() -> int:
     done = run.dataset()
     if done.complete.any():
         print(measures.format_timeline(done, plan.settings))
-        if {"even", "odd"} <= set(plan.subsets.labels):
-            print(splits.format_parity(done))
+        for told in findings.findings(done, plan.settings):
+            print(told)
         n_runs = plan.n_runs * (len(missing) - len(problems))
         speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"
         speed += f", peak memory {machine.told_bytes(machine.peak_memory(where.device))}"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from headlapse.engine.study import Refusal
-from headlapse.engine.subsets import count_subsets, label_of, parse_layers, parse_subsets
+from headlapse.engine.subsets import count_subsets, draw_orders, label_of, parse_layers, parse_subsets
 
 HEADS = 12
 
@@ -79,3 +79,13 @@ def test_layers_are_named_singly_by_range_or_all_together() -> None:
 def test_layers_that_are_not_there_are_refused(word: str) -> None:
     with pytest.raises(Refusal):
         parse_layers([word], list(range(12)))
+
+
+def test_orders_come_with_their_reverses_and_name_every_beginning() -> None:
+    orders = draw_orders(3, 5)
+    assert len(orders) == 6 and all(sorted(order) == list(range(5)) for order in orders)
+    assert all(way == order[::-1] for order, way in zip(orders[::2], orders[1::2], strict=True))
+    named = {frozenset(order[:k]) for order in orders for k in range(6)}
+    mask = parse_subsets(("orders:3",), 5).mask
+    assert {frozenset(np.flatnonzero(row).tolist()) for row in mask} == named
+    assert draw_orders(5, 5)[:6] == orders, "more orders begin with the same ones"

@@ -12,9 +12,10 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from headlapse.engine.measures import each_checkpoint
 from headlapse.engine.report.figures import draw
 from headlapse.engine.report.looks import INK, PAPER, to_svg
-from headlapse.engine.report.result import Result, each_checkpoint, heads_of, listed, ranges, read_result, signed
+from headlapse.engine.report.result import Result, heads_of, listed, ranges, read_result, signed
 from headlapse.engine.report.threats import threats
 from headlapse.engine.store import Store, twins
 from headlapse.engine.study import RUNS, Refusal, tolerance

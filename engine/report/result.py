@@ -1,6 +1,6 @@
 """One patched run as the report tells it: means over trials, the timeline, and how its parts are called."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from headlapse.engine.measures import NAMED, effect, finished, success, timeline
+from headlapse.engine.measures import NAMED, each_checkpoint, effect, finished, success, timeline
 from headlapse.engine.store import Store
 from headlapse.engine.study import Refusal
 
@@ -132,12 +132,6 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
-
-
-def each_checkpoint(run: xr.Dataset) -> Iterator[xr.Dataset]:
-    """A run's checkpoints in memory one by one: all of them together may not fit."""
-    for index in range(run.sizes["checkpoint"]):
-        yield run.isel(checkpoint=[index]).load()
 
 
 def _with_subsets(table: pd.DataFrame, shown: Sequence[str], nats: xr.DataArray, rate: xr.DataArray) -> pd.DataFrame:
