@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -147,9 +147,10 @@ class Skeleton:
         return [self.model.get_submodule(path) for path in self.anatomy.layers]
 
     @contextmanager
-    def stock(self) -> Iterator[PreTrainedModel]:
-        """The model with transformers' own eager attention in place of ours."""
-        self.model.set_attn_implementation("eager")
+    def stock(self, attention: Literal["eager", "default"] = "eager") -> Iterator[PreTrainedModel]:
+        """The model with transformers' own attention in place of ours: spelled out, or what it takes by default."""
+        fused = attention == "default" and self.model._supports_sdpa
+        self.model.set_attn_implementation("sdpa" if fused else "eager")
         try:
             yield self.model
         finally:

@@ -15,9 +15,9 @@ from tests.models import MAIN, random_trials, tiny
 TRIALS = random_trials(n_trials=4)
 
 
-def dressed(model: PreTrainedModel) -> Skeleton:
-    skeleton = Skeleton(model.config, torch.float32, "cpu")
-    skeleton.wear(model.state_dict())
+def dressed(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Skeleton:
+    skeleton = Skeleton(model.config, dtype, "cpu")
+    skeleton.wear({name: weight.to(dtype) for name, weight in model.state_dict().items()})
     return skeleton
 
 

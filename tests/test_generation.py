@@ -1,0 +1,148 @@
+"""Laws of generation: a batch of conditions gives token for token what transformers' own generate gives alone."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.generation import Condition, by_definition, generate
+from tests.models import D_MODEL, N_HEADS, VOCAB, tiny
+from tests.reference import OUTPUT_PROJECTION
+from tests.test_capture import dressed
+
+NAMES = ("neox-parallel", "neox-sequential", "gpt2", "llama-gqa")
+N_TOKENS = 8
+EVEN = tuple(head % 2 == 0 for head in range(N_HEADS))
+ODD = tuple(not even for even in EVEN)
+NONE, ALL = (False,) * N_HEADS, (True,) * N_HEADS
+
+
+def prompts(n: int, seed: int = 0) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Pairs of which some share their corrupt length, and some clean prompts are the longer ones."""
+    rng = np.random.default_rng(seed)
+    lengths = [(4 + 3 * (i % 4), 6 + 2 * (i % 3)) for i in range(n)]
+    return [tuple(tuple(rng.integers(1, VOCAB, k).tolist()) for k in pair) for pair in lengths]  # type: ignore[misc]
+
+
+def conditions(n: int = 6, seed: int = 0) -> list[Condition]:
+    rng = np.random.default_rng(seed)
+    some = (NONE, EVEN, ODD, ALL, tuple((rng.random(N_HEADS) < 0.5).tolist()))
+    return [
+        Condition(clean, corrupt, layer, slices)
+        for clean, corrupt in prompts(n, seed)
+        for layer in (0, 2)
+        for slices in some
+    ]
+
+
+def in_precision(model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, Skeleton]:
+    """A stock model with transformers' default attention, and a skeleton in the same weights."""
+    skeleton = dressed(model, dtype)
+    model = model.to(dtype)
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    return model, skeleton
+
+
+def reference(model: PreTrainedModel, condition: Condition, n_tokens: int = N_TOKENS) -> list[int]:
+    """The study's procedure, spelled out: a hook on the attention module that overwrites slices of what it returns."""
+    module = model.get_submodule(OUTPUT_PROJECTION[model.config.model_type].format(condition.layer).rpartition(".")[0])
+    with hooked(module) as saved:
+        model(torch.tensor([condition.clean]))
+    width = D_MODEL // N_HEADS
+    slices = [head for head, is_copied in enumerate(condition.slices) if is_copied]
+    with hooked(module, saved[0], [c for head in slices for c in range(head * width, (head + 1) * width)]):
+        generate_stock: Any = model.generate
+        made = generate_stock(
+            torch.tensor([condition.corrupt]), attention_mask=torch.ones(1, len(condition.corrupt), dtype=torch.long),
+            max_new_tokens=n_tokens, do_sample=False, pad_token_id=0,
+        )  # fmt: skip
+    return made[0, len(condition.corrupt) :].tolist()
+
+
+@contextmanager
+def hooked(
+    module: nn.Module, source: Tensor | None = None, coordinates: Sequence[int] | None = None
+) -> Iterator[list[Tensor]]:
+    seen: list[Tensor] = []
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        first = (output[0] if isinstance(output, tuple) else output).clone()
+        seen.append(first)
+        if source is not None and coordinates:
+            for position in range(min(first.shape[1], source.shape[1])):
+                for coordinate in coordinates:
+                    first[0, position, coordinate] = source[0, position, coordinate]
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
+    model, skeleton = in_precision(tiny(name), dtype)
+    asked = conditions(3)
+    made = generate(skeleton, asked, N_TOKENS, most=7)
+    assert made.tokens == [reference(model, condition) for condition in asked]
+    assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "most are decided in the batch"
+    changed = [a != b for a, b in zip(made.tokens[0::5], made.tokens[3::5], strict=True)]
+    assert any(changed), "overwriting all slices changes some text"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_the_definition_is_the_reference(name: str) -> None:
+    model, skeleton = in_precision(tiny(name), torch.float32)
+    for condition in conditions(2, seed=1)[:6]:
+        assert by_definition(skeleton, condition, N_TOKENS) == reference(model, condition)
+
+
+@torch.inference_mode()
+def test_a_text_ends_with_the_token_that_ends_texts() -> None:
+    plain = generate(dressed(tiny("neox-parallel", eos_token_id=None)), conditions(3), N_TOKENS, most=100).tokens
+    stop = plain[0][3]
+    model, skeleton = in_precision(tiny("neox-parallel", eos_token_id=stop), torch.float32)
+    made = generate(skeleton, conditions(3), N_TOKENS, most=100).tokens
+    assert made[0] == plain[0][: plain[0].index(stop) + 1]
+    assert made == [row[: row.index(stop) + 1] if stop in row else row for row in plain]
+    assert made == [reference(model, condition) for condition in conditions(3)]
+
+
+@torch.inference_mode()
+def test_tokens_as_good_as_equal_are_left_to_the_definition() -> None:
+    """Two unembedding rows made equal: argmax takes the first in the batch as alone, and every such text is counted."""
+    model = tiny("llama-gqa")
+    with torch.no_grad():
+        model.get_output_embeddings().weight[VOCAB // 2 :] = model.get_output_embeddings().weight[: VOCAB // 2]
+    stock, skeleton = in_precision(model, torch.float32)
+    asked = conditions(2)
+    made = generate(skeleton, asked, N_TOKENS, most=100)
+    assert made.n_near == len(asked)
+    assert made.tokens == [reference(stock, condition) for condition in asked]
+
+
+@torch.inference_mode()
+def test_how_many_go_side_by_side_changes_nothing() -> None:
+    skeleton = dressed(tiny("gpt2"))
+    asked = conditions(3)
+    alone = generate(skeleton, asked, N_TOKENS, most=1)
+    assert generate(skeleton, asked, N_TOKENS, most=1000).tokens == alone.tokens
+
+
+@torch.inference_mode()
+def test_generation_leaves_no_hook_behind() -> None:
+    skeleton = dressed(tiny("neox-sequential"))
+    generate(skeleton, conditions(2), 3, most=4)
+    by_definition(skeleton, conditions(1)[1], 3)
+    assert not any(module._forward_hooks for module in skeleton.model.modules())
