@@ -136,12 +136,14 @@ def put_empty(
     dtype: Any,
     dims: tuple[str, ...],
     shards: tuple[int, ...] | None = None,
+    fill: Any = None,
 ) -> None:
-    """An array to be written checkpoint by checkpoint; NaN, False or 0 where nothing is yet.
+    """An array to be written checkpoint by checkpoint; NaN, False, 0 or "" where nothing is yet, or `fill`.
 
     Uncompressed: activations hardly shrink, and reading is then as fast as the disk.
     """
-    fill = float("nan") if np.dtype(dtype).kind == "f" else 0
+    if fill is None:
+        fill = {"f": float("nan"), "U": ""}.get(np.dtype(dtype).kind, 0)
     group.create_array(
         name,
         shape=shape,

@@ -4,14 +4,14 @@ The README specifies the layout.  A checkpoint counts once its `complete` mark i
 interrupted before that is written again.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from headlapse.engine import arrays
@@ -108,9 +108,12 @@ class Store(CheckpointArrays):
                     "a checkpoint of another shape belongs in another --store"
                 )
 
-    def patch_names(self) -> list[str]:
-        """Names of the patched runs, the last written to last."""
-        return [path.name for path in sorted(_patches(self.path), key=arrays.written)]
+    def patch_names(self, protocol: str | None = None) -> list[str]:
+        """Names of the patched runs, the last written to last; all of them, or those of one protocol."""
+        paths = sorted(_patches(self.path), key=arrays.written)
+        if protocol is not None:
+            paths = [path for path in paths if arrays.attributes(path)["patch"].get("protocol") == protocol]
+        return [path.name for path in paths]
 
     def patch(self, name: str) -> "PatchedRun":
         """A patched run.  Raises `Refusal` where there is none of that name."""
@@ -137,14 +140,36 @@ class Store(CheckpointArrays):
 
         Raises `Refusal` when it is there with other settings, spelling out the difference.
         """
+        sizes = (self.rows(), layers, labels, mask, self.array("tokens").shape[1])
+        path = self._ready(name, settings, lambda partial: _make_patch(partial, settings, *sizes))
+        return self._grown(PatchedRun(path))
+
+    def open_texts(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        layers: Sequence[int],
+        labels: Sequence[str],
+        mask: Bool[np.ndarray, "subset head"],
+        n_tokens: int,
+    ) -> "TextRun":
+        """The patched run `name` whose results are texts of at most `n_tokens` tokens; otherwise as `open_patch`."""
+        sizes = (self.rows(), layers, labels, mask, self.array("tokens").shape[1], n_tokens)
+        path = self._ready(name, settings, lambda partial: _make_texts(partial, settings, *sizes))
+        return self._grown(TextRun(path))
+
+    def _ready(self, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """Where a patched run is, made where it is not there; refused where it is there with other settings."""
         path = self.path / "patches" / name
         if not path.exists():
             self.group.require_group("patches")
             with arrays.appearing(path) as partial:
-                _make_patch(partial, settings, self.rows(), layers, labels, mask, self.array("tokens").shape[1])
-        run = PatchedRun(path)
+                make(partial)
         mend = "give this run another --name, or replace it with --overwrite"
-        arrays.refuse_difference(path, run.settings, settings, mend)
+        arrays.refuse_difference(path, arrays.attributes(path)["patch"], settings, mend)
+        return path
+
+    def _grown(self, run: "Run") -> "Run":
         run.add(self.rows())
         return run
 
@@ -172,12 +197,16 @@ class StoredActivations:
         return self._read[kind, layer]
 
 
-class PatchedRun(CheckpointArrays):
+class AnyRun(CheckpointArrays):
     """The results of one patch, checkpoint by checkpoint."""
 
     @property
     def settings(self) -> dict[str, Any]:
         return dict(self.attrs["patch"])
+
+
+class PatchedRun(AnyRun):
+    """Results that are logit differences."""
 
     def write_layers(self, label: str, first: int, logit_diff: Float[np.ndarray, "layer subset trial"]) -> None:
         """Write one checkpoint's patched runs from the `first` layer of the run on."""
@@ -191,6 +220,29 @@ class PatchedRun(CheckpointArrays):
         self.array("corrupt_logit_diff")[index] = plain[RUNS.index("corrupt")]
         self.array("self_check")[index] = self_check
         self.array("complete")[index] = True
+
+
+class TextRun(AnyRun):
+    """Results that are generated texts."""
+
+    def write_texts(
+        self,
+        label: str,
+        text: Shaped[np.ndarray, "layer subset trial"],
+        token: Int[np.ndarray, "layer subset trial token"],
+        success: Bool[np.ndarray, "layer subset trial"],
+        n_near: int,
+    ) -> None:
+        """Write one checkpoint's texts, the completion mark last."""
+        index = self.index(label)
+        self.array("text")[index] = text
+        self.array("token")[index] = token
+        self.array("success")[index] = success
+        self.array("n_near")[index] = n_near
+        self.array("complete")[index] = True
+
+
+Run = TypeVar("Run", bound=AnyRun)
 
 
 def create_store(
@@ -292,4 +344,31 @@ def _make_patch(
     arrays.put_empty(group, "self_check", (n,), (1,), "float32", ("checkpoint",))
     group.attrs.update(
         patch=dict(settings), versions=arrays.package_versions(), coordinates="step complete mask self_check"
+    )
+
+
+def _make_texts(
+    path: Path,
+    settings: Mapping[str, Any],
+    rows: Sequence[Row],
+    layers: Sequence[int],
+    labels: Sequence[str],
+    mask: Bool[np.ndarray, "subset head"],
+    n_trials: int,
+    n_tokens: int,
+) -> None:
+    group = arrays.start(path, rows)
+    shape = (len(layers), len(labels), n_trials)
+    arrays.put_axis(group, "layer", np.array(layers))
+    arrays.put_axis(group, "subset", labels)
+    arrays.put(group, "mask", mask, ("subset", "head"))
+    dims = ("checkpoint", "layer", "subset", "trial")
+    for name, dtype in (("text", str), ("success", bool)):
+        arrays.put_empty(group, name, (len(rows), *shape), (1, *shape), dtype, dims)
+    arrays.put_empty(
+        group, "token", (len(rows), *shape, n_tokens), (1, *shape, n_tokens), "int32", (*dims, "token"), fill=-1
+    )
+    arrays.put_empty(group, "n_near", (len(rows),), (1,), "int32", ("checkpoint",))
+    group.attrs.update(
+        patch=dict(settings), versions=arrays.package_versions(), coordinates="step complete mask n_near"
     )

@@ -34,14 +34,19 @@ VERIFIED = 4
 """Trials, at most, on which they are."""
 
 
+SUBSETS = ("even", "odd", "all", "each")
+LAYERS = ("all",)
+"""What is patched when the user does not say."""
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One patch, asked of every checkpoint of a store."""
 
-    subsets: tuple[str, ...] = ("even", "odd", "all", "each")
+    subsets: tuple[str, ...] = SUBSETS
     """Words of the subset language."""
 
-    layers: tuple[str, ...] = ("all",)
+    layers: tuple[str, ...] = LAYERS
     joint: bool = False
     """Patch all the layers at once, with the same heads, instead of one after another."""
 
@@ -50,17 +55,25 @@ class Sweep:
     dtype: Arithmetic | None = None
     """Arithmetic of the replay; None is the store's."""
 
-    def name(self) -> str:
-        """What the run is called when the user does not say."""
-        subsets = "+".join(self.subsets).replace(":", "").replace(",", ".")
-        words = [self.direction, self.positions.replace(":", ""), subsets]
-        if self.layers != ("all",):
-            words.append("layers" + "+".join(self.layers))
-        words += ["joint"] if self.joint else []
-        words += [self.dtype] if self.dtype else []
-        name = "-".join(words)
-        # Long lists of subsets would not fit into a file name; what is cut off still tells runs apart.
-        return name if len(name) <= 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+def name_of(asked: Sweep) -> str:
+    """What the run is called when the user does not say."""
+    words = [asked.direction, asked.positions.replace(":", ""), joined(asked.subsets)]
+    if asked.layers != LAYERS:
+        words.append("layers" + "+".join(asked.layers))
+    words += ["joint"] if asked.joint else []
+    words += [asked.dtype] if asked.dtype else []
+    return shortened("-".join(words))
+
+
+def joined(words: Sequence[str]) -> str:
+    """Words of the subset language as part of a file name."""
+    return "+".join(words).replace(":", "").replace(",", ".")
+
+
+def shortened(name: str) -> str:
+    """Long lists of subsets would not fit into a file name; what is cut off still tells runs apart."""
+    return name if len(name) <= 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -129,29 +142,55 @@ def patch_series(
     `done` hears how many patched runs were finished.  Weights that cannot be had are an `Outcome` with a problem;
     replay that differs from stock transformers raises `Inexact`.
     """
-    wardrobe = Wardrobe(plan.dtype, machine)
-
-    indices = store.complete()
     first_layer = min(site[0] for site in plan.sites)
+    for label, worn in each_worn(store, missing, cache, Wardrobe(plan.dtype, machine), first_layer):
+        if isinstance(worn, Refusal):
+            yield Outcome(label, str(worn))
+            continue
+        assert worn.activations is not None
+        _patch(store, plan, run, label, worn.skeleton, worn.activations, worn.memory, done)
+        yield Outcome(label)
 
-    def load(label: str) -> tuple[Loaded, StoredActivations]:
+
+@dataclass(frozen=True)
+class Worn:
+    """A checkpoint of a store, ready to compute with."""
+
+    skeleton: Skeleton
+    files: Files
+    activations: StoredActivations | None
+
+    memory: int
+    """Bytes left beside the weights."""
+
+
+def each_worn(
+    store: Store, labels: Sequence[str], cache: Path, wardrobe: Wardrobe, first_layer: int | None
+) -> Iterator[tuple[str, Worn | Refusal]]:
+    """The skeleton in each checkpoint's weights, one after another, or why they cannot be had.
+
+    The next one is read ahead; its activations from `first_layer` on, too, unless that is None.
+    """
+    indices = store.complete()
+
+    def load(label: str) -> tuple[Loaded, StoredActivations | None]:
         files = fetch(_recorded(store, label), cache, store.provenance(label))
         _refuse_other_weights(store, label, files)
-        activations = store.activations(indices[label])
-        activations.read_all(first_layer)
+        activations = None if first_layer is None else store.activations(indices[label])
+        if activations is not None and first_layer is not None:
+            activations.read_all(first_layer)
         return wardrobe.ahead(files), activations
 
-    for label, loaded in prefetch(missing, load):
+    for label, loaded in prefetch(labels, load):
         try:
             if isinstance(loaded, Exception):
                 raise loaded
             weights, activations = loaded
             skeleton, memory = wardrobe.wear(weights)
         except Refusal as refusal:
-            yield Outcome(label, str(refusal))
+            yield label, refusal
             continue
-        _patch(store, plan, run, label, skeleton, activations, memory, done)
-        yield Outcome(label)
+        yield label, Worn(skeleton, weights[0], activations, memory)
 
 
 def _patch(

@@ -15,18 +15,20 @@ from headlapse.engine.study import ARITHMETICS, Refusal
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
+PROTOCOL = """corrected (z of true heads at aligned positions, default) or published (the study bug for bug:
+layer 6, slices of the attention's output, 20 greedy tokens)"""
 SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
 in halves), lattice (all 2^H), size:K (all of K heads), random:N, orders:N (beginnings of N
 random orders and their reverses, for Shapley values), or heads themselves,
-e.g. even odd 0,2,4 size:6 random:100"""
+e.g. even odd 0,2,4 size:6 random:100 (default: even odd all each)"""
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("store", nargs="?", type=Path, help="e.g. cache/demo-decimal.zarr (default: the newest under cache/)")
-    add("--subsets", nargs="+", default=["even", "odd", "all", "each"], metavar="S", help=SUBSETS)
-    add("--layers", nargs="+", default=["all"], metavar="L", help="which layers, one at a time, e.g. all | 6 | 4-8 11")
+    add("--subsets", nargs="+", metavar="S", help=SUBSETS)
+    add("--layers", nargs="+", metavar="L", help="which layers, one at a time, e.g. all | 6 | 4-8 11 (default: all)")
     add("--joint", action="store_true", help="patch those layers all at once, e.g. --layers 4-8 --joint")
     add("--positions", default="last", help="last, end:K (the last K) or all (prompts of equal length), e.g. end:3")
     add(
@@ -35,7 +37,7 @@ def parse_args() -> argparse.Namespace:
         choices=["denoise", "noise"],
         help="denoise (clean into corrupt) or noise (corrupt into clean)",
     )
-    add("--protocol", default="corrected", choices=["corrected"], help="z of true heads at aligned positions")
+    add("--protocol", default="corrected", choices=["corrected", "published"], help=PROTOCOL)
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", choices=ARITHMETICS, help="arithmetic of the replay, e.g. float32 (default: the store's)")
@@ -49,38 +51,40 @@ def main() -> int:
     if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
         raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, machine, measures, store, sweep
+    from headlapse.engine import arrays, machine, published, store, sweep
     from headlapse.engine.statistics import findings
 
-    asked = sweep.Sweep(tuple(args.subsets), tuple(args.layers), args.joint, args.positions, args.direction, args.dtype)
+    protocol = {"corrected": sweep, "published": published}[args.protocol]
+    subsets, layers = args.subsets or protocol.SUBSETS, args.layers or protocol.LAYERS
+    asked = sweep.Sweep(tuple(subsets), tuple(layers), args.joint, args.positions, args.direction, args.dtype)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
-    plan = sweep.spell_out(asked, held)
-    name = args.name or asked.name()
+    plan = protocol.spell_out(asked, held)
+    name = args.name or protocol.name_of(asked)
     where = machine.Machine.asked(args.device, args.memory, plan.dtype)
     with arrays.locked(path):
         if args.overwrite:
             arrays.remove(path / "patches" / name)
-        run = sweep.open_run(held, plan, name, where.device)
+        run = protocol.open_run(held, plan, name, where.device)
         missing = [label for label in held.complete() if label not in run.complete()]
         started = time.perf_counter()
         with tqdm(
             total=plan.n_runs * len(missing), desc="patch", unit="run", unit_scale=True, disable=not missing
         ) as bar:
-            outcomes = list(sweep.patch_series(held, plan, run, missing, CACHE, where, bar.update))
+            outcomes = list(protocol.patch_series(held, plan, run, missing, CACHE, where, bar.update))
         seconds = time.perf_counter() - started
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
     done = run.dataset()
     if done.complete.any():
-        print(measures.format_timeline(done, plan.settings))
-        for told in findings.findings(done, plan.settings):
+        for told in findings.tell(done, plan.settings, held.study):
             print(told)
         n_runs = plan.n_runs * (len(missing) - len(problems))
         speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"
         speed += f", peak memory {machine.told_bytes(machine.peak_memory(where.device))}"
         print(f"{speed if missing else 'nothing to do'}; {name} is in {path}")
-        worst = float(done.self_check.max())
-        print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
+        if "self_check" in done:
+            worst = float(done.self_check.max())
+            print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
     tell_problems(problems)
     return DONE if not problems else FAILED if done.complete.any() else REFUSED
 

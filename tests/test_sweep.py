@@ -18,7 +18,7 @@ from headlapse.engine.series import cache_series
 from headlapse.engine.sources import resolve
 from headlapse.engine.store import PatchedRun, Store
 from headlapse.engine.study import Inexact, Refusal, Study, tolerance
-from headlapse.engine.sweep import PAIRS, Plan, Sweep, open_run, patch_series, spell_out
+from headlapse.engine.sweep import PAIRS, Plan, Sweep, name_of, open_run, patch_series, spell_out
 from headlapse.engine.verify import choose_pairs
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_scripts import run, store_files, told
@@ -108,7 +108,7 @@ DISTINCT = [
 
 
 def test_distinct_settings_have_distinct_names() -> None:
-    assert len({sweep.name() for sweep in DISTINCT}) == len(DISTINCT)
+    assert len({name_of(sweep) for sweep in DISTINCT}) == len(DISTINCT)
 
 
 def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed() -> None:
@@ -120,7 +120,7 @@ def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed()
         Sweep(pairs, ("3",)),
         Sweep(pairs, dtype="float16"),
     ]
-    assert len({sweep.name() for sweep in sweeps}) == len(sweeps)
+    assert len({name_of(sweep) for sweep in sweeps}) == len(sweeps)
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed()
     ],
 )
 def test_a_name_stays_what_it_is(sweep: Sweep, name: str) -> None:
-    assert sweep.name() == name
+    assert name_of(sweep) == name
 
 
 @pytest.mark.parametrize("sweep", [*DISTINCT, Sweep(("lattice",) * 60)])
 def test_a_name_is_one_that_a_user_could_have_given(sweep: Sweep) -> None:
-    assert re.fullmatch(r"[\w+.-]{1,120}", sweep.name()) and not sweep.name().startswith(".")
+    assert re.fullmatch(r"[\w+.-]{1,120}", name_of(sweep)) and not name_of(sweep).startswith(".")
 
 
 # --- what is patched where ---

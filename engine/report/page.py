@@ -12,7 +12,8 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from headlapse.engine.measures import each_checkpoint
+from headlapse.engine.measures import each_checkpoint, finished
+from headlapse.engine.published import examples, success_table
 from headlapse.engine.report.figures import draw
 from headlapse.engine.report.looks import INK, PAPER, to_svg
 from headlapse.engine.report.result import Result, heads_of, listed, ranges, read_result, signed
@@ -36,7 +37,7 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
 
     Every file appears whole, the page last.  Raises `Refusal` where there is nothing to show.
     """
-    names = store.patch_names()
+    names = store.patch_names("corrected")
     if not names:
         raise Refusal(f"{store.path} has no patched run yet; make one with: python scripts/patch.py {store.path}")
     result = read_result(store, name or names[-1])
@@ -129,7 +130,8 @@ def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
         warnings=_warnings(store, result),
         threats=threats(store, result),
         provenance=[(label, store.provenance(label)) for label in held],
-        runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names())],
+        runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
+        published=_published(store),
         versions=store.attrs["versions"] | run["versions"],
         device=run.get("device"),
         ranges=ranges,
@@ -176,6 +178,15 @@ def _headline(result: Result) -> list[tuple[str, str, str]]:
     where = f"layers {site} together" if result.settings["joint"] else f"layer {site}"
     named = [("clean", "clean, unpatched"), ("corrupt", "corrupt, unpatched"), (best, f"{heads_of(best)} of {where}")]
     return [(said, signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name, said in named]
+
+
+def _published(store: Store) -> dict[str, Any] | None:
+    """The newest run by the published procedure that has a finished checkpoint."""
+    for name in reversed(store.patch_names("published")):
+        run = finished(store.patch(name).dataset())
+        if run.sizes["checkpoint"]:
+            return {"name": name, "table": success_table(run, store.study), "texts": examples(run)}
+    return None
 
 
 def _self_check(store: Store, result: Result) -> dict[str, Any]:

@@ -1,12 +1,23 @@
-"""What a patched run says, beyond its timeline, in the order in which it is printed."""
+"""What a patched run says, in the order in which it is printed."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import xarray as xr
 
+from headlapse.engine.measures import format_timeline
+from headlapse.engine.published import format_texts
 from headlapse.engine.statistics.coalitions import format_coalitions
 from headlapse.engine.statistics.splits import format_parity
+
+
+def tell(run: xr.Dataset, settings: dict[str, Any], study: dict[str, Any]) -> Iterator[str]:
+    """Everything that a run of either protocol says."""
+    if settings["protocol"] == "published":
+        yield format_texts(run, study)
+        return
+    yield format_timeline(run, settings)
+    yield from findings(run, settings)
 
 
 def findings(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[str]:
