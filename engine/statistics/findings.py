@@ -8,6 +8,7 @@ import xarray as xr
 from headlapse.engine.measures import format_timeline
 from headlapse.engine.published import format_texts
 from headlapse.engine.statistics.coalitions import format_coalitions
+from headlapse.engine.statistics.hypotheses import format_onsets
 from headlapse.engine.statistics.splits import format_parity
 
 
@@ -25,4 +26,6 @@ def findings(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[str]:
     if {"even", "odd"} <= set(run.subset.values):
         yield format_parity(run)
     if told := format_coalitions(run, settings):
+        yield told
+    if told := format_onsets(run, settings):
         yield told

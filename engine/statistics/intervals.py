@@ -21,3 +21,15 @@ def interval(values: Float[np.ndarray, "*cell trial"]) -> tuple[Float[np.ndarray
         rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
     return found.low, found.high
+
+
+def resampled_means(
+    values: Float[np.ndarray, "*cell trial"], n_resamples: int = RESAMPLES
+) -> Float[np.ndarray, "*cell resample"]:
+    """Means over prompts drawn with replacement; the same draws for every cell, and for every call of as many prompts.
+
+    The bootstrap of Efron and Tibshirani 1993, chapter 6.
+    """
+    n = values.shape[-1]
+    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_resamples)
+    return values @ (drawn.T / n)
