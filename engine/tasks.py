@@ -1,57 +1,25 @@
-"""Clean/corrupt prompt pairs, the token at which their answers branch, and how their positions are aligned.
+"""Contrasts as tokens: the token at which their answers branch, and how their positions are aligned."""
 
-A built-in task is a seeded generator of contrasts.  To add one: write the function, name it in `TASKS`.
-"""
-
-import difflib
-import hashlib
-import json
-import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, repeat
-from pathlib import Path
-from typing import Any
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
+from headlapse.engine.contrasts.built_in import SEED, TASKS
+from headlapse.engine.contrasts.contrast import Contrast, Tokenizer
+from headlapse.engine.contrasts.lines import file_digest, read_contrasts
 from headlapse.engine.study import RUNS, Refusal
 
 DEFAULT_TRIALS = 15
-SEED = 0
 
 PATIENCE = 10_000
 """Contrasts that a built-in task may lose to a tokenizer before it is given up."""
 
-FIELDS = ("clean", "corrupt", "answer", "wrong")
-FORM = '{"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}'
-
 COLUMNS, BLOCKS = 12, 3
 """A view of token rows is cut into blocks of so many columns, and after so many blocks."""
-
-Tokenizer = Any
-"""A fast tokenizer of transformers, whose import takes seconds: it is passed in as a value."""
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two prompts that should call for the same answer, of which the corrupt one is expected to go wrong."""
-
-    clean: str
-    corrupt: str
-
-    answer: str
-    """The right continuation of both prompts, appended verbatim."""
-
-    wrong: str
-
-    source: str
-    """Where it comes from: `decimal`, `line 3 of my.jsonl`."""
-
-    repeats: int = 1
-    """How many identical trials were asked for; they are computed once and counted once."""
 
 
 @dataclass(frozen=True)
@@ -105,88 +73,14 @@ class Alignment:
         return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
 
 
-def decimal(seed: int) -> Iterator[Contrast]:
-    """Pairs like 9.8 and 9.11, ordered one way as numbers and the other way as versions; 6480 distinct ones.
-
-    9.8 and 9.11 come first, the rest shuffled; the larger number is named first in every other pair.
-    """
-    pairs = [
-        (f"{whole}.{tenths}", f"{whole}.{first}{second}")
-        for whole in range(1, 21)
-        for tenths in range(2, 10)
-        for first in range(1, tenths)
-        for second in range(1, 10)  # not 0: 9.10 would be 9.1 with a digit that says nothing
-    ]
-    random.Random(seed).shuffle(pairs)
-    pairs.sort(key=lambda pair: pair != ("9.8", "9.11"))
-    for number, (larger, smaller) in enumerate(pairs):
-        named = (larger, smaller) if number % 2 == 0 else (smaller, larger)
-        question = "Which is bigger: {} or {}?".format(*named)
-        yield Contrast(f"{question}\nAnswer:", f"Q: {question}\nA:", f" {larger}", f" {smaller}", "decimal")
-
-
-def published(_seed: int) -> Iterator[Contrast]:
-    """The prompt pair of the published study, which asked it over and over."""
-    question = "Which is bigger: 9.8 or 9.11?"
-    return repeat(Contrast(question, f"Q: {question}\nA:", " 9.8", " 9.11", "published"))
-
-
-TASKS: dict[str, Callable[[int], Iterator[Contrast]]] = {"decimal": decimal, "published": published}
-
-
 def load_contrasts(task: str) -> Iterable[Contrast]:
     """A built-in task's contrasts, or a JSON Lines file's.  Raises `Refusal` that names line and mend."""
-    if task in TASKS:
-        return TASKS[task](SEED)
-    try:
-        lines = _read(task).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise Refusal(f"line {line} of {task}: not UTF-8 text; save the file as UTF-8") from None
-    contrasts = [_parse(line, f"line {n} of {task}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not contrasts:
-        raise Refusal(f"--task {task}: the file is empty; write one {FORM} a line")
-    return contrasts
+    return TASKS[task](SEED) if task in TASKS else read_contrasts(task)
 
 
 def task_digest(task: str) -> str:
     """sha256 of a file's bytes in hex; of a built-in task its name."""
-    return task if task in TASKS else hashlib.sha256(_read(task)).hexdigest()
-
-
-def _read(task: str) -> bytes:
-    try:
-        return Path(task).read_bytes()
-    except IsADirectoryError:
-        raise Refusal(f"--task {task}: a directory; name the JSON Lines file in it") from None
-    except (FileNotFoundError, NotADirectoryError):
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        choice = f"built in are {', '.join(TASKS)}; a file holds one {FORM} a line"
-        raise Refusal(f"--task {task}: no built-in task and no such file; {meant}{choice}") from None
-    except OSError as error:
-        raise Refusal(f"--task {task}: cannot be read ({error.strerror}); name a readable JSON Lines file") from None
-
-
-def _parse(line: str, source: str) -> Contrast:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise Refusal(f"{source}: not JSON ({detail}); write one {FORM} a line") from None
-    if not isinstance(found, dict):
-        raise Refusal(f"{source}: not a JSON object; write one {FORM} a line")
-    if missing := [name for name in FIELDS if name not in found]:
-        raise Refusal(f"{source}: {', '.join(missing)} missing; write all of {', '.join(FIELDS)}")
-    if unknown := [name for name in found if name not in FIELDS]:
-        raise Refusal(f"{source}: unknown field {', '.join(map(repr, unknown))}; known are {', '.join(FIELDS)}")
-    for name in FIELDS:
-        # JSON can spell half a surrogate pair, which no tokenizer takes.
-        if not isinstance(found[name], str) or not found[name] or re.search("[\ud800-\udfff]", found[name]):
-            raise Refusal(f"{source}: {name} is {json.dumps(found[name]):.60}; write some text, in quotes")
-    if found["answer"] == found["wrong"]:
-        raise Refusal(f"{source}: answer and wrong are both {found['answer']!r}; write two different ones")
-    return Contrast(**found, source=source)
+    return task if task in TASKS else file_digest(task)
 
 
 class _Unreadable(ValueError):

@@ -12,8 +12,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from headlapse.engine.contrasts.built_in import TASKS
+from headlapse.engine.contrasts.contrast import FIELDS
 from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import FIELDS, TASKS, Trials, align, draw_trials, load_contrasts, task_digest
+from headlapse.engine.tasks import Trials, align, draw_trials, load_contrasts, task_digest
 
 CONTEXT = 64
 UNKNOWN, BOS, EOS = "[UNK]", "<s>", "</s>"

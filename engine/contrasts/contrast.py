@@ -1,0 +1,29 @@
+"""Two prompts and the two answers between which they choose: what every task is made of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+FIELDS = ("clean", "corrupt", "answer", "wrong")
+FORM = '{"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}'
+
+Tokenizer = Any
+"""A fast tokenizer of transformers, whose import takes seconds: it is passed in as a value."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two prompts that should call for the same answer, of which the corrupt one is expected to go wrong."""
+
+    clean: str
+    corrupt: str
+
+    answer: str
+    """The right continuation of both prompts, appended verbatim."""
+
+    wrong: str
+
+    source: str
+    """Where it comes from: `decimal`, `line 3 of my.jsonl`."""
+
+    repeats: int = 1
+    """How many identical trials were asked for; they are computed once and counted once."""
