@@ -18,7 +18,7 @@ from headlapse.engine.sources import DEMO, Checkpoint, Files, fetch
 from headlapse.engine.store import Store, create_store
 from headlapse.engine.study import Refusal, Study
 from headlapse.engine.subsets import parse_layers
-from headlapse.engine.tasks import DEFAULT_TRIALS, Trials, draw_trials, load_contrasts, same_tokens, task_digest
+from headlapse.engine.tasks import DEFAULT_TRIALS, Trials, check_task, draw_trials, same_tokens, task_digest
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def cache_series(
     `Outcome` with a problem, and the others go on.
     Raises `Refusal` for a task that is none, before anything is fetched, or that the tokenizer cannot ask.
     """
-    load_contrasts(study.task)
+    check_task(study.task)
 
     wardrobe = Wardrobe(study.dtype, machine)
     recorder = _Recorder(study, missing, path, wardrobe, overwrite)

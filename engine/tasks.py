@@ -73,9 +73,15 @@ class Alignment:
         return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
 
 
-def load_contrasts(task: str) -> Iterable[Contrast]:
+def check_task(task: str) -> None:
+    """Raises `Refusal` for a name that is no built-in task's and no good JSON Lines file's."""
+    if task not in TASKS:
+        read_contrasts(task)
+
+
+def load_contrasts(task: str, tokenizer: Tokenizer) -> Iterable[Contrast]:
     """A built-in task's contrasts, or a JSON Lines file's.  Raises `Refusal` that names line and mend."""
-    return TASKS[task](SEED) if task in TASKS else read_contrasts(task)
+    return TASKS[task].contrasts(SEED, tokenizer) if task in TASKS else read_contrasts(task)
 
 
 def task_digest(task: str) -> str:
@@ -113,13 +119,15 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
     kept: dict[tuple[_Row, ...], Contrast] = {}
     dropped: dict[Contrast, str] = {}
     drawn = 0
-    for contrast in islice(load_contrasts(task), wanted and wanted + PATIENCE * built_in):
+    for contrast in islice(load_contrasts(task, tokenizer), wanted and wanted + PATIENCE * built_in):
         if drawn == wanted:
             break
         if contrast in dropped:  # a task that repeats itself
             continue
         try:
             rows = _rows(contrast, tokenizer, context)
+            if built_in and TASKS[task].replaces:
+                _check_replaced(rows, tokenizer)
         except _Unreadable as reason:
             found, mend = reason.args
             if not built_in:
@@ -129,7 +137,7 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
         drawn += 1
         kept[rows] = replace(kept[rows], repeats=kept[rows].repeats + 1) if rows in kept else contrast
     if built_in and wanted is not None and drawn < wanted:
-        why = f", {len(dropped)} do not branch ({next(iter(dropped.values()))})" if dropped else ""
+        why = f", {len(dropped)} were dropped ({next(iter(dropped.values()))})" if dropped else ""
         mend = f"ask for at most {drawn}" if drawn else "write a JSON Lines file of prompts that this tokenizer takes"
         raise Refusal(f"--task {task} --trials {wanted}: only {drawn} can be drawn{why}; {mend}")
     return _trials(kept, tuple(_notes(task, n_trials, kept, dropped)), tokenizer)
@@ -145,6 +153,21 @@ def _rows(contrast: Contrast, tokenizer: Tokenizer, context: int) -> tuple[_Row,
         found = f"{contrast.answer!r} and {contrast.wrong!r} read as other tokens after clean than after corrupt"
         raise _Unreadable(found, "let both prompts end alike, for instance in a colon")
     return rows
+
+
+def _check_replaced(rows: tuple[_Row, ...], tokenizer: Tokenizer) -> None:
+    """Raises `_Unreadable` unless tokens correspond one by one and each answer is known by its branching token."""
+    clean, corrupt = (row.tokens for row in rows)
+    mend = "write words that the tokenizer reads as equally many tokens, neither the beginning of the other"
+    if len(clean) != len(corrupt):
+        raise _Unreadable(f"the clean prompt takes {len(clean)} tokens, the corrupt one {len(corrupt)}", mend)
+    if clean == corrupt:
+        raise _Unreadable("the prompts read as the same tokens", mend)
+    # " 17" against " 170": the answer 1709 may begin with either.
+    pieces = tokenizer.batch_decode([[token] for token in rows[0].answers], clean_up_tokenization_spaces=False)
+    short, long = sorted(pieces, key=len)
+    if long.startswith(short):
+        raise _Unreadable(f"the answers part at {long!r} against {short!r}, its beginning", mend)
 
 
 def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Row:

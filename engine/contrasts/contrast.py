@@ -12,15 +12,16 @@ Tokenizer = Any
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two prompts that should call for the same answer, of which the corrupt one is expected to go wrong."""
+    """Two prompts and two answers: clean calls for the right one, corrupt calls for the wrong one or induces it."""
 
     clean: str
     corrupt: str
 
     answer: str
-    """The right continuation of both prompts, appended verbatim."""
+    """The right continuation of the clean prompt, appended verbatim to both and judged on both."""
 
     wrong: str
+    """What the corrupt prompt calls for in its place, or is expected to go wrong with."""
 
     source: str
     """Where it comes from: `decimal`, `line 3 of my.jsonl`."""
