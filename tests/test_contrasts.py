@@ -161,11 +161,18 @@ def test_a_branching_token_that_begins_the_other_is_dropped_with_a_word(monkeypa
         draw_trials("mine", 1, PreTrainedTokenizerFast(tokenizer_object=made), CONTEXT)
 
 
-@pytest.mark.parametrize("task", [task for task in REPLACES if task not in ("decimal-order", "greater-than")])
+@pytest.mark.parametrize("task", ["ioi", "agreement", "pronouns"])
 def test_a_tokenizer_without_the_words_is_refused(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "PATIENCE", 20)
-    with pytest.raises(Refusal, match=f"--task {task} --trials 15: only 0 can be drawn.*; write a JSON Lines file"):
+    found = f"--task {task} --trials 15: only 0 can be drawn, 35 were dropped .*; write a JSON Lines file"
+    with pytest.raises(Refusal, match=found):
         draw_trials(task, None, word_level("the", "to", "year"), CONTEXT)
+
+
+def test_a_tokenizer_with_too_few_words_for_a_random_sequence_is_refused() -> None:
+    found = "--task induction: 12 words in small letters are needed, the tokenizer holds 2; write a JSON Lines file"
+    with pytest.raises(Refusal, match=found):
+        draw_trials("induction", None, word_level("a", "to", "the", "year", "Which"), CONTEXT)
 
 
 def test_help_names_every_task() -> None:

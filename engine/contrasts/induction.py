@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from headlapse.engine.contrasts.contrast import Contrast, Tokenizer
 from headlapse.engine.contrasts.drawing import MOST
+from headlapse.engine.study import Refusal
 
 LENGTH = 12
 """Words in the sequence that is repeated."""
@@ -22,18 +23,21 @@ def induction(seed: int, tokenizer: Tokenizer) -> Iterator[Contrast]:
     arXiv:2209.11895).
 
     Corrupt exchanges B with a word that comes later, which then is what followed A before.  Words and their frequencies
-    stay the same, and so does the repetition, up to the last token.
+    stay the same, and so does the repetition, up to the last token.  Raises `Refusal` where too few words are found.
     """
     draw = random.Random(seed)
     words = _words(tokenizer, draw)
-    for _ in range(MOST if len(words) >= LENGTH else 0):
+    if len(words) < LENGTH:
+        found = f"{LENGTH} words in small letters are needed, the tokenizer holds {len(words)}"
+        raise Refusal(f"--task induction: {found}; write a JSON Lines file of prompts that this tokenizer takes")
+    for _ in range(MOST):
         clean = draw.sample(words, LENGTH)
         at, other = sorted(draw.sample(range(REPEATED, LENGTH), 2))
         corrupt = clean.copy()
         corrupt[at], corrupt[other] = clean[other], clean[at]
         again = clean[:at]
-        prompts = (" ".join([*first, *again]) for first in (clean, corrupt))
-        yield Contrast(*prompts, f" {clean[at]}", f" {corrupt[at]}", "induction")
+        asked, misled = (" ".join([*first, *again]) for first in (clean, corrupt))
+        yield Contrast(asked, misled, f" {clean[at]}", f" {corrupt[at]}", "induction")
 
 
 def _words(tokenizer: Tokenizer, draw: random.Random) -> list[str]:
