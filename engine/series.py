@@ -11,13 +11,14 @@ from headlapse.engine.activations import KINDS
 from headlapse.engine.arrays import Row, refuse_difference, refuse_foreign
 from headlapse.engine.capture import capture
 from headlapse.engine.checkpoints import Loaded, Wardrobe, load_tokenizer, prefetch
+from headlapse.engine.contrasts.built_in import TASKS
 from headlapse.engine.layout import sha256, stamp, vocabulary_file
 from headlapse.engine.machine import Machine
 from headlapse.engine.sources import DEMO, Checkpoint, Files, fetch
 from headlapse.engine.store import Store, create_store
 from headlapse.engine.study import Refusal, Study
 from headlapse.engine.subsets import parse_layers
-from headlapse.engine.tasks import DEFAULT_TRIALS, TASKS, Trials, draw_trials, load_contrasts, same_tokens, task_digest
+from headlapse.engine.tasks import DEFAULT_TRIALS, Trials, check_task, draw_trials, same_tokens, task_digest
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def cache_series(
     `Outcome` with a problem, and the others go on.
     Raises `Refusal` for a task that is none, before anything is fetched, or that the tokenizer cannot ask.
     """
-    load_contrasts(study.task)
+    check_task(study.task)
 
     wardrobe = Wardrobe(study.dtype, machine)
     recorder = _Recorder(study, missing, path, wardrobe, overwrite)

@@ -17,8 +17,9 @@ from torch import Tensor
 from headlapse.engine import arrays
 from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import CheckpointArrays, Row
+from headlapse.engine.contrasts.contrast import Contrast
 from headlapse.engine.study import RUNS, Refusal
-from headlapse.engine.tasks import Contrast, Trials
+from headlapse.engine.tasks import Trials
 
 FORMAT = 1
 """Version of the layout; a reader refuses another."""

@@ -1,57 +1,25 @@
-"""Clean/corrupt prompt pairs, the token at which their answers branch, and how their positions are aligned.
+"""Contrasts as tokens: the token at which their answers branch, and how their positions are aligned."""
 
-A built-in task is a seeded generator of contrasts.  To add one: write the function, name it in `TASKS`.
-"""
-
-import difflib
-import hashlib
-import json
-import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice, repeat
-from pathlib import Path
-from typing import Any
+from itertools import islice
 
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
+from headlapse.engine.contrasts.built_in import SEED, TASKS
+from headlapse.engine.contrasts.contrast import Contrast, Tokenizer
+from headlapse.engine.contrasts.lines import file_digest, read_contrasts
 from headlapse.engine.study import RUNS, Refusal
 
 DEFAULT_TRIALS = 15
-SEED = 0
 
 PATIENCE = 10_000
 """Contrasts that a built-in task may lose to a tokenizer before it is given up."""
 
-FIELDS = ("clean", "corrupt", "answer", "wrong")
-FORM = '{"clean": "...", "corrupt": "...", "answer": "...", "wrong": "..."}'
-
 COLUMNS, BLOCKS = 12, 3
 """A view of token rows is cut into blocks of so many columns, and after so many blocks."""
-
-Tokenizer = Any
-"""A fast tokenizer of transformers, whose import takes seconds: it is passed in as a value."""
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two prompts that should call for the same answer, of which the corrupt one is expected to go wrong."""
-
-    clean: str
-    corrupt: str
-
-    answer: str
-    """The right continuation of both prompts, appended verbatim."""
-
-    wrong: str
-
-    source: str
-    """Where it comes from: `decimal`, `line 3 of my.jsonl`."""
-
-    repeats: int = 1
-    """How many identical trials were asked for; they are computed once and counted once."""
 
 
 @dataclass(frozen=True)
@@ -105,88 +73,20 @@ class Alignment:
         return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
 
 
-def decimal(seed: int) -> Iterator[Contrast]:
-    """Pairs like 9.8 and 9.11, ordered one way as numbers and the other way as versions; 6480 distinct ones.
-
-    9.8 and 9.11 come first, the rest shuffled; the larger number is named first in every other pair.
-    """
-    pairs = [
-        (f"{whole}.{tenths}", f"{whole}.{first}{second}")
-        for whole in range(1, 21)
-        for tenths in range(2, 10)
-        for first in range(1, tenths)
-        for second in range(1, 10)  # not 0: 9.10 would be 9.1 with a digit that says nothing
-    ]
-    random.Random(seed).shuffle(pairs)
-    pairs.sort(key=lambda pair: pair != ("9.8", "9.11"))
-    for number, (larger, smaller) in enumerate(pairs):
-        named = (larger, smaller) if number % 2 == 0 else (smaller, larger)
-        question = "Which is bigger: {} or {}?".format(*named)
-        yield Contrast(f"{question}\nAnswer:", f"Q: {question}\nA:", f" {larger}", f" {smaller}", "decimal")
+def check_task(task: str) -> None:
+    """Raises `Refusal` for a name that is no built-in task's and no good JSON Lines file's."""
+    if task not in TASKS:
+        read_contrasts(task)
 
 
-def published(_seed: int) -> Iterator[Contrast]:
-    """The prompt pair of the published study, which asked it over and over."""
-    question = "Which is bigger: 9.8 or 9.11?"
-    return repeat(Contrast(question, f"Q: {question}\nA:", " 9.8", " 9.11", "published"))
-
-
-TASKS: dict[str, Callable[[int], Iterator[Contrast]]] = {"decimal": decimal, "published": published}
-
-
-def load_contrasts(task: str) -> Iterable[Contrast]:
+def load_contrasts(task: str, tokenizer: Tokenizer) -> Iterable[Contrast]:
     """A built-in task's contrasts, or a JSON Lines file's.  Raises `Refusal` that names line and mend."""
-    if task in TASKS:
-        return TASKS[task](SEED)
-    try:
-        lines = _read(task).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise Refusal(f"line {line} of {task}: not UTF-8 text; save the file as UTF-8") from None
-    contrasts = [_parse(line, f"line {n} of {task}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not contrasts:
-        raise Refusal(f"--task {task}: the file is empty; write one {FORM} a line")
-    return contrasts
+    return TASKS[task].contrasts(SEED, tokenizer) if task in TASKS else read_contrasts(task)
 
 
 def task_digest(task: str) -> str:
     """sha256 of a file's bytes in hex; of a built-in task its name."""
-    return task if task in TASKS else hashlib.sha256(_read(task)).hexdigest()
-
-
-def _read(task: str) -> bytes:
-    try:
-        return Path(task).read_bytes()
-    except IsADirectoryError:
-        raise Refusal(f"--task {task}: a directory; name the JSON Lines file in it") from None
-    except (FileNotFoundError, NotADirectoryError):
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        choice = f"built in are {', '.join(TASKS)}; a file holds one {FORM} a line"
-        raise Refusal(f"--task {task}: no built-in task and no such file; {meant}{choice}") from None
-    except OSError as error:
-        raise Refusal(f"--task {task}: cannot be read ({error.strerror}); name a readable JSON Lines file") from None
-
-
-def _parse(line: str, source: str) -> Contrast:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise Refusal(f"{source}: not JSON ({detail}); write one {FORM} a line") from None
-    if not isinstance(found, dict):
-        raise Refusal(f"{source}: not a JSON object; write one {FORM} a line")
-    if missing := [name for name in FIELDS if name not in found]:
-        raise Refusal(f"{source}: {', '.join(missing)} missing; write all of {', '.join(FIELDS)}")
-    if unknown := [name for name in found if name not in FIELDS]:
-        raise Refusal(f"{source}: unknown field {', '.join(map(repr, unknown))}; known are {', '.join(FIELDS)}")
-    for name in FIELDS:
-        # JSON can spell half a surrogate pair, which no tokenizer takes.
-        if not isinstance(found[name], str) or not found[name] or re.search("[\ud800-\udfff]", found[name]):
-            raise Refusal(f"{source}: {name} is {json.dumps(found[name]):.60}; write some text, in quotes")
-    if found["answer"] == found["wrong"]:
-        raise Refusal(f"{source}: answer and wrong are both {found['answer']!r}; write two different ones")
-    return Contrast(**found, source=source)
+    return task if task in TASKS else file_digest(task)
 
 
 class _Unreadable(ValueError):
@@ -219,13 +119,15 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
     kept: dict[tuple[_Row, ...], Contrast] = {}
     dropped: dict[Contrast, str] = {}
     drawn = 0
-    for contrast in islice(load_contrasts(task), wanted and wanted + PATIENCE * built_in):
+    for contrast in islice(load_contrasts(task, tokenizer), wanted and wanted + PATIENCE * built_in):
         if drawn == wanted:
             break
         if contrast in dropped:  # a task that repeats itself
             continue
         try:
             rows = _rows(contrast, tokenizer, context)
+            if built_in and TASKS[task].replaces:
+                _check_replaced(rows, tokenizer)
         except _Unreadable as reason:
             found, mend = reason.args
             if not built_in:
@@ -235,7 +137,7 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
         drawn += 1
         kept[rows] = replace(kept[rows], repeats=kept[rows].repeats + 1) if rows in kept else contrast
     if built_in and wanted is not None and drawn < wanted:
-        why = f", {len(dropped)} do not branch ({next(iter(dropped.values()))})" if dropped else ""
+        why = f", {len(dropped)} were dropped ({next(iter(dropped.values()))})" if dropped else ""
         mend = f"ask for at most {drawn}" if drawn else "write a JSON Lines file of prompts that this tokenizer takes"
         raise Refusal(f"--task {task} --trials {wanted}: only {drawn} can be drawn{why}; {mend}")
     return _trials(kept, tuple(_notes(task, n_trials, kept, dropped)), tokenizer)
@@ -251,6 +153,21 @@ def _rows(contrast: Contrast, tokenizer: Tokenizer, context: int) -> tuple[_Row,
         found = f"{contrast.answer!r} and {contrast.wrong!r} read as other tokens after clean than after corrupt"
         raise _Unreadable(found, "let both prompts end alike, for instance in a colon")
     return rows
+
+
+def _check_replaced(rows: tuple[_Row, ...], tokenizer: Tokenizer) -> None:
+    """Raises `_Unreadable` unless tokens correspond one by one and each answer is known by its branching token."""
+    clean, corrupt = (row.tokens for row in rows)
+    mend = "write words that the tokenizer reads as equally many tokens, neither the beginning of the other"
+    if len(clean) != len(corrupt):
+        raise _Unreadable(f"the clean prompt takes {len(clean)} tokens, the corrupt one {len(corrupt)}", mend)
+    if clean == corrupt:
+        raise _Unreadable("the prompts read as the same tokens", mend)
+    # " 17" against " 170": the answer 1709 may begin with either.
+    pieces = tokenizer.batch_decode([[token] for token in rows[0].answers], clean_up_tokenization_spaces=False)
+    short, long = sorted(pieces, key=len)
+    if long.startswith(short):
+        raise _Unreadable(f"the answers part at {long!r} against {short!r}, its beginning", mend)
 
 
 def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Row:

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from headlapse.engine.contrasts.built_in import TASKS
 from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
 from headlapse.engine.study import DTYPES, Study
 
@@ -17,7 +18,9 @@ CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"
 
 CHECKPOINTS = """labels, a range or a set (study = the published eleven, log, all),
 e.g. step1000 main | step120000..step143000 | study"""
-TASK = """decimal, published or a JSON Lines file, e.g. prompts.jsonl with lines such as
+TASK = "\n".join(f"{name}: {task.asks}" for name, task in TASKS.items())
+TASK += """
+or a JSON Lines file, e.g. prompts.jsonl with lines such as
 {"clean": "2+2=", "corrupt": "2+3=", "answer": "4", "wrong": "5"}"""
 SITES = """what to keep: all, only what patching some layers needs, or z alone,
 e.g. all | 6 | 4-8 | z"""

@@ -41,7 +41,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from headlapse.engine.tasks import Contrast, Trials
+from headlapse.engine.contrasts.contrast import Contrast
+from headlapse.engine.tasks import Trials
 
 VOCAB = 48
 D_MODEL, D_MLP = 64, 96

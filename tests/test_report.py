@@ -17,6 +17,7 @@ from PIL import Image
 
 from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import Row
+from headlapse.engine.contrasts.contrast import Contrast
 from headlapse.engine.guard import guarded
 from headlapse.engine.measures import timeline
 from headlapse.engine.report.looks import INK
@@ -26,7 +27,7 @@ from headlapse.engine.report.threats import threats
 from headlapse.engine.store import PatchedRun, Store, create_store
 from headlapse.engine.study import Refusal
 from headlapse.engine.subsets import parse_subsets
-from headlapse.engine.tasks import Contrast, Trials
+from headlapse.engine.tasks import Trials
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 TRIALS, LAYERS, HEADS, POSITIONS = 3, 3, 4, 6

@@ -11,10 +11,11 @@ import xarray as xr
 from headlapse.engine import arrays
 from headlapse.engine.activations import KINDS, Capture
 from headlapse.engine.arrays import Row
+from headlapse.engine.contrasts.contrast import Contrast
 from headlapse.engine.store import Store, create_store, find_store, to_numpy, to_tensor
 from headlapse.engine.study import Refusal
 from headlapse.engine.subsets import parse_subsets
-from headlapse.engine.tasks import Contrast, Trials
+from headlapse.engine.tasks import Trials
 
 LAYERS, TRIALS, POSITIONS, HEADS, KV_HEADS, WIDTH = 3, 4, 5, 6, 2, 8
 STUDY = {"model": "m", "task": "decimal", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}

@@ -12,8 +12,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from headlapse.engine.contrasts.built_in import TASKS
+from headlapse.engine.contrasts.contrast import FIELDS
 from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import FIELDS, TASKS, Trials, align, draw_trials, load_contrasts, task_digest
+from headlapse.engine.tasks import Trials, align, draw_trials, load_contrasts, task_digest
 
 CONTEXT = 64
 UNKNOWN, BOS, EOS = "[UNK]", "<s>", "</s>"
@@ -92,13 +94,13 @@ def refusal(task: str, tokenizer: PreTrainedTokenizerFast, n_trials: int | None 
 
 
 def test_decimal_begins_with_the_published_numbers() -> None:
-    first = next(iter(load_contrasts("decimal")))
+    first = next(iter(load_contrasts("decimal", tokenizer=None)))
     assert (first.clean, first.corrupt) == (f"{PUBLISHED['clean']}\nAnswer:", PUBLISHED["corrupt"])
     assert (first.answer, first.wrong) == (" 9.8", " 9.11")
 
 
 def test_decimal_pairs_are_distinct_and_ordered_one_way_as_numbers_and_the_other_as_versions() -> None:
-    contrasts = list(TASKS["decimal"](0))
+    contrasts = list(TASKS["decimal"].contrasts(0, None))
     assert len({frozenset((each.answer, each.wrong)) for each in contrasts}) == len(contrasts) == 6480
     for each in contrasts:
         (whole, tenths), (same, hundredths) = each.answer.split("."), each.wrong.split(".")
@@ -107,13 +109,13 @@ def test_decimal_pairs_are_distinct_and_ordered_one_way_as_numbers_and_the_other
 
 
 def test_decimal_names_the_larger_number_first_in_every_other_pair() -> None:
-    for number, each in enumerate(islice(TASKS["decimal"](3), 300)):
+    for number, each in enumerate(islice(TASKS["decimal"].contrasts(3, None), 300)):
         larger_first = each.clean.index(each.answer + " or") if number % 2 == 0 else each.clean.index(each.answer + "?")
         assert larger_first > 0 and each.corrupt == f"Q: {each.clean.removesuffix('Answer:')}A:"
 
 
 def test_a_seed_draws_the_same_pairs_again_and_another_seed_others() -> None:
-    first, again, other = (list(islice(TASKS["decimal"](seed), 50)) for seed in (1, 1, 2))
+    first, again, other = (list(islice(TASKS["decimal"].contrasts(seed, None), 50)) for seed in (1, 1, 2))
     assert first == again and first[1:] != other[1:]
 
 
@@ -184,7 +186,7 @@ def test_pairs_that_do_not_branch_are_dropped_with_a_word_and_others_are_drawn()
     odd = tuple(str(number) for number in range(11, 100, 2))
     tokenizer = fast(whole_tokenizer(unknown=odd), unk_token=UNKNOWN)
     trials = draw_trials("decimal", 15, tokenizer, CONTEXT)
-    drawn = islice(TASKS["decimal"](0), 1000)
+    drawn = islice(TASKS["decimal"].contrasts(0, None), 1000)
     assert list(trials.contrasts) == list(islice((each for each in drawn if int(each.wrong[-1]) % 2 == 0), 15))
     (note,) = trials.notes
     assert "dropped" in note and "' 9.8' and ' 9.11' part at a special token ('8' against '[UNK]')" in note
@@ -192,8 +194,8 @@ def test_pairs_that_do_not_branch_are_dropped_with_a_word_and_others_are_drawn()
 
 def test_a_built_in_task_that_never_branches_is_refused() -> None:
     tokenizer = fast(whole_tokenizer(unknown=tuple(map(str, range(1, 100)))), unk_token=UNKNOWN)
-    assert "only 0 can be drawn, 6480 do not branch" in refusal("decimal", tokenizer)
-    assert "--trials 7: only 0 can be drawn, 1 do not branch" in refusal("published", tokenizer, 7)
+    assert "only 0 can be drawn, 6480 were dropped" in refusal("decimal", tokenizer)
+    assert "--trials 7: only 0 can be drawn, 1 were dropped" in refusal("published", tokenizer, 7)
 
 
 def test_more_trials_than_there_are_pairs_are_refused(digits: PreTrainedTokenizerFast) -> None:
@@ -378,7 +380,7 @@ def test_a_directory_is_refused(digits: PreTrainedTokenizerFast, tmp_path: Path)
 
 def test_an_unknown_name_is_refused_with_the_built_in_ones_and_the_nearest(digits: PreTrainedTokenizerFast) -> None:
     message = refusal("decimals", digits)
-    assert "no such file; did you mean decimal? built in are decimal, published" in message
+    assert "no such file; did you mean decimal? built in are decimal, decimal-order, " in message
     assert "did you mean" not in refusal("no/such/file.jsonl", digits)
 
 

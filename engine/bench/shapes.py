@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from headlapse.engine.checkpoints import TORCH_DTYPES
+from headlapse.engine.contrasts.contrast import Contrast
 from headlapse.engine.demo import make_tokenizer
 from headlapse.engine.labels import STUDY
 from headlapse.engine.layout import CONFIG
 from headlapse.engine.study import Arithmetic, Refusal
-from headlapse.engine.tasks import Contrast, Trials
+from headlapse.engine.tasks import Trials
 
 SHAPES = {
     "pythia-14m": (6, 128, 4),
