@@ -16,6 +16,7 @@ import pandas as pd
 import xarray as xr
 
 from headlapse.engine.checkpoints import Wardrobe, load_tokenizer
+from headlapse.engine.contrasts.contrast import Contrast
 from headlapse.engine.generation import Condition, Texts, Tokens, by_definition, generate
 from headlapse.engine.machine import Machine, as_many_as_fit
 from headlapse.engine.measures import finished
@@ -24,7 +25,6 @@ from headlapse.engine.store import Store, TextRun
 from headlapse.engine.study import Arithmetic, Inexact, Refusal
 from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.sweep import Sweep, Worn, each_worn, joined, shortened
-from headlapse.engine.tasks import Contrast
 from headlapse.engine.verify import choose_pairs
 
 SUBSETS = ("none", "even", "odd")

@@ -11,6 +11,7 @@ import xarray as xr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headlapse.engine import published as room
+from headlapse.engine.contrasts.contrast import Contrast
 from headlapse.engine.generation import Condition
 from headlapse.engine.machine import Machine
 from headlapse.engine.published import (
@@ -26,7 +27,6 @@ from headlapse.engine.published import (
 from headlapse.engine.store import Store, TextRun
 from headlapse.engine.study import Inexact, Refusal
 from headlapse.engine.sweep import Sweep
-from headlapse.engine.tasks import Contrast
 from tests.models import N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_generation import reference
 from tests.test_scripts import run as script

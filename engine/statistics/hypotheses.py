@@ -116,7 +116,7 @@ def format_onsets(run: xr.Dataset, settings: dict[str, Any]) -> str | None:
     lines = [
         table.to_string(),
         f"when the mean over prompts passes a goal for two checkpoints running, at layer {layer} (most moved at the "
-        "last checkpoint); nats and, beside them, rates, which can jump where nothing else does; curves compared by BIC",
+        "last checkpoint); rates beside nats, for they can jump where nothing else does; curves compared by BIC",
     ]
     lines += _order(done, direction, layer)
     if (found := hypotheses(done, direction, layer)) is not None:

@@ -1,6 +1,5 @@
 """Sudden, gradual or neither: which curve a mean over training follows.  Pure."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,11 +49,11 @@ def judge_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "
         return n * np.log(variance) + residual / variance + n_parameters * np.log(n)
 
     found = {"constant": bic(float(((y - y.mean()) ** 2).sum()), 1)}
-    steps = [(_residual(y, (x >= at).astype(float)), index) for index, at in enumerate(x[1:], start=1)]
-    best, jump = min(steps)
-    found["step"] = bic(best, 3)
-    found["line"] = bic(_residual(y, x), 2)
-    found["logistic"] = bic(min(_residual(y, curve) for curve in _logistic(x)), 4)
+    steps = _residuals(y, (x >= x[1:, None]).astype(float))
+    jump = int(steps.argmin()) + 1
+    found["step"] = bic(float(steps.min()), 3)
+    found["line"] = bic(float(_residuals(y, x[None])[0]), 2)
+    found["logistic"] = bic(float(_residuals(y, _logistic(x)).min()), 4)
     gap = float((x[jump] - x[jump - 1]) / np.ptp(x))
     return Shape(_verdict(found, gap), found, gap)
 
@@ -72,18 +71,19 @@ def _verdict(bic: dict[str, float], gap: float) -> str:
     return "undecided"
 
 
-def _residual(y: Float[np.ndarray, " checkpoint"], basis: Float[np.ndarray, " checkpoint"]) -> float:
-    """Sum of squares left by the best a + b * basis."""
-    centred, around = basis - basis.mean(), y - y.mean()
-    power = float(centred @ centred)
-    slope = float(centred @ around) / power if power > 0 else 0.0
-    left = around - slope * centred
-    return float(left @ left)
+def _residuals(
+    y: Float[np.ndarray, " checkpoint"], curves: Float[np.ndarray, "curve checkpoint"]
+) -> Float[np.ndarray, " curve"]:
+    """Sums of squares that the best a + b * curve leaves."""
+    centred, around = curves - curves.mean(1, keepdims=True), y - y.mean()
+    power = (centred**2).sum(1)
+    slope = (centred @ around) / np.where(power > 0, power, 1)
+    return ((around - slope[:, None] * centred) ** 2).sum(1)
 
 
-def _logistic(x: Float[np.ndarray, " checkpoint"]) -> Iterator[Float[np.ndarray, " checkpoint"]]:
-    """Rises about every place between and at checkpoints, of widths from the whole range down to hundredths of it."""
+def _logistic(x: Float[np.ndarray, " checkpoint"]) -> Float[np.ndarray, "curve checkpoint"]:
+    """Rises about every place between and at checkpoints, of widths from half the range down to hundredths of it."""
     middles = np.union1d(x, (x[1:] + x[:-1]) / 2)
-    for width in np.ptp(x) * np.geomspace(0.005, 0.5, WIDTHS):
-        for middle in middles:
-            yield 1 / (1 + np.exp(-np.clip((x - middle) / width, -50, 50)))
+    widths = np.ptp(x) * np.geomspace(0.005, 0.5, WIDTHS)
+    slopes = (x - middles[:, None])[None] / widths[:, None, None]
+    return (1 / (1 + np.exp(-np.clip(slopes, -50, 50)))).reshape(-1, len(x))

@@ -1,0 +1,195 @@
+"""Laws of when: a planted start is dated within its interval, and what never starts is not dated."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from headlapse.engine.statistics.hypotheses import format_onsets, hypotheses, judge
+from headlapse.engine.statistics.intervals import resampled_means
+from headlapse.engine.statistics.onset import (
+    Series,
+    comes_first,
+    date,
+    deepest_dip,
+    first_lasting,
+    known_steps,
+    onsets,
+    series_of,
+)
+
+STEPS = np.array([0, 10, 20, 30, 40, 50, 60, 70])
+
+
+def series(values: np.ndarray, goal: float = 0.5, two_sided: bool = False) -> Series:
+    return Series("it", None, values if values.ndim == 2 else values[:, None].repeat(6, 1), goal, "nats", two_sided)
+
+
+def test_resampled_means_are_means_of_prompts_drawn_with_replacement() -> None:
+    values = np.random.default_rng(0).standard_normal((2, 5))
+    means = resampled_means(values, 2000)
+    assert means.shape == (2, 2000)
+    assert means.mean(1) == pytest.approx(values.mean(1), abs=0.05)
+    assert means.std(1) == pytest.approx(values.std(1) / np.sqrt(5), rel=0.1)
+    assert np.allclose(resampled_means(values[::-1], 2000), means[::-1]), "the same draws for every cell"
+    counts = resampled_means(np.eye(5), 50) * 5
+    assert np.allclose(counts, counts.round()) and np.allclose(counts.sum(0), 5)
+
+
+@pytest.mark.parametrize(
+    ("past", "at"),
+    [("0011", 2), ("0101", 3), ("0100", 4), ("0110", 1), ("0000", 4), ("1111", 0), ("0001", 3), ("1000", 4)],
+)
+def test_a_start_lasts_for_two_checkpoints_or_is_the_last(past: str, at: int) -> None:
+    assert int(first_lasting(np.array([mark == "1" for mark in past]))) == at
+
+
+def test_an_onset_lies_between_two_checkpoints() -> None:
+    found = date(STEPS, series(np.array([0, 0, 0, 1, 1, 1, 1, 1.0])))
+    assert (found.after, found.by, found.low, found.high, found.censored) == (20, 30, 20, 30, "")
+    assert str(found) == "20 to 30"
+
+
+def test_what_is_there_from_the_first_or_never_comes_is_censored() -> None:
+    always, never = date(STEPS, series(np.ones(8))), date(STEPS, series(np.zeros(8)))
+    assert (always.censored, always.after, always.by, str(always)) == ("left", None, 0, "by 0")
+    assert (never.censored, never.by, never.high, str(never)) == ("right", None, None, "never")
+    assert never.low == 70, "after the last checkpoint, if ever"
+
+
+def test_a_two_sided_measure_starts_on_either_side() -> None:
+    falling = np.array([0, 0, -1, -1, -1, -1, -1, -1.0])
+    assert date(STEPS, series(falling)).by is None and date(STEPS, series(falling, two_sided=True)).by == 20
+
+
+def test_planted_onsets_lie_in_their_interval_as_often_as_it_says() -> None:
+    """200 series of 20 prompts that cross the goal slowly under noise: the true crossing is covered in 95 %, within
+    three standard errors (4.6 points)."""
+    draw, covered = np.random.default_rng(1), 0
+    steps = np.arange(0, 200, 10)
+    for _ in range(200):
+        true = draw.uniform(60, 140)
+        values = (steps[:, None] - true) / 40 + 0.5 + draw.standard_normal(20)
+        found = date(steps, series(values))
+        low = -np.inf if found.low is None else found.low
+        high = np.inf if found.high is None else found.high
+        covered += low < true <= high
+    assert covered / 200 > 0.95 - 0.046
+
+
+def test_the_deepest_fall_is_named_and_only_a_clear_one_is_clear() -> None:
+    values = np.array([0, 1, 3, 2, 1.5, 4, 5, 4.8])[:, None] + np.random.default_rng(0).normal(0, 0.3, (8, 20))
+    dip = deepest_dip(STEPS, values)
+    assert dip is not None and (dip.start, dip.end) == (20, 40) and dip.low < dip.depth < dip.high and dip.is_clear
+    assert dip.depth == pytest.approx(1.5, abs=0.3)
+    assert deepest_dip(STEPS, np.arange(8.0)[:, None].repeat(3, 1)) is None
+    noisy = deepest_dip(STEPS, np.arange(8.0)[:, None] * 0.1 + np.random.default_rng(2).normal(0, 5, (8, 20)))
+    assert noisy is not None and noisy.low < 0.5 * noisy.depth
+
+
+def test_capability_and_specialization_are_put_in_order_only_where_the_data_do() -> None:
+    early, late = (series(np.array([0, 0, 0, 0, 0, 0, 0, 0.0]) + (at <= STEPS)) for at in (20, 60))
+    assert comes_first(STEPS, early, late)[0] == "first" and comes_first(STEPS, late, early)[0] == "later"
+    assert comes_first(STEPS, early, early)[0] == "undecided"
+    noise = np.random.default_rng(0).normal(0, 1, (2, 8, 10)) + (STEPS >= 30)[None, :, None] * 0.7
+    assert comes_first(STEPS, series(noise[0]), series(noise[1]))[0] == "undecided"
+
+
+# --- of a patched run ---
+
+
+def run_of(parted: np.ndarray, repaired: np.ndarray, steps: np.ndarray = STEPS, noise: float = 0.1) -> xr.Dataset:
+    """Two layers; at the second, all heads move the corrupt run by `repaired`, and even and odd ones differ by
+    `parted`."""
+    n, rng = len(steps), np.random.default_rng(0)
+    corrupt, clean = np.full((n, 12), -3.0), np.full((n, 12), 3.0)
+    moved = np.zeros((n, 2, 3, 12))
+    moved[:, 1, 2] = repaired[:, None]
+    moved[:, 1, 0], moved[:, 1, 1] = parted[:, None] / 2, -parted[:, None] / 2
+    moved += rng.normal(0, noise, moved.shape)
+    dims = ("checkpoint", "layer", "subset", "trial")
+    mask = np.array([[True, False], [False, True], [True, True]])
+    return xr.Dataset(
+        {
+            "logit_diff": (dims, (corrupt[:, None, None] + moved).astype(np.float32)),
+            "clean_logit_diff": (("checkpoint", "trial"), clean.astype(np.float32)),
+            "corrupt_logit_diff": (("checkpoint", "trial"), corrupt.astype(np.float32)),
+        },
+        coords={
+            "checkpoint": [f"c{at}" for at in range(n)], "step": ("checkpoint", steps),
+            "complete": ("checkpoint", np.ones(n, bool)), "layer": [3, 4], "subset": ["even", "odd", "all"],
+            "mask": (("subset", "head"), mask),
+        },
+    )  # fmt: skip
+
+
+def test_every_measure_of_a_run_is_dated_by_layer_and_unit() -> None:
+    jump = 4.0 * (STEPS >= 40)
+    frame = onsets(run_of(parted=jump, repaired=1.5 * jump), "denoise").set_index(["measure", "layer", "unit"])
+    assert len(frame) == 4 + 2 * 4
+    assert frame.loc[("even and odd part", 4, "nats"), "by"] == 40
+    assert frame.loc[("all heads matter", 4, "rate"), "after"] == 30
+    assert frame.loc[("even and odd part", 3, "nats"), "censored"] == "right"
+    clean = onsets(run_of(jump, jump), "denoise").iloc[0]
+    assert (clean["measure"], clean["unit"], clean["censored"]) == ("clean right", "nats", "left")
+
+
+def test_the_direction_decides_what_matters() -> None:
+    run = run_of(parted=np.zeros(8), repaired=np.zeros(8))
+    run["logit_diff"] = 0 * run.logit_diff + 3
+    run.logit_diff.loc[{"layer": 4, "subset": "all"}] = -3.0
+    frame = onsets(run, "noise").set_index(["measure", "layer", "unit"])
+    assert frame.loc[("all heads matter", 4, "nats"), "by"] == frame.loc[("all heads matter", 4, "rate"), "by"] == 0
+    assert frame.loc[("all heads matter", 3, "nats"), "censored"] == "right"
+
+
+def test_checkpoints_of_unknown_or_doubled_steps_are_left_out() -> None:
+    run = run_of(np.zeros(8), np.zeros(8), steps=np.array([0, 10, 10, 20, -1, 30, -1, 40]))
+    assert known_steps(run).step.values.tolist() == [0, 10, 20, 30, 40]
+    assert next(iter(series_of(known_steps(run), "denoise"))).values.shape == (5, 12)
+
+
+def verdicts(found: object) -> dict[str, str]:
+    assert isinstance(found, pd.DataFrame)
+    return {row["hypothesis"].split()[1]: row["verdict"] for _, row in found.iterrows()}
+
+
+def test_a_jump_in_the_middle_of_training_is_middle_and_sudden() -> None:
+    steps = np.arange(0, 310, 10)
+    found = verdicts(hypotheses(run_of(4.0 * (steps >= 150), np.ones(31), steps), "denoise", 4))
+    assert found == {
+        "early": "contradicted", "middle": "supported", "late": "contradicted", "gradual": "contradicted",
+        "sudden": "supported",
+    }  # fmt: skip
+
+
+def test_a_slow_rise_is_gradual() -> None:
+    steps = np.arange(0, 310, 10)
+    found = verdicts(hypotheses(run_of(4.0 / (1 + np.exp(-(steps - 150) / 40)), np.ones(31), steps), "denoise", 4))
+    assert found["gradual"] == "supported" and found["sudden"] == "contradicted"
+
+
+def test_the_published_strengths_are_late_and_leave_open_whether_they_are_sudden() -> None:
+    """Even minus odd success rate of the published study at its eleven checkpoints."""
+    steps = np.array([1, 2, 4, 8, 16, 32, 64, 80, 100, 120, 143]) * 1000
+    strength = np.array([0.0] * 10 + [1.0])[:, None]
+    told = {v.hypothesis.split()[1]: v for v in judge(steps, Series("strength", 6, strength, 0.5, "rate", True))}
+    assert told["late"].verdict == "supported" and "120,000 to 143,000" in told["late"].evidence
+    assert told["sudden"].verdict == told["gradual"].verdict == "undecided"
+    assert "16% of the steps lie unobserved" in told["sudden"].evidence
+
+
+def test_what_never_starts_contradicts_every_third() -> None:
+    found = verdicts(hypotheses(run_of(np.zeros(8), np.ones(8)), "denoise", 4))
+    assert {found[name] for name in ("early", "middle", "late")} == {"contradicted"}
+    assert hypotheses(run_of(np.zeros(2), np.ones(2), STEPS[:2]), "denoise", 4) is None
+
+
+def test_the_text_tells_onsets_and_hypotheses_of_the_layer_that_moves_most() -> None:
+    jump = 4.0 * (STEPS >= 40)
+    text = format_onsets(run_of(jump, 1.5 * jump), {"direction": "denoise"})
+    assert text is not None
+    row = next(line for line in text.splitlines() if line.startswith("even and odd part, nats"))
+    assert "30 to 40" in row and "at layer 4" in text and "H1 early" in text
+    assert "capability (clean right) against specialization (even and odd part): first" in text
+    assert format_onsets(run_of(jump[:2], jump[:2], STEPS[:2]), {"direction": "denoise"}) is None
