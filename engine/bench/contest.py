@@ -29,8 +29,11 @@ from headlapse.engine.anatomy import dissect, read_config
 from headlapse.engine.bench.peers import PEERS, Condition, generate_published
 from headlapse.engine.capture import capture
 from headlapse.engine.checkpoints import Skeleton, Weights, read_weights
+from headlapse.engine.generation import Condition as Prompted
+from headlapse.engine.generation import generate
 from headlapse.engine.layout import config_file, weight_files
 from headlapse.engine.machine import allow_tf32, peak_memory
+from headlapse.engine.published import N_TOKENS
 from headlapse.engine.replay import replay, runs_at_once, waves
 from headlapse.engine.sources import Files
 from headlapse.engine.study import ARITHMETICS, Arithmetic, Refusal
@@ -160,7 +163,7 @@ class Contestant:
         return self._do(_time_load)
 
     def generate(self) -> Timing:
-        """Time the published study's generations, one by one."""
+        """Time the published study's 45 generations."""
         return self._do(_time_generation)
 
     def close(self) -> None:
@@ -269,9 +272,23 @@ def _time_load() -> Timing:
 
 
 def _time_generation() -> Timing:
-    clean, corrupt = (torch.from_numpy(_here.trials.tokens[run, 0, : _here.trials.length[run, 0]]) for run in (0, 1))
-    layer = len(_here.worker.projections) // 2
-    return _once(lambda: generate_published(_here.worker.model, clean, corrupt, layer))
+    """The published study's texts; ours are its three conditions, as identical trials are one."""
+    clean, corrupt = (_here.trials.tokens[run, 0, : _here.trials.length[run, 0]] for run in (0, 1))
+    parity = [tuple(head % 2 == which for head in range(_here.n_heads)) for which in (0, 1)]
+    if _here.tool.is_ours:
+        layer = _here.worker.skeleton.anatomy.n_layers // 2
+        slices = [(False,) * _here.n_heads, *parity]
+        asked = [Prompted(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
+        return _once(lambda: _rows(generate(_here.worker.skeleton, asked, N_TOKENS, len(asked)).tokens))
+    prompts, layer = [torch.from_numpy(tokens) for tokens in (clean, corrupt)], len(_here.worker.projections) // 2
+    return _once(
+        lambda: _rows([trials[0].tolist() for trials in generate_published(_here.worker.model, *prompts, layer)])
+    )
+
+
+def _rows(texts: Sequence[Sequence[int]]) -> Float[np.ndarray, "text token"]:
+    """Tokens side by side, to be compared."""
+    return np.array([[*text, *[-1] * (N_TOKENS - len(text))] for text in texts], dtype=float)
 
 
 def _once(work: Callable[[], Any]) -> Timing:
