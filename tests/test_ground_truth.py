@@ -25,6 +25,7 @@ from headlapse.engine.measures import finished
 from headlapse.engine.replay import replay
 from headlapse.engine.series import cache_series
 from headlapse.engine.sources import resolve
+from headlapse.engine.statistics.coalitions import coalitions
 from headlapse.engine.statistics.rates import rates
 from headlapse.engine.statistics.splits import ROUNDING, parity, place
 from headlapse.engine.store import Store
@@ -45,13 +46,15 @@ STEPS, ONSET, RAMP = (0, 100, 200, 300, 400, 500, 600, 700, 800), 300, 200
 """The heads carry nothing up to the onset, and everything after the ramp."""
 
 
-def cached_and_patched(model: Path, directory: Path, words: Sequence[str] = ("balanced", "each", "all")) -> xr.Dataset:
+def cached_and_patched(
+    model: Path, directory: Path, words: Sequence[str] = ("balanced", "each", "all"), layers: Sequence[str] = ("all",)
+) -> xr.Dataset:
     """The patched runs of a model's directory, through the whole corridor."""
     study = Study(str(model), str(task(directory / "digits.jsonl")))
     path = directory / "s.zarr"
     outcomes = list(cache_series(study, resolve(study.model, (), directory), path, directory, Machine()))
     store = Store(path)
-    plan = spell_out(Sweep(tuple(words)), store)
+    plan = spell_out(Sweep(tuple(words), tuple(layers)), store)
     patch = open_run(store, plan, "r", "cpu")
     outcomes += patch_series(store, plan, patch, list(store.complete()), directory, Machine(), lambda _n: None)
     assert all(outcome.problem is None for outcome in outcomes)
@@ -141,6 +144,27 @@ def test_even_heads_repair_every_fault_and_odd_ones_none(even_run: xr.Dataset) -
     expected = {"even": 1, "odd": 0, "all": 1}
     for column in ("recovered", "recovered_low", "recovered_high"):
         assert frame[column].to_dict() == pytest.approx(expected, abs=1e-5)
+
+
+def test_who_carries_it_by_every_coalition(tmp_path: Path) -> None:
+    """Each even head is worth 1 nat (prompts 0.5, 1 and 1.5) and each odd one 0, whoever else is patched.
+
+    80 % of 6 nats takes five even heads, any five of six, and losing five loses as much.  Of the variance over
+    coalitions, 6/4, their number of heads explains half: that of even ones given the number is the other half.
+    """
+    model = save(planted(CARRY), tmp_path / "model", tokenizer=tokenizer())
+    found = coalitions(cached_and_patched(model, tmp_path, ["lattice"], [str(LAYER)]), "denoise")
+    assert found is not None
+    one, is_even = found.isel(checkpoint=0, layer=0), np.arange(N_HEADS) % 2 == 0
+    for name in ("shapley", "banzhaf"):
+        np.testing.assert_allclose(one[name], 1.0 * is_even, **CLOSE)
+    np.testing.assert_allclose([one.shapley_low, one.shapley_high], [0.5 * is_even, 1.5 * is_even], **CLOSE)
+    np.testing.assert_allclose(one.interaction.values[~np.eye(N_HEADS, dtype=bool)], 0, **CLOSE)
+    for name in ("sufficient", "necessary"):
+        assert (int(one[name]), int(one[f"{name}_count"])) == (5, 6)
+    np.testing.assert_allclose(one.worst_even[1:7], range(1, 7), **CLOSE)
+    np.testing.assert_allclose(one.worst_even_p[1:7], 1 / 924)
+    assert float(one.parity) == pytest.approx(0.5, abs=1e-5) and float(one.parity_p) == pytest.approx(2 / 924)
 
 
 @pytest.mark.parametrize("carriers", [range(1, N_HEADS, 2), (0, 1, 2, 3, 4, 5), (0, 3, 4, 7, 8, 11)])
