@@ -26,6 +26,8 @@ from headlapse.engine.replay import replay
 from headlapse.engine.series import cache_series
 from headlapse.engine.sources import resolve
 from headlapse.engine.statistics.coalitions import coalitions
+from headlapse.engine.statistics.hypotheses import hypotheses
+from headlapse.engine.statistics.onset import onsets
 from headlapse.engine.statistics.rates import rates
 from headlapse.engine.statistics.splits import ROUNDING, parity, place
 from headlapse.engine.store import Store
@@ -209,6 +211,35 @@ def test_even_stands_out_from_the_onset_on_and_not_before_nor_elsewhere(series_r
     is_planted = (frame.index.get_level_values("layer") == LAYER) & (step > ONSET)
     assert (frame["p"][is_planted] == frame["p"].min()).all() and frame["p"].min() == pytest.approx(LEAST_P)
     assert (frame["p_adjusted"][is_planted] <= 0.05).all() and (frame["p_adjusted"][~is_planted] > 0.05).all()
+
+
+def test_the_onset_is_dated_within_its_interval(series_run: xr.Dataset) -> None:
+    """Even and odd part by 6 (step - 300) / 200 nats, which is past 0.5 from step 317 on.
+
+    (Rates are no ground truth here: before the onset they count the signs of noise.)
+    """
+    frame = onsets(series_run, "denoise").set_index(["measure", "layer", "unit"])
+    found = frame.loc[("even and odd part", LAYER, "nats")]
+    assert (found["after"], found["by"], found["censored"]) == (300, 400, "")
+    assert found["low"] <= 317 <= found["high"] and found["shape"] != "none"
+    for layer in {*range(N_LAYERS)} - {LAYER}:
+        assert frame.loc[("even and odd part", layer, "nats"), "censored"] == "right"
+
+
+def test_an_onset_outside_the_checkpoints_is_censored(series_run: xr.Dataset) -> None:
+    for steps, side in ((range(0, ONSET + 1), "right"), (range(500, 900), "left")):
+        frame = onsets(series_run.sel(checkpoint=series_run.step.isin(steps)), "denoise")
+        found = frame.set_index(["measure", "layer", "unit"]).loc[("even and odd part", LAYER, "nats")]
+        assert found["censored"] == side
+
+
+def test_the_hypotheses_find_the_third_of_the_training_it_was_planted_in(series_run: xr.Dataset) -> None:
+    frame = hypotheses(series_run, "denoise", LAYER)
+    assert frame is not None
+    verdict = frame.set_index("hypothesis")["verdict"]
+    expected = {"H1 early": "contradicted", "H2 middle": "supported", "H3 late": "contradicted"}
+    assert verdict[list(expected)].to_dict() == expected
+    assert "p = 0.0022" in frame["evidence"][0]
 
 
 @pytest.mark.parametrize(
