@@ -11,7 +11,9 @@ from jaxtyping import Bool
 
 from headlapse.engine.study import Refusal
 
-LANGUAGE = "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, orders:N, or heads such as 0,2,4"
+LANGUAGE = (
+    "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, halvings:N, orders:N, or heads such as 0,2,4"
+)
 
 LARGEST_SWEEP = 2**22
 """More subsets than this are refused: at a million patched runs a minute they would still take hours."""
@@ -83,11 +85,18 @@ def count_subsets(word: str, n_heads: int) -> int:
             return math.comb(n_heads, _whole(word, k, low=0, high=n_heads))
         case ("random", ":", n):
             return min(_whole(word, n, low=1), 2**n_heads)
+        case ("halvings", ":", n):
+            return 2 * min(_whole(word, n, low=1) + 1, count_halvings(n_heads))
         case ("orders", ":", n):
             return min(2 * _whole(word, n, low=1) * (n_heads + 1), 2**n_heads)
         case _:
             _heads(word, n_heads)
             return 1
+
+
+def count_halvings(n_heads: int) -> int:
+    """Ways to part the heads into two halves (of an odd number one is larger by one)."""
+    return math.comb(n_heads, n_heads // 2) // (1 if n_heads % 2 else 2)
 
 
 def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
@@ -112,6 +121,9 @@ def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
             yield from map(frozenset, combinations(range(n_heads), int(number)))
         case "random":
             yield from _sample(count_subsets(word, n_heads), n_heads, seed)
+        case "halvings":
+            for half in _sample_halvings(count_subsets(word, n_heads) // 2, n_heads, seed):
+                yield from (half, everyone - half)
         case "orders":
             for order in draw_orders(int(number), n_heads, seed):
                 yield from (frozenset(order[:k]) for k in range(n_heads + 1))
@@ -131,6 +143,29 @@ def _sample(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
         if bits not in seen:
             seen.add(bits)
             yield _from_bits(bits, n_heads)
+
+
+def _sample_halvings(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+    """Even against odd heads and `n - 1` random others: distinct halvings, uniform over the others.
+
+    Each by its larger half, or by the one with head 0.
+    """
+    draw = random.Random(seed)
+    size = n_heads - n_heads // 2
+    even = frozenset(range(0, n_heads, 2))
+    yield even
+    if n > count_halvings(n_heads) // 2:
+        every = (frozenset(heads) for heads in combinations(range(n_heads), size) if n_heads % 2 or 0 in heads)
+        yield from draw.sample([half for half in every if half != even], n - 1)
+        return
+    seen = {even}
+    while len(seen) < n:
+        half = frozenset(draw.sample(range(n_heads), size))
+        if n_heads % 2 == 0 and 0 not in half:
+            half = frozenset(range(n_heads)) - half
+        if half not in seen:
+            seen.add(half)
+            yield half
 
 
 def draw_orders(n: int, n_heads: int, seed: int = 0) -> list[tuple[int, ...]]:

@@ -18,8 +18,9 @@ CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"
 PROTOCOL = """corrected (z of true heads at aligned positions, default) or published (the study bug for bug:
 layer 6, slices of the attention's output, 20 greedy tokens)"""
 SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
-in halves), lattice (all 2^H), size:K (all of K heads), random:N, orders:N (beginnings of N
-random orders and their reverses, for Shapley values), or heads themselves,
+in halves), lattice (all 2^H), size:K (all of K heads), random:N, halvings:N (even, odd and N
+random other halves, each with what it leaves), orders:N (beginnings of N random orders and
+their reverses, for Shapley values), or heads themselves,
 e.g. even odd 0,2,4 size:6 random:100 (default: even odd all each)"""
 
 
@@ -38,6 +39,7 @@ def parse_args() -> argparse.Namespace:
         help="denoise (clean into corrupt) or noise (corrupt into clean)",
     )
     add("--protocol", default="corrected", choices=["corrected", "published"], help=PROTOCOL)
+    add("--correction", default="bh", choices=["bh", "holm"], help="of p over layers and checkpoints, e.g. holm")
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", choices=ARITHMETICS, help="arithmetic of the replay, e.g. float32 (default: the store's)")
@@ -76,7 +78,7 @@ def main() -> int:
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
     done = run.dataset()
     if done.complete.any():
-        for told in findings.tell(done, plan.settings, held.study):
+        for told in findings.tell(done, plan.settings, held.study, args.correction):
             print(told)
         n_runs = plan.n_runs * (len(missing) - len(problems))
         speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"

@@ -1,12 +1,16 @@
 """Laws of the statistics: what is planted is found, what is not is found as often as chance has it."""
 
+from itertools import combinations
+
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 from scipy import stats
 
+from headlapse.engine.statistics.corrections import CORRECTIONS, NAMES, adjust
 from headlapse.engine.statistics.intervals import interval
-from headlapse.engine.statistics.splits import format_parity, half_and_rest, parity, place
+from headlapse.engine.statistics.splits import find_halvings, format_parity, half_and_rest, parity, place
 from headlapse.engine.subsets import parse_subsets
 
 HALVINGS = {4: ("balanced",), 5: ("size:2", "size:3"), 6: ("balanced",), 8: ("balanced",)}
@@ -21,6 +25,7 @@ def run_of(effects: np.ndarray, words: tuple[str, ...] | None = None, noise: flo
     logit_diff += noise * np.random.default_rng(1).standard_normal(logit_diff.shape)
     return xr.Dataset(
         {"logit_diff": (("checkpoint", "layer", "subset", "trial"), logit_diff.astype(np.float32))},
+        attrs={"patch": {"subsets": list(words or ())}},
         coords={
             "checkpoint": [f"step{n}" for n in range(n_checkpoints)],
             "step": ("checkpoint", np.arange(n_checkpoints)),
@@ -84,6 +89,103 @@ def test_odd_heads_are_found_as_well_and_permuted_heads_are_not() -> None:
     assert moved["p"].item() == 1 and moved["strength"].item() == pytest.approx(0)
 
 
+def test_even_and_odd_heads_alone_have_a_place_among_the_subsets_of_their_size() -> None:
+    """Heads 0, 2, 4 add 1, 2, 3 and the others 0, 0, -9: even gives the most of 20 threes, odd the least."""
+    frame = parity(run_of(np.array([1.0, 0, 2, 0, 3, -9])[None, None]))
+    assert frame is not None and frame["p_even"].item() == frame["p_odd"].item() == pytest.approx(2 / 20)
+    cancelling = parity(run_of(np.array([5.0, 9, 0, 0, 0, 0])[None, None]))
+    assert cancelling is not None, "9 is head 1's; without it 10 of 20 give 5 less than nine"
+    # Threes give 14, 9, 5 or 0: 4, 6, 6 and 4 of them.  Even gives 5, odd 9.
+    assert cancelling["p_even"].item() == pytest.approx(1.0) and cancelling["p_odd"].item() == pytest.approx(1.0)
+    for n_heads, sizes in ((5, (3, 2)), (6, (3, 3))):
+        effects = np.random.default_rng(n_heads).standard_normal(n_heads)
+        found = parity(run_of(effects[None, None]))
+        assert found is not None
+        for name, size, first in (("p_even", sizes[0], 0), ("p_odd", sizes[1], 1)):
+            sums = np.array([effects[list(heads)].sum() for heads in combinations(range(n_heads), size)])
+            assert found[name].item() == pytest.approx(place(effects[first::2].sum(), sums))
+
+
+def test_what_differs_by_rounding_alone_stands_nowhere() -> None:
+    frame = parity(run_of(1e-7 * np.random.default_rng(6).standard_normal((1, 1, 8))))
+    assert frame is not None and (frame[["p", "p_even", "p_odd"]] == 1).all(axis=None)
+
+
+@pytest.mark.parametrize("n_heads", [8, 9])
+def test_among_n_random_halvings_p_is_phipson_and_smyths(n_heads: int) -> None:
+    """(k + 1) / (N + 1) by its definition; where halves are unequal, twice that of the smaller tail."""
+    effects = np.random.default_rng(n_heads).standard_normal(n_heads)
+    frame = parity(run_of(effects[None, None], ("halvings:19",)))
+    assert frame is not None
+    strength, *others = (2.0 * parse_subsets(("halvings:19",), n_heads).mask[::2] - 1) @ effects
+    others, n = np.array(others), 19
+    assert strength == pytest.approx(effects[::2].sum() - effects[1::2].sum()) and len(others) == n
+    if n_heads % 2 == 0:
+        expected = ((np.abs(others) >= abs(strength)).sum() + 1) / (n + 1)
+        error = np.sqrt(expected * (1 - expected) / (n + 1))
+    else:
+        tail = (min((others >= strength).sum(), (others <= strength).sum()) + 1) / (n + 1)
+        expected, error = 2 * tail, 2 * np.sqrt(tail * (1 - tail) / (n + 1))
+    assert expected < 1
+    assert frame["p"].item() == pytest.approx(expected) and frame["p_error"].item() == pytest.approx(error)
+
+
+def test_as_many_sampled_halvings_as_there_are_give_the_exact_p() -> None:
+    effects = np.random.default_rng(7).standard_normal((1, 3, 8))
+    exact, sampled = (parity(run_of(effects, words)) for words in (("balanced",), ("halvings:99",)))
+    assert exact is not None and sampled is not None
+    pd.testing.assert_frame_equal(exact, sampled)
+    assert (sampled["p_error"] == 0).all()
+
+
+def test_a_sampled_p_is_within_its_error_of_the_exact_one() -> None:
+    """Of 200 layers the standardised differences have mean 0 and spread 1 (less where p is tied), at four errors."""
+    effects = np.random.default_rng(8).standard_normal((1, 200, 12))
+    exact, sampled = (parity(run_of(effects, words)) for words in (("balanced",), ("halvings:99",)))
+    assert exact is not None and sampled is not None
+    inner = exact["p"].between(0.1, 0.9)
+    off = ((sampled["p"] - exact["p"]) / sampled["p_error"])[inner]
+    assert 0.6 < off.std() < 1.2, "one sample serves all layers, whose differences are not independent"
+    assert off.abs().max() < 4
+
+
+def test_sampled_p_are_uniform_where_heads_are_alike() -> None:
+    """1,000 null layers of 12 heads, each with 39 halvings of its own draw: p is one of 1/40 ... 1, within four
+    standard errors."""
+    effects = np.random.default_rng(9).standard_normal((1000, 12))
+    found = []
+    for seed, heads in enumerate(effects):
+        null = (2.0 * parse_subsets(("halvings:39",), 12, seed).mask - 1) @ heads
+        found.append(place(null[0], null))
+    for k in (1, 2, 10, 20):
+        level = k / 40
+        share, error = np.mean(np.array(found) <= level + 1e-9), np.sqrt(level * (1 - level) / len(found))
+        assert abs(share - level) <= 4 * error
+
+
+def test_halves_that_somebody_chose_are_no_sample() -> None:
+    chosen = ("even", "odd", "0,1,2,3", "4,5,6,7", "0,1,4,5", "2,3,6,7")
+    assert parity(run_of(np.ones((1, 1, 8)), chosen)) is None
+    ones, word = np.ones((1, 1, 8)), "halvings:9"
+    drawn, mixed = (find_halvings(run_of(ones, (*words, word))) for words in (chosen[:2], chosen))
+    assert drawn is not None and mixed is not None
+    assert mixed.sampled and mixed.n_halvings == drawn.n_halvings == 10
+
+
+def test_thirty_two_heads_are_held_against_a_sample() -> None:
+    effects = np.where(np.arange(32) % 2 == 0, 1.0, 0.0)[None, None]
+    text = format_parity(run_of(effects, ("halvings:199",)))
+    assert "0.005 ± 0.005" in text and "199 random ones" in text and "601,080,390 halvings of 32 heads" in text
+
+
+def test_the_table_names_its_correction() -> None:
+    run = run_of(np.random.default_rng(10).standard_normal((2, 2, 8)))
+    frames = {name: parity(run, name) for name in CORRECTIONS}
+    for name, frame in frames.items():
+        assert frame is not None and NAMES[name] in format_parity(run, name)
+        np.testing.assert_array_equal(frame["p_adjusted"], adjust(frame["p"].to_numpy(), name))
+
+
 def test_where_heads_are_alike_p_is_uniform() -> None:
     """Of 3,000 null layers as many are at most k * 2/70 as that says, within four standard errors."""
     effects = np.random.default_rng(2).standard_normal((30, 100, 8))
@@ -118,7 +220,7 @@ def test_the_table_has_a_row_a_checkpoint_the_layer_least_given_by_chance_and_sa
     effects[1, 2] = [3, 0, 3, 0, 3, 0, 3, 0]
     text = format_parity(run_of(effects, noise=0.1))
     rows = [line.split() for line in text.splitlines() if line.startswith("step")]
-    assert [row[0] for row in rows] == ["step0", "step1"] and rows[1][1] == "2" and rows[1][-2] == "0.029"
+    assert [row[0] for row in rows] == ["step0", "step1"] and rows[1][1] == "2" and rows[1][-4] == "0.029"
     assert "all 70 halvings of 8 heads" in text and "6 layers and checkpoints" in text
 
 

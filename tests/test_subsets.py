@@ -4,9 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from headlapse.engine.study import Refusal
-from headlapse.engine.subsets import count_subsets, draw_orders, label_of, parse_layers, parse_subsets
+from headlapse.engine.subsets import (
+    count_halvings,
+    count_subsets,
+    draw_orders,
+    label_of,
+    parse_layers,
+    parse_subsets,
+)
 
 HEADS = 12
 
@@ -14,7 +22,8 @@ HEADS = 12
 @pytest.mark.parametrize(
     ("word", "count"),
     [("even", 1), ("odd", 1), ("none", 1), ("all", 1), ("each", 12), ("but", 12), ("balanced", 924), ("lattice", 4096),
-     ("size:3", math.comb(12, 3)), ("random:100", 100), ("random:5000", 4096), ("0,2,4", 1)],
+     ("size:3", math.comb(12, 3)), ("random:100", 100), ("random:5000", 4096), ("halvings:100", 202),
+     ("halvings:5000", 924), ("0,2,4", 1)],
 )  # fmt: skip
 def test_every_word_names_as_many_distinct_subsets_as_it_says(word: str, count: int) -> None:
     subsets = parse_subsets([word], HEADS)
@@ -49,13 +58,38 @@ def test_balanced_splits_are_halves() -> None:
     assert (parse_subsets(["balanced"], HEADS).mask.sum(1) == 6).all()
 
 
+@pytest.mark.parametrize(("n_heads", "n", "halvings"), [(1, 9, 1), (2, 9, 1), (5, 4, 10), (5, 99, 10), (6, 99, 10),
+                                                         (8, 30, 35), (33, 50, 1_166_803_110)])  # fmt: skip
+def test_sampled_halvings_are_even_and_odd_and_n_distinct_others_each_followed_by_what_it_leaves(
+    n_heads: int, n: int, halvings: int
+) -> None:
+    mask = parse_subsets([f"halvings:{n}"], n_heads).mask
+    halves, rests = mask[::2], mask[1::2]
+    assert (halves[0] == (np.arange(n_heads) % 2 == 0)).all()
+    assert count_halvings(n_heads) == halvings and len(halves) == min(n + 1, halvings)
+    assert (halves ^ rests).all() and (halves.sum(1) == n_heads - n_heads // 2).all()
+    assert len({row.tobytes() for row in mask}) == len(mask)
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_every_other_halving_is_sampled_as_often_as_any(n: int) -> None:
+    """Of 34 others of 8 heads, over 400 seeds: the listed and the drawn samples, by chi-squared at one in 10,000."""
+    drawn = [mask.tobytes() for seed in range(400) for mask in parse_subsets([f"halvings:{n}"], 8, seed).mask[2::2]]
+    counts = np.unique(drawn, return_counts=True)[1]
+    expected = 400 * n / 34
+    # Without replacement the counts vary less, by the finite population correction.
+    spread = ((counts - expected) ** 2).sum() / (expected * (1 - n / 34) * 34 / 33)
+    assert len(counts) == 34 and stats.chi2.sf(spread, 33) > 1e-4
+
+
 def test_random_subsets_are_the_same_for_the_same_seed_and_others_for_another() -> None:
     first, again, other = (parse_subsets(["random:50"], 40, seed).labels for seed in (0, 0, 1))
     assert first == again != other
 
 
 @pytest.mark.parametrize(
-    "word", ["evens", "0,12", "-1", "size:13", "size:", "random:0", "random:x", "lattice:3", "", "0,,1"]
+    "word",
+    ["evens", "0,12", "-1", "size:13", "size:", "random:0", "random:x", "halvings:0", "lattice:3", "", "0,,1"],
 )
 def test_a_word_outside_the_language_is_refused_by_name(word: str) -> None:
     with pytest.raises(Refusal, match="--subsets"):

@@ -39,11 +39,11 @@ def judge(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | None
     H1, H2, H3: it starts in the first, second, last third of the training covered, in steps.  Supported where the
     whole interval of the onset lies in the third, contradicted where none of it does, or nothing starts; undecided
     between.  H4, H5: the change is gradual, sudden (`shape.judge_shape`).  `p` is the place of even against odd among
-    all halvings where it is known: a start that any halving would show is no specialization of even heads.
+    the halvings run where it is known: a start that any halving would show is no specialization of even heads.
     """
     onset, shape = date(steps, series), judge_shape(steps.astype(float), series.values)
     told = f"{series.name} ({series.unit}) starts {onset}, interval {_interval(onset)}"
-    chance = "" if p is None else f"; p = {p:.2g} among all halvings"
+    chance = "" if p is None else f"; p = {p:.2g} among the halvings run"
     verdicts = [Verdict(name, _in_third(steps, onset, *third), f"{told}{chance}") for name, third in THIRDS.items()]
     for name, wanted in SHAPES.items():
         verdict = {wanted: "supported", "undecided": "undecided"}.get(shape.verdict, "contradicted")
