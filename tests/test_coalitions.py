@@ -8,10 +8,10 @@ import xarray as xr
 
 from headlapse.engine.statistics.coalitions import (
     coalitions,
-    format_coalitions,
     lattice_rows,
     parity_share,
     sampled,
+    tell_coalitions,
     worst_even,
 )
 from headlapse.engine.statistics.games import members, shapley
@@ -158,11 +158,10 @@ def test_orders_alone_are_enough_for_a_sample_of_many_heads() -> None:
 def test_the_table_names_heads_sets_and_what_it_rests_on() -> None:
     inside = members(4)
     worth = 4.0 * (inside[:, 0] & inside[:, 3]) + 0.4 * inside[:, 1]
-    text = format_coalitions(run_of(worth[None, None]), settings("lattice"))
-    assert text is not None
+    text = str(tell_coalitions(run_of(worth[None, None]), settings("lattice")))
     row = text.splitlines()[2]
     assert row.startswith("step0") and "0 +2.00 ±0.00, 3 +2.00 ±0.00, 1 +0.40 ±0.00" in row and "0,3 (1)" in row
     assert "exact Shapley values" in text
-    some = format_coalitions(run_of(worth[None, None], ("orders:3",)), settings("orders:3"))
-    assert some is not None and "sampled from random orders" in some and "enough" not in some
-    assert format_coalitions(run_of(worth[None, None], ("each",)), settings("each")) is None
+    some = str(tell_coalitions(run_of(worth[None, None], ("orders:3",)), settings("orders:3")))
+    assert "sampled from random orders" in some and "enough" not in some
+    assert tell_coalitions(run_of(worth[None, None], ("each",)), settings("each")) is None

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from headlapse.engine.statistics.hypotheses import format_onsets, hypotheses, judge
+from headlapse.engine.statistics.hypotheses import hypotheses, judge, tell_when
 from headlapse.engine.statistics.intervals import resampled_means
 from headlapse.engine.statistics.onset import (
     Series,
@@ -187,9 +187,9 @@ def test_what_never_starts_contradicts_every_third() -> None:
 
 def test_the_text_tells_onsets_and_hypotheses_of_the_layer_that_moves_most() -> None:
     jump = 4.0 * (STEPS >= 40)
-    text = format_onsets(run_of(jump, 1.5 * jump), {"direction": "denoise"})
-    assert text is not None
-    row = next(line for line in text.splitlines() if line.startswith("even and odd part, nats"))
-    assert "30 to 40" in row and "at layer 4" in text and "H1 early" in text
-    assert "capability (clean right) against specialization (even and odd part): first" in text
-    assert format_onsets(run_of(jump[:2], jump[:2], STEPS[:2]), {"direction": "denoise"}) is None
+    when, tested = map(str, tell_when(run_of(jump, 1.5 * jump), {"direction": "denoise"}))
+    row = next(line for line in when.splitlines() if line.startswith("even and odd part, nats"))
+    assert "30 to 40" in row and "at layer 4" in when
+    assert "capability (clean right) against specialization (even and odd part): first" in when
+    assert tested.splitlines()[1].split()[:3] == ["H1", "early", "contradicted"]
+    assert not list(tell_when(run_of(jump[:2], jump[:2], STEPS[:2]), {"direction": "denoise"}))

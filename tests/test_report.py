@@ -24,6 +24,7 @@ from headlapse.engine.report.looks import INK
 from headlapse.engine.report.page import _example, write_report
 from headlapse.engine.report.result import ranges, read_result, signed
 from headlapse.engine.report.threats import threats
+from headlapse.engine.statistics.findings import findings
 from headlapse.engine.store import PatchedRun, Store, create_store
 from headlapse.engine.study import Refusal
 from headlapse.engine.subsets import parse_subsets
@@ -150,7 +151,8 @@ def test_the_page_links_to_every_file_beside_it(written: tuple[Store, Path]) -> 
     _, out = written
     files = {path.name for path in out.iterdir()}
     figures = {f"{stem}.{suffix}" for stem in FIGURES for suffix in ("png", "svg")}
-    assert files == {"index.html", "timeline.csv", "patched.csv"} | figures
+    numbers = {"rates.csv", "onsets.csv", "hypotheses.csv"}
+    assert files == {"index.html", "timeline.csv", "patched.csv"} | figures | numbers
     assert files - {"index.html"} <= set(Reader(out / "index.html").links)
 
 
@@ -382,14 +384,25 @@ def test_a_report_cut_off_leaves_no_half_file_under_its_name(
     assert {path.name for path in out.iterdir()} == set(before), "what was left behind is gone"
 
 
+def test_every_finding_is_on_the_page_and_its_numbers_beside_it(store: Store, tmp_path: Path) -> None:
+    run = some_run(store, ["lattice"])
+    text = text_of(write_report(store, tmp_path / "out"))
+    for told in findings(run.dataset(), run.settings):
+        assert told.title in text and told.notes[0][1:] in text
+        assert told.numbers is not None and len(pd.read_csv(tmp_path / "out" / f"{told.name}.csv")) == len(told.numbers)
+    shapley = pd.read_csv(tmp_path / "out" / "shapley.csv")
+    assert len(shapley) == len(STEPS) * LAYERS * HEADS
+
+
 def test_no_figure_of_another_run_stays_behind(store: Store, tmp_path: Path) -> None:
-    some_run(store, name="each")
+    some_run(store, ["each", "balanced"], name="each")
     some_run(store, ["all"], name="all")
     mine = tmp_path / "out" / "notes.txt"
     write_report(store, tmp_path / "out", "each")
     mine.write_text("mine")
     write_report(store, tmp_path / "out", "all")
-    assert not (tmp_path / "out" / "heads.png").exists() and mine.exists()
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert not {"heads.png", "training.svg", "splits.png", "parity.csv", "rates.csv"} & left and mine.exists()
 
 
 # --- refused ---

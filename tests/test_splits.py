@@ -10,7 +10,7 @@ from scipy import stats
 
 from headlapse.engine.statistics.corrections import CORRECTIONS, NAMES, adjust
 from headlapse.engine.statistics.intervals import interval
-from headlapse.engine.statistics.splits import find_halvings, format_parity, half_and_rest, parity, place
+from headlapse.engine.statistics.splits import find_halvings, half_and_rest, parity, place, tell_parity
 from headlapse.engine.subsets import parse_subsets
 
 HALVINGS = {4: ("balanced",), 5: ("size:2", "size:3"), 6: ("balanced",), 8: ("balanced",)}
@@ -174,7 +174,7 @@ def test_halves_that_somebody_chose_are_no_sample() -> None:
 
 def test_thirty_two_heads_are_held_against_a_sample() -> None:
     effects = np.where(np.arange(32) % 2 == 0, 1.0, 0.0)[None, None]
-    text = format_parity(run_of(effects, ("halvings:199",)))
+    text = str(tell_parity(run_of(effects, ("halvings:199",))))
     assert "0.005 ± 0.005" in text and "199 random ones" in text and "601,080,390 halvings of 32 heads" in text
 
 
@@ -182,7 +182,7 @@ def test_the_table_names_its_correction() -> None:
     run = run_of(np.random.default_rng(10).standard_normal((2, 2, 8)))
     frames = {name: parity(run, name) for name in CORRECTIONS}
     for name, frame in frames.items():
-        assert frame is not None and NAMES[name] in format_parity(run, name)
+        assert frame is not None and NAMES[name] in str(tell_parity(run, name))
         np.testing.assert_array_equal(frame["p_adjusted"], adjust(frame["p"].to_numpy(), name))
 
 
@@ -218,12 +218,12 @@ def test_the_interval_is_students_for_many_prompts_and_nothing_for_one() -> None
 def test_the_table_has_a_row_a_checkpoint_the_layer_least_given_by_chance_and_says_how_many_there_were() -> None:
     effects = np.random.default_rng(5).standard_normal((2, 3, 8))
     effects[1, 2] = [3, 0, 3, 0, 3, 0, 3, 0]
-    text = format_parity(run_of(effects, noise=0.1))
+    text = str(tell_parity(run_of(effects, noise=0.1)))
     rows = [line.split() for line in text.splitlines() if line.startswith("step")]
     assert [row[0] for row in rows] == ["step0", "step1"] and rows[1][1] == "2" and rows[1][-4] == "0.029"
     assert "all 70 halvings of 8 heads" in text and "6 layers and checkpoints" in text
 
 
 def test_what_was_not_run_is_named_with_what_runs_it() -> None:
-    assert "70 halvings of 8 heads exist; --subsets balanced" in format_parity(run_of(np.ones((1, 1, 8)), ("even",)))
-    assert "--subsets size:2 size:3" in format_parity(run_of(np.ones((1, 1, 5)), ("even",)))
+    assert "70 halvings of 8 heads exist; --subsets balanced" in str(tell_parity(run_of(np.ones((1, 1, 8)), ("even",))))
+    assert "--subsets size:2 size:3" in str(tell_parity(run_of(np.ones((1, 1, 5)), ("even",))))

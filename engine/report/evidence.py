@@ -10,7 +10,7 @@ from headlapse.engine.measures import effect
 from headlapse.engine.report.looks import COLOURS, FAINT, MARKERS, WIDTH, label_steps, place_steps
 from headlapse.engine.report.result import Result
 from headlapse.engine.statistics.intervals import interval
-from headlapse.engine.statistics.splits import half_and_rest, place
+from headlapse.engine.statistics.splits import find_halvings, place
 
 LINES = 5
 """Heads that have a line over training."""
@@ -21,22 +21,21 @@ DRAWN = 2000
 
 def draw_splits(result: Result) -> Figure | None:
     """Per layer every halving's difference at the last checkpoint, and even − odd among them; None unless all ran."""
-    rows = half_and_rest(result.run["mask"].values)
-    labels = list(result.run.subset.values)
-    if rows is None or "even" not in labels:
+    found = find_halvings(result.run)
+    if found is None:
         return None
-    halves, rests = rows
     nats = result.nats.isel(checkpoint=-1).transpose("layer", "subset").values
-    null = nats[:, halves] - nats[:, rests]
-    even = null[:, halves.index(labels.index("even"))]
+    null = nats[:, found.halves] - nats[:, found.rests]
+    even = null[:, found.even]
     layers = [result.site(layer) for layer in result.nats.layer.values.tolist()]
     figure = Figure(figsize=(WIDTH, 1.4 + 0.32 * len(layers)))
     figure.set_layout_engine("constrained", w_pad=0.1)
     axes = figure.subplots()
-    looks: dict[str, Any] = {"color": FAINT, "linewidth": 0.6, "alpha": max(0.08, min(0.8, 40 / len(halves)))}
+    looks: dict[str, Any] = {"color": FAINT, "linewidth": 0.6, "alpha": max(0.08, min(0.8, 40 / len(found.halves)))}
     looks["rasterized"] = null.size > DRAWN
     for row, values in enumerate(null):
-        axes.vlines(values, row - 0.32, row + 0.32, label="" if row else f"all {len(halves):,} halvings", **looks)
+        label = "" if row else f"{'some' if found.sampled else 'all'} {len(found.halves):,} halvings"
+        axes.vlines(values, row - 0.32, row + 0.32, label=label, **looks)
     at: dict[str, Any] = {"color": COLOURS["even"], "marker": MARKERS["even"], "markersize": 5.5, "linestyle": "none"}
     axes.plot(even, np.arange(len(layers)), label="even − odd", zorder=3, **at)
     axes.set_yticks(range(len(layers)), layers)

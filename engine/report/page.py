@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from headlapse.engine.report.figures import draw
 from headlapse.engine.report.looks import INK, PAPER, to_svg
 from headlapse.engine.report.result import Result, heads_of, listed, ranges, read_result, signed
 from headlapse.engine.report.threats import threats
+from headlapse.engine.statistics.findings import findings
+from headlapse.engine.statistics.told import Told
 from headlapse.engine.store import Store, twins
 from headlapse.engine.study import RUNS, Refusal, tolerance
 from headlapse.engine.tasks import Trials, align
@@ -27,6 +29,9 @@ TIDY_ROWS = 1_000_000
 
 OPTIONAL = {"heads", "training", "splits"}
 """Figures that only some runs have."""
+
+NUMBERS = {"parity", "rates", "shapley", "onsets", "hypotheses"}
+"""Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20
 """Prompt pairs that the page lists; all of them are in the store."""
@@ -52,8 +57,10 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     with _appearing(out / "patched.csv") as partial:
         _write_patched(result, partial)
     drawn = _write_figures(result, out)
+    found = list(findings(result.run, result.settings))
+    _write_numbers(found, out)
     with _appearing(out / "index.html") as partial:
-        partial.write_text(_page(store, result, drawn), encoding="utf-8")
+        partial.write_text(_page(store, result, drawn, found), encoding="utf-8")
     return out / "index.html"
 
 
@@ -70,6 +77,16 @@ def _write_figures(result: Result, out: Path) -> dict[str, str]:
         for suffix in ("png", "svg"):
             (out / f"{stem}.{suffix}").unlink(missing_ok=True)
     return drawn
+
+
+def _write_numbers(found: Sequence[Told], out: Path) -> None:
+    """What every finding rests on, as CSV."""
+    named = {told.name: told.numbers for told in found if told.numbers is not None}
+    for name, numbers in named.items():
+        with _appearing(out / f"{name}.csv") as partial:
+            numbers.to_csv(partial)
+    for name in NUMBERS - set(named):  # left by a report of another run
+        (out / f"{name}.csv").unlink(missing_ok=True)
 
 
 def _is_tidy(result: Result) -> bool:
@@ -97,7 +114,7 @@ def _means(result: Result, one: xr.Dataset, index: int) -> xr.Dataset:
     return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in kept.items()} | plain)
 
 
-def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
+def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[Told]) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -132,6 +149,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str]) -> str:
         provenance=[(label, store.provenance(label)) for label in held],
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
         published=_published(store),
+        findings=found,
         versions=store.attrs["versions"] | run["versions"],
         device=run.get("device"),
         ranges=ranges,

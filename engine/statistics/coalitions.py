@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from headlapse.engine.measures import CLEAR_OF_ZERO, best_layer, each_checkpoint, effect, finished
 from headlapse.engine.statistics import games
 from headlapse.engine.statistics.intervals import LEVEL, interval
+from headlapse.engine.statistics.told import Told
 from headlapse.engine.subsets import draw_orders, label_of
 from headlapse.kernels.walsh import subset_minima
 
@@ -181,7 +182,7 @@ def _of_orders(worth: Float[np.ndarray, "order step trial"], orders: Int[np.ndar
     return xr.Dataset({name: ("head", values) for name, values in held.items()})
 
 
-def format_coalitions(run: xr.Dataset, settings: dict[str, Any]) -> str | None:
+def tell_coalitions(run: xr.Dataset, settings: dict[str, Any]) -> Told | None:
     """Per checkpoint, at its best layer: the heads of the largest Shapley values, who is enough, who is needed.
 
     None where neither the lattice nor orders were run.
@@ -202,7 +203,8 @@ def format_coalitions(run: xr.Dataset, settings: dict[str, Any]) -> str | None:
             rows[label] |= {"enough": _told(one, "sufficient"), "needed": _told(one, "necessary")}
             rows[label]["parity"] = _told_parity(one)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
-    return f"{table.to_string()}\n{_how_to_read(exact is not None)}"
+    by_head = found[[name for name, values in found.items() if values.dims[-1:] == ("head",)]].to_dataframe()
+    return Told("Each head's share", table, (_how_to_read(exact is not None),), "shapley", by_head)
 
 
 def _how_to_read(exact: bool) -> str:

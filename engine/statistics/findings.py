@@ -1,4 +1,4 @@
-"""What a patched run says, in the order in which it is printed."""
+"""What a patched run says, in the order in which it is told."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +7,12 @@ import xarray as xr
 
 from headlapse.engine.measures import format_timeline
 from headlapse.engine.published import format_texts
-from headlapse.engine.statistics.coalitions import format_coalitions
+from headlapse.engine.statistics.coalitions import tell_coalitions
 from headlapse.engine.statistics.corrections import Correction
-from headlapse.engine.statistics.hypotheses import format_onsets
-from headlapse.engine.statistics.rates import format_rates
-from headlapse.engine.statistics.splits import format_parity
+from headlapse.engine.statistics.hypotheses import tell_when
+from headlapse.engine.statistics.rates import tell_rates
+from headlapse.engine.statistics.splits import tell_parity
+from headlapse.engine.statistics.told import Told
 
 
 def tell(
@@ -22,15 +23,14 @@ def tell(
         yield format_texts(run, study)
         return
     yield format_timeline(run, settings)
-    yield from findings(run, settings, correction)
+    yield from map(str, findings(run, settings, correction))
 
 
-def findings(run: xr.Dataset, settings: dict[str, Any], correction: Correction = "bh") -> Iterator[str]:
+def findings(run: xr.Dataset, settings: dict[str, Any], correction: Correction = "bh") -> Iterator[Told]:
     """Tables with how to read them, each only where the run has what it takes; p are adjusted by `correction`."""
     if {"even", "odd"} <= set(run.subset.values):
-        yield format_parity(run, correction)
-        yield format_rates(run, settings)
-    if told := format_coalitions(run, settings):
+        yield tell_parity(run, correction)
+        yield tell_rates(run, settings)
+    if told := tell_coalitions(run, settings):
         yield told
-    if told := format_onsets(run, settings):
-        yield told
+    yield from tell_when(run, settings)

@@ -1,5 +1,6 @@
 """The published study's five hypotheses about when even and odd heads part, each held against the data.  Pure."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from headlapse.engine.measures import best_layer
 from headlapse.engine.statistics.onset import Onset, Series, comes_first, date, known_steps, onsets, pick, series_of
 from headlapse.engine.statistics.shape import GAP, judge_shape
 from headlapse.engine.statistics.splits import parity
+from headlapse.engine.statistics.told import Told
 
 THIRDS = {"H1 early": (0, 1), "H2 middle": (1, 2), "H3 late": (2, 3)}
 """Which third of the training, in steps, something must start in."""
@@ -91,16 +93,25 @@ def hypotheses(run: xr.Dataset, direction: str, layer: int, unit: str = "nats") 
     return pd.DataFrame(map(vars, judge(done.step.values.astype(int), series, p)))
 
 
-def format_onsets(run: xr.Dataset, settings: dict[str, Any]) -> str | None:
+def tell_when(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]:
     """Onsets, shapes and hypotheses at the layer that all heads move most at the last checkpoint.
 
-    None where fewer than three checkpoints of known steps are finished.
+    Nothing where fewer than three checkpoints of known steps are finished.
     """
-    done = known_steps(run)
+    done, direction = known_steps(run), settings["direction"]
     if done.sizes["checkpoint"] < FEWEST:
-        return None
-    direction = settings["direction"]
+        return
     layer = int(best_layer(done, direction).values[-1])
+    yield _tell_onsets(done, direction, layer)
+    found = hypotheses(done, direction, layer)
+    if found is not None:
+        table = found.set_index("hypothesis").rename_axis(None)
+        table["evidence"] = table["evidence"].str.ljust(table["evidence"].str.len().max())
+        note = f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps covered"
+        yield Told("The study's hypotheses", table, (note,), "hypotheses", found.set_index("hypothesis"))
+
+
+def _tell_onsets(done: xr.Dataset, direction: str, layer: int) -> Told:
     frame = onsets(done, direction)
     shown = frame[frame["layer"].isna() | (frame["layer"] == layer)]
     table = pd.DataFrame(
@@ -113,16 +124,12 @@ def format_onsets(run: xr.Dataset, settings: dict[str, Any]) -> str | None:
         }
     )
     table.index = pd.Index([f"{row['measure']}, {row['unit']} > {row['goal']:g}" for _, row in shown.iterrows()])
-    lines = [
-        table.to_string(),
+    how_to_read = (
         f"when the mean over prompts passes a goal for two checkpoints running, at layer {layer} (most moved at the "
-        "last checkpoint); rates beside nats, for they can jump where nothing else does; curves compared by BIC",
-    ]
-    lines += _order(done, direction, layer)
-    if (found := hypotheses(done, direction, layer)) is not None:
-        lines += [f"{row['hypothesis']:<11}{row['verdict']:<13}{row['evidence']}" for _, row in found.iterrows()]
-        lines.append("the study's hypotheses for even against odd heads of that layer, by thirds of the steps covered")
-    return "\n".join(lines)
+        "last checkpoint); rates beside nats, for they can jump where nothing else does; curves compared by BIC"
+    )
+    notes = (how_to_read, *_order(done, direction, layer))
+    return Told("When it starts", table, notes, "onsets", frame.set_index(["measure", "layer", "unit"]))
 
 
 def _order(done: xr.Dataset, direction: str, layer: int) -> list[str]:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from headlapse.engine.measures import CLEAR_OF_ZERO, NAMED, best_layer, finished, recovered, success
 from headlapse.engine.statistics.intervals import LEVEL, interval
+from headlapse.engine.statistics.told import Told
 
 LISTED = 5
 """Checkpoints, at most, that are listed by name."""
@@ -89,7 +90,7 @@ def _mean_and_interval(
     return found
 
 
-def format_rates(run: xr.Dataset, settings: dict[str, Any]) -> str:
+def tell_rates(run: xr.Dataset, settings: dict[str, Any]) -> Told:
     """Per checkpoint the best layer's rates, and how to read them."""
     direction = settings["direction"]
     frame = rates(run, direction)
@@ -105,7 +106,8 @@ def format_rates(run: xr.Dataset, settings: dict[str, Any]) -> str:
     )
     if not settings["joint"]:
         table.insert(0, ("", "layer"), best.values.astype(int).astype(str))
-    return "\n".join([table.to_string(), *_vacuous(frame, direction), _legend(frame, direction, named)])
+    notes = (*_vacuous(frame, direction), _legend(frame, direction, named))
+    return Told("What is repaired, and what is broken", table, notes, "rates", frame)
 
 
 def _row(cells: pd.DataFrame, direction: str, named: Sequence[str]) -> dict[tuple[str, str], str]:

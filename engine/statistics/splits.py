@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from headlapse.engine.measures import finished
 from headlapse.engine.statistics.corrections import NAMES, Correction, adjust
 from headlapse.engine.statistics.intervals import LEVEL, interval
+from headlapse.engine.statistics.told import Told
 from headlapse.engine.subsets import LARGEST_SWEEP, parse_subsets
 
 ROUNDING = 1e-5
@@ -18,6 +19,8 @@ ROUNDING = 1e-5
 
 MANY = 2000
 """Halvings beyond which a sample of them is offered."""
+
+TITLE = "Even against odd heads, among all ways to halve them"
 
 
 @dataclass(frozen=True)
@@ -141,12 +144,12 @@ def _places(null: Float[np.ndarray, "checkpoint layer split"], at: int) -> Float
     return np.array([[place(layer[at], layer) for layer in checkpoint] for checkpoint in null])
 
 
-def format_parity(run: xr.Dataset, correction: Correction = "bh") -> str:
+def tell_parity(run: xr.Dataset, correction: Correction = "bh") -> Told:
     """Per checkpoint the layer where even and odd differ most for chance, and how to read it."""
     frame = parity(run, correction)
     halvings = find_halvings(run)
     if frame is None or halvings is None:
-        return _nothing_to_hold_against(run.sizes["head"])
+        return Told(TITLE, None, (_nothing_to_hold_against(run.sizes["head"]),))
     order = pd.DataFrame({"p": frame["p"], "size": -frame["strength"].abs()})
     best = order.sort_values(["p", "size"], kind="stable").groupby("checkpoint", sort=False).head(1).index
     shown = frame.loc[[label for label in frame.index if label in set(best)]].reset_index("layer")
@@ -165,13 +168,13 @@ def format_parity(run: xr.Dataset, correction: Correction = "bh") -> str:
         }
     )
     small = int((frame["p_adjusted"] <= 1 - LEVEL).sum())
-    return (
-        f"{table.to_string()}\n"
+    how_to_read = (
         f"even - odd (mean logit difference, nats) at the layer where chance gives it least: p is its place among "
         f"{_told(halvings, run.sizes['head'])}, adjusted over {len(frame)} layers and checkpoints "
         f"({NAMES[correction]}); {small} of them are at most {1 - LEVEL:.2f}; p even and p odd are the places of "
         f"either alone among the subsets of its size, not adjusted"
     )
+    return Told(TITLE, table, (how_to_read,), "parity", frame)
 
 
 def _told(halvings: Halvings, n_heads: int) -> str:
