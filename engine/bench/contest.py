@@ -280,10 +280,9 @@ def _time_generation() -> Timing:
         slices = [(False,) * _here.n_heads, *parity]
         asked = [Prompted(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
         return _once(lambda: _rows(generate(_here.worker.skeleton, asked, N_TOKENS, len(asked)).tokens))
-    prompts, layer = [torch.from_numpy(tokens) for tokens in (clean, corrupt)], len(_here.worker.projections) // 2
-    return _once(
-        lambda: _rows([trials[0].tolist() for trials in generate_published(_here.worker.model, *prompts, layer)])
-    )
+    model, layer = _here.worker.model, len(_here.worker.projections) // 2
+    prompts = torch.from_numpy(clean), torch.from_numpy(corrupt)
+    return _once(lambda: _rows([trials[0].tolist() for trials in generate_published(model, *prompts, layer)]))
 
 
 def _rows(texts: Sequence[Sequence[int]]) -> Float[np.ndarray, "text token"]:
