@@ -8,7 +8,8 @@ RUN := $(VENV)/bin/python
 
 demo: $(VENV)/installed
 	$(RUN) scripts/cache.py
-	$(RUN) scripts/patch.py
+	$(RUN) scripts/patch.py --protocol published --layers all
+	$(RUN) scripts/patch.py --subsets lattice
 	$(RUN) scripts/report.py
 
 test: $(VENV)/installed lint

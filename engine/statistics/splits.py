@@ -174,7 +174,9 @@ def tell_parity(run: xr.Dataset, correction: Correction = "bh") -> Told:
         f"({NAMES[correction]}); {small} of them are at most {1 - LEVEL:.2f}; p even and p odd are the places of "
         f"either alone among the subsets of its size, not adjusted"
     )
-    return Told(TITLE, table, (how_to_read,), "parity", frame)
+    last = frame.loc[frame.index[-1][0]]
+    by_layer = ", ".join(f"{layer}: {p:.3f}" for layer, p in last["p"].items())
+    return Told(TITLE, table, (how_to_read, f"p at {frame.index[-1][0]} by layer: {by_layer}"), "parity", frame)
 
 
 def _told(halvings: Halvings, n_heads: int) -> str:
