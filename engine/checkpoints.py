@@ -179,13 +179,17 @@ class Skeleton:
         self, resid: Float[Tensor, "batch row d_model"], answer_tokens: Int[Tensor, "batch answer"]
     ) -> Float[Tensor, "batch row answer"]:
         """What the model makes of residual streams that left its last layer."""
+        with self.answering(answer_tokens):
+            return self.logits(resid)
+
+    def logits(self, resid: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch row token"]:
+        """The same for the whole vocabulary."""
         batch, n_rows, _ = resid.shape
         nothing = resid.new_zeros(()).expand(batch, n_rows, self.anatomy.d_embedding)
+        positions = torch.zeros(batch, n_rows, dtype=torch.long, device=resid.device)
         left = self._as_layer_output(resid)
-        with self._replaced_layers(lambda *_, **__: left), self.answering(answer_tokens):
-            logits: Tensor = self.model(
-                inputs_embeds=nothing, position_ids=answer_tokens.new_zeros(batch, n_rows), use_cache=False
-            ).logits
+        with self._replaced_layers(lambda *_, **__: left):
+            logits: Tensor = self.model(inputs_embeds=nothing, position_ids=positions, use_cache=False).logits
         return logits
 
     def _as_layer_output(self, resid: Tensor) -> Any:

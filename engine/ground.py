@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from headlapse.engine.activations import Activations
@@ -38,6 +38,10 @@ class Ground:
     """Length of the longest prompt, in tokens."""
 
     positions: Int[Tensor, "run trial patched"]
+
+    valid: Bool[Tensor, "trial patched"]
+    """Which of them are patched; the others keep their own z, whatever the heads."""
+
     read: Int[Tensor, "trial"]
     """Which of the patched positions is read."""
 
@@ -47,6 +51,10 @@ class Ground:
     """Tokens of the target run before any patched position."""
 
     longest_prefix: int
+
+    all_valid: bool
+    """Whether every one of the positions is patched."""
+
     held: dict[tuple[str, int, int | str], Tensor] = field(default_factory=dict)
     """What was read and cut out before: every wave needs the same."""
 
@@ -56,8 +64,8 @@ class Ground:
     ) -> "Ground":
         source, target = source_and_target(direction)
         prefix = alignment.positions[target, :, 0]
-        arrays = (alignment.positions, alignment.read, trials.answer_tokens, prefix)
-        positions, read, answers, prefix_length = (torch.from_numpy(x).to(skeleton.device) for x in arrays)
+        arrays = (alignment.positions, alignment.valid, alignment.read, trials.answer_tokens, prefix)
+        positions, valid, read, answers, prefix_length = (torch.from_numpy(x).to(skeleton.device) for x in arrays)
         return cls(
             activations=activations,
             source=source,
@@ -66,10 +74,12 @@ class Ground:
             dtype=skeleton.dtype,
             longest=int(trials.length.max()),
             positions=positions,
+            valid=valid,
             read=read,
             answers=answers,
             prefix_length=prefix_length,
             longest_prefix=int(prefix.max()),
+            all_valid=bool(alignment.valid.all()),
         )
 
     def run(self, kind: str, layer: int, run: int) -> Tensor:
@@ -82,6 +92,13 @@ class Ground:
             trial = torch.arange(len(self.read), device=self.device)[:, None]
             self.held[kind, layer, run] = self.run(kind, layer, run)[trial, self.positions[run]]
         return self.held[kind, layer, run]
+
+    def source_z(self, layer: int) -> Float[Tensor, "trial patched head head_dim"]:
+        """What goes into patched heads: the source run's z, and at positions that are not patched the target's own."""
+        source = self.patched("z", layer, self.source)
+        if self.all_valid:
+            return source
+        return torch.where(self.valid[..., None, None], source, self.patched("z", layer, self.target))
 
     def prefix(self, kind: str, layer: int) -> Tensor:
         """Keys or values of the target run before any patched position: (trial, kv_head, prefix, head_dim).

@@ -1,4 +1,9 @@
-"""What a patched run says: rates and differences from the raw logit differences.  Pure."""
+"""What a run says: measures of its logits, rates and differences from the raw numbers.  Pure.
+
+The logit difference (Wang et al. 2022, arXiv:2211.00593) is always kept.  Probability, rank and divergence answer other
+questions, and can answer them otherwise (Zhang and Nanda 2023, arXiv:2309.16042): a probability also moves when tokens
+that are neither answer do, and saturates; a rank sees only order.  Logits here are those of the tokenizer's own tokens.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,13 +11,43 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from torch import Tensor
 
 NAMED = ("even", "odd", "all")
 """Subsets that have columns of their own in the timeline."""
 
 CLEAR_OF_ZERO = 0.5
 """Nats between clean and corrupt below which a recovered fraction means nothing and is left out."""
+
+
+def log_probability(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
+    """Log-probability of a token under the softmax, in nats.
+
+    Its exponential is the probability metric of Zhang and Nanda 2023, arXiv:2309.16042; its sum over an answer's tokens
+    is the log-probability of the answer.
+    """
+    return logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def rank(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
+    """How many tokens come before a token, 0 where none does.
+
+    Tokens that tie with it come before it half of the time: the mean of the places they share, as ranks are averaged in
+    statistics (Kendall 1945, Biometrika 33).
+    """
+    own = logits.gather(-1, token[..., None])
+    above, tied = ((logits > own).sum(-1), (logits == own).sum(-1) - 1)
+    return (above + tied / 2).to(logits.dtype)
+
+
+def kl(clean: Float[Tensor, "*run vocab"], patched: Float[Tensor, "*run vocab"]) -> Float[Tensor, "*run"]:
+    """Kullback-Leibler divergence of the patched run from the clean one, in nats, both as log-probabilities.
+
+    Sum of p_clean (log p_clean - log p_patched): Kullback and Leibler 1951, Ann. Math. Statist. 22; as a metric of
+    patching Conmy et al. 2023, arXiv:2304.14997, and Zhang and Nanda 2023, arXiv:2309.16042.
+    """
+    return ((clean - patched) * clean.exp()).sum(-1)
 
 
 def success(logit_diff: xr.DataArray) -> xr.DataArray:

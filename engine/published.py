@@ -74,9 +74,11 @@ def name_of(asked: Sweep) -> str:
 def spell_out(asked: Sweep, store: Store) -> Plan:
     """Raises `Refusal` for what the study's procedure does not have, or the model."""
     plain = Sweep()
-    for flag in ("joint", "positions", "direction"):
+    for flag in ("joint", "positions", "direction", "measures"):
         if getattr(asked, flag) != getattr(plain, flag):
-            raise Refusal(f"--protocol published copies from the start, one layer at a time; leave --{flag} out")
+            raise Refusal(
+                f"--protocol published copies from the start, one layer at a time, and scores texts; leave --{flag} out"
+            )
     every = range(store.layers[-1] + 1)
     if asked.layers == LAYERS and int(LAYERS[0]) not in every:
         raise Refusal(

@@ -35,6 +35,10 @@ WIDEST = 32
 """A generous estimate of what a layer holds of a row at once, in widths of the residual stream."""
 
 
+Reading = Callable[[Steps, Resid], Float[Tensor, "reading run trial"]]
+"""Numbers that are read off residual streams that left the last layer."""
+
+
 @torch.inference_mode()
 def replay(
     skeleton: Skeleton,
@@ -54,8 +58,24 @@ def replay(
     most `runs` finished.
     """
     ground = Ground.lay(skeleton, activations, trials, alignment, direction)
+    return read_off(skeleton, ground, sites, mask, lambda steps, resid: steps.logit_diff(resid)[None], done, runs)[0]
+
+
+@torch.inference_mode()
+def read_off(
+    skeleton: Skeleton,
+    ground: Ground,
+    sites: Sequence[Site],
+    mask: Bool[np.ndarray, "subset head"],
+    reading: Reading,
+    done: Callable[[int], object] = lambda _runs: None,
+    runs: int | None = None,
+    n_readings: int = 1,
+) -> Float[np.ndarray, "reading site subset trial"]:
+    """Whatever `reading` makes of every patched run, in `n_readings` numbers each; otherwise as `replay`."""
+    _, n_trials, n_patched = ground.positions.shape
     subsets = torch.from_numpy(mask).to(skeleton.device)
-    result = torch.empty(len(sites), len(mask), trials.n_trials, device=skeleton.device)
+    result = torch.empty(n_readings, len(sites), len(mask), n_trials, device=skeleton.device)
     n_done = 0
 
     def run(most: int) -> None:
@@ -64,14 +84,14 @@ def replay(
         n_done = 0
         replaying = _Replay(Steps(skeleton, ground, most), subsets)
         for wave in waves(sites, len(mask), most):
-            logit_diff = replaying.logit_diff(wave).split([group.n_runs for group in wave])
-            for group, part in zip(wave, logit_diff, strict=True):
-                result[group.index, group.first : group.last] = part
-            finished = sum(group.n_runs for group in wave) * trials.n_trials
+            read = reading(replaying.steps, replaying.resid(wave)).split([group.n_runs for group in wave], dim=1)
+            for group, part in zip(wave, read, strict=True):
+                result[:, group.index, group.first : group.last] = part
+            finished = sum(group.n_runs for group in wave) * n_trials
             n_done += finished
             done(finished)
 
-    as_many_as_fit(run, min(runs or runs_at_once(skeleton, alignment.valid.size), len(sites) * len(mask)))
+    as_many_as_fit(run, min(runs or runs_at_once(skeleton, n_trials * n_patched), len(sites) * len(mask)))
     return result.cpu().numpy()
 
 
@@ -126,8 +146,8 @@ class _Replay:
         self.n_layers = steps.skeleton.anatomy.n_layers
         self._sums: dict[int, Sums | None] = {}
 
-    def logit_diff(self, wave: Sequence[Group]) -> Float[Tensor, "run trial"]:
-        """The wave's groups one after another."""
+    def resid(self, wave: Sequence[Group]) -> Resid:
+        """What leaves the last layer, of the wave's groups one after another."""
         running: list[Group] = []
         resid: Resid | None = None
         for layer in range(wave[0].site[0], self.n_layers):
@@ -138,8 +158,7 @@ class _Replay:
             running += starting
             resid = torch.cat(started if resid is None else [resid, *started], dim=1) if started else resid
         assert resid is not None
-        right, wrong = self.steps.answer_logits(resid).float().unbind(-1)
-        return (right - wrong).T
+        return resid
 
     def _patched(self, running: Sequence[Group], layer: int) -> Bool[Tensor, "run head"] | None:
         """The heads that are patched at a later layer of joint sites."""
@@ -159,8 +178,6 @@ class _Replay:
         if sums is not None:
             return add_deltas(sums.unpatched, sums.deltas, heads)
         # Nothing upstream has changed: the target's own z is the captured one.
-        z = mix_heads(
-            ground.patched("z", layer, ground.target)[:, None], ground.patched("z", layer, ground.source), heads
-        )
+        z = mix_heads(ground.patched("z", layer, ground.target)[:, None], ground.source_z(layer), heads)
         resid_pre = ground.patched("resid_pre", layer, ground.target)[:, None].expand(-1, group.n_runs, -1, -1)
         return self.steps.through(layer, resid_pre, Giving(z, ground.longest))

@@ -11,6 +11,7 @@ from headlapse.engine.attention import AttentionMode, attending
 from headlapse.engine.checkpoints import Skeleton
 from headlapse.engine.ground import Ground
 from headlapse.kernels.attend import attend_shared_prefix
+from headlapse.kernels.mix import mix_heads
 
 Resid = Float[Tensor, "trial run patched d_model"]
 
@@ -37,11 +38,17 @@ class Steps:
         resid_post: Tensor = output[0] if isinstance(output, tuple) else output
         return resid_post.unflatten(1, resid_pre.shape[1:3])
 
-    def answer_logits(self, resid: Resid) -> Float[Tensor, "trial run answer"]:
-        """What the model makes of residual streams that left its last layer, at the position that is read."""
+    def logit_diff(self, resid: Resid) -> Float[Tensor, "run trial"]:
+        """Right minus wrong, in nats, of residual streams that left the last layer."""
+        right, wrong = self.skeleton.answer_logits(self.read(resid), self.ground.answers).float().unbind(-1)
+        return (right - wrong).T
+
+    def read(self, resid: Resid, ahead: int = 0) -> Float[Tensor, "trial run d_model"]:
+        """At the position that is read, or some positions `ahead` of it."""
+        if resid.shape[2] == 1:
+            return resid[:, :, 0]
         trial = torch.arange(len(resid), device=resid.device)
-        read = resid[:, :, 0] if resid.shape[2] == 1 else resid[trial, :, self.ground.read]
-        return self.skeleton.answer_logits(read, self.ground.answers)
+        return resid[trial, :, self.ground.read + ahead]
 
     def _first(self, n_rows: int, given: Any) -> Any:
         """Of everything that has as many rows as were recorded, (batch, row, ...) or (row), the first."""
@@ -81,6 +88,7 @@ class Replaying:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         ground, n_patched = self.ground, self.ground.positions.shape[2]
         query, key, value = (x.unflatten(2, (-1, n_patched)) for x in (query, key, value))
+        source = None if self.patched is None else ground.patched("z", layer, ground.source)
         z = attend_shared_prefix(
             query,
             key,
@@ -89,7 +97,9 @@ class Replaying:
             ground.prefix("value", layer),
             ground.prefix_length,
             scaling,
-            None if self.patched is None else ground.patched("z", layer, ground.source),
-            self.patched,
+            source if ground.all_valid else None,
+            self.patched if ground.all_valid else None,
         )
+        if source is not None and self.patched is not None and not ground.all_valid:
+            z = torch.where(ground.valid[:, None, :, None, None], mix_heads(z, source, self.patched), z)
         return z.flatten(1, 2)

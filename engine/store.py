@@ -18,7 +18,7 @@ from headlapse.engine import arrays
 from headlapse.engine.activations import Capture
 from headlapse.engine.arrays import CheckpointArrays, Row
 from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.study import RUNS, Refusal
+from headlapse.engine.study import RUNS, Measure, Refusal
 from headlapse.engine.tasks import Trials
 
 FORMAT = 1
@@ -72,9 +72,8 @@ class Store(CheckpointArrays):
         contrasts = tuple(Contrast(**fields) for fields in self.attrs["contrasts"])
         tokens, length, answers = (self.values(name) for name in ("tokens", "length", "answer_tokens"))
         text = np.array(self.values("token_text").tolist(), dtype=str)
-        return Trials(
-            tokens=tokens, length=length, answer_tokens=answers, token_text=text, contrasts=contrasts, notes=()
-        )
+        rest = self.values("continuation") if "continuation" in self.group else None
+        return Trials(tokens, length, answers, text, contrasts, notes=(), continuation=rest)
 
     def provenance(self, label: str) -> dict[str, Any]:
         """Where a finished checkpoint's weights came from: location, commit, sha256 per file."""
@@ -136,13 +135,15 @@ class Store(CheckpointArrays):
         layers: Sequence[int],
         labels: Sequence[str],
         mask: Bool[np.ndarray, "subset head"],
+        measures: Sequence[Measure] = (),
     ) -> "PatchedRun":
         """The patched run `name`, made where it is not there, grown where the store has grown since.
 
+        `measures` are kept beside the logit difference.
         Raises `Refusal` when it is there with other settings, spelling out the difference.
         """
         sizes = (self.rows(), layers, labels, mask, self.array("tokens").shape[1])
-        path = self._ready(name, settings, lambda partial: _make_patch(partial, settings, *sizes))
+        path = self._ready(name, settings, lambda partial: _make_patch(partial, settings, *sizes, measures))
         return self._grown(PatchedRun(path))
 
     def open_texts(
@@ -207,11 +208,29 @@ class AnyRun(CheckpointArrays):
 
 
 class PatchedRun(AnyRun):
-    """Results that are logit differences."""
+    """Results that are logit differences, and further measures where they were asked for."""
 
-    def write_layers(self, label: str, first: int, logit_diff: Float[np.ndarray, "layer subset trial"]) -> None:
-        """Write one checkpoint's patched runs from the `first` layer of the run on."""
-        self.array("logit_diff")[self.index(label), first : first + len(logit_diff)] = logit_diff
+    def write_layers(
+        self,
+        label: str,
+        first: int,
+        logit_diff: Float[np.ndarray, "layer subset trial"],
+        **further: Float[np.ndarray, "layer subset trial"],
+    ) -> None:
+        """Write one checkpoint's patched runs from the `first` layer of the run on, by measure."""
+        for name, values in {"logit_diff": logit_diff, **further}.items():
+            self.array(name)[self.index(label), first : first + len(values)] = values
+
+    def write_further(
+        self, label: str, unpatched: Mapping[str, Float[np.ndarray, "run trial"]], self_check: Mapping[str, float]
+    ) -> None:
+        """Write what the further measures say of one checkpoint's unpatched runs, and how exact they are."""
+        index = self.index(label)
+        for name, values in unpatched.items():
+            for run in RUNS:
+                self.array(f"{run}_{name}")[index] = values[RUNS.index(run)]
+        for name, difference in self_check.items():
+            self.array(f"self_check_{name}")[index] = difference
 
     def finish(self, label: str, answer_logits: Float[np.ndarray, "run trial answer"], self_check: float) -> None:
         """Write what belongs to one checkpoint's patched runs, the completion mark last."""
@@ -265,6 +284,8 @@ def create_store(
         arrays.put(group, "token_text", trials.token_text, ("run", "trial", "position"))
         arrays.put(group, "length", trials.length, ("run", "trial"))
         arrays.put(group, "answer_tokens", trials.answer_tokens, ("trial", "answer"))
+        if trials.continuation is not None:
+            arrays.put(group, "continuation", trials.continuation, ("trial", "answer", "token"))
         arrays.put(group, "repeats", np.array([contrast.repeats for contrast in trials.contrasts]), ("trial",))
         one = captured.answer_logits.shape
         dims: tuple[str, ...] = ("checkpoint", "run", "trial", "answer")
@@ -332,6 +353,7 @@ def _make_patch(
     labels: Sequence[str],
     mask: Bool[np.ndarray, "subset head"],
     n_trials: int,
+    measures: Sequence[Measure],
 ) -> None:
     group = arrays.start(path, rows)
     n, one = len(rows), (len(labels), n_trials)
@@ -339,13 +361,15 @@ def _make_patch(
     arrays.put_axis(group, "subset", labels)
     arrays.put(group, "mask", mask, ("subset", "head"))
     dims = ("checkpoint", "layer", "subset", "trial")
-    arrays.put_empty(group, "logit_diff", (n, len(layers), *one), (1, 1, *one), "float32", dims)
-    for name in ("clean_logit_diff", "corrupt_logit_diff"):
-        arrays.put_empty(group, name, (n, n_trials), (1, n_trials), "float32", ("checkpoint", "trial"))
-    arrays.put_empty(group, "self_check", (n,), (1,), "float32", ("checkpoint",))
-    group.attrs.update(
-        patch=dict(settings), versions=arrays.package_versions(), coordinates="step complete mask self_check"
-    )
+    checks = ["self_check", *(f"self_check_{name}" for name in measures)]
+    for name in ("logit_diff", *measures):
+        arrays.put_empty(group, name, (n, len(layers), *one), (1, 1, *one), "float32", dims)
+        for run in RUNS:
+            arrays.put_empty(group, f"{run}_{name}", (n, n_trials), (1, n_trials), "float32", ("checkpoint", "trial"))
+    for name in checks:
+        arrays.put_empty(group, name, (n,), (1,), "float32", ("checkpoint",))
+    coordinates = " ".join(["step", "complete", "mask", *checks])
+    group.attrs.update(patch=dict(settings), versions=arrays.package_versions(), coordinates=coordinates)
 
 
 def _make_texts(

@@ -17,6 +17,10 @@ ROUNDING: dict[Arithmetic, float] = {"float32": 2**-23, "tf32": 2**-10, "float16
 TOLERANCE = 1e-4
 """Largest difference of a float32 logit difference, in nats, between replay and a full hooked forward."""
 
+Measure = Literal["probability", "rank", "kl", "sequence"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+"""What can be kept of a patched run beside its logit difference; `measures` defines them."""
+
 RUNS = ("clean", "corrupt")
 """Order of every `run` axis."""
 

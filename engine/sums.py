@@ -34,11 +34,11 @@ def sums_of(steps: Steps, layer: int) -> Sums | None:
         skeleton.heads_add_up[layer] = not _is_seen(steps, layer) and _adds_up(steps, layer)
     if not skeleton.heads_add_up[layer]:
         return None
-    target, source = (ground.patched("z", layer, run) for run in (ground.target, ground.source))
+    target, source = ground.patched("z", layer, ground.target), ground.source_z(layer)
     if layer + 1 < skeleton.anatomy.n_layers:
         unpatched = ground.patched("resid_pre", layer + 1, ground.target)
     else:
-        unpatched = _layer_output(steps, layer, target)
+        unpatched = layer_output(steps, layer, target)
     return Sums(unpatched, head_deltas(source, target, output_weight(skeleton, layer)))
 
 
@@ -58,7 +58,7 @@ def _adds_up(steps: Steps, layer: int) -> bool:
     """Whether a push on z arrives in the residual stream as W_O leaves it, without another factor, say."""
     z = steps.ground.patched("z", layer, steps.ground.target)
     push = torch.ones_like(z) * z.std()
-    before, after = (_layer_output(steps, layer, given) for given in (z, z + push))
+    before, after = (layer_output(steps, layer, given) for given in (z, z + push))
     expected = push.flatten(-2) @ output_weight(steps.skeleton, layer).flatten(0, 1)
     rounding = 32 * torch.finfo(before.dtype).eps * before.abs().max()
     return bool((after - before - expected).abs().max() <= rounding + 0.01 * expected.abs().max())
@@ -78,12 +78,12 @@ def _is_seen(steps: Steps, layer: int) -> bool:
             if module is not project and next(module.parameters(recurse=False), None) is not None:
                 stack.callback(module.register_forward_pre_hook(look).remove)
         z = steps.ground.patched("z", layer, steps.ground.target)
-        _layer_output(steps, layer, torch.full_like(z, torch.nan))
+        layer_output(steps, layer, torch.full_like(z, torch.nan))
     assert saw, "a layer has weights besides W_O"
     return any(saw)
 
 
-def _layer_output(
+def layer_output(
     steps: Steps, layer: int, z: Float[Tensor, "trial patched head head_dim"]
 ) -> Float[Tensor, "trial patched d_model"]:
     """What leaves `layer` in the target run when its heads give `z`."""

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from headlapse.engine.checkpoints import Loaded, Skeleton, Wardrobe, prefetch
+from headlapse.engine.checkpoints import Loaded, Skeleton, Wardrobe, load_tokenizer, prefetch
+from headlapse.engine.further import Further, Vocabulary, by_hook, known_tokens
 from headlapse.engine.ground import Direction, Site
+from headlapse.engine.layout import vocabulary_file
 from headlapse.engine.machine import Machine, matmul_rate, told_time
 from headlapse.engine.replay import replay, runs_at_once
 from headlapse.engine.series import Outcome
 from headlapse.engine.sources import Checkpoint, Files, fetch
 from headlapse.engine.store import PatchedRun, Store, StoredActivations
-from headlapse.engine.study import Arithmetic, Refusal, tolerance
+from headlapse.engine.study import MEASURES, Arithmetic, Measure, Refusal, tolerance
 from headlapse.engine.subsets import Subsets, parse_layers, parse_subsets
 from headlapse.engine.tasks import Alignment, Trials, align
 from headlapse.engine.verify import choose_pairs, choose_trials, hooked_logit_diff, require_exact
@@ -55,6 +57,9 @@ class Sweep:
     dtype: Arithmetic | None = None
     """Arithmetic of the replay; None is the store's."""
 
+    measures: tuple[Measure, ...] = ()
+    """What is kept beside the logit difference."""
+
 
 def name_of(asked: Sweep) -> str:
     """What the run is called when the user does not say."""
@@ -63,6 +68,7 @@ def name_of(asked: Sweep) -> str:
         words.append("layers" + "+".join(asked.layers))
     words += ["joint"] if asked.joint else []
     words += [asked.dtype] if asked.dtype else []
+    words += ["+".join(_in_order(asked.measures))] if asked.measures else []
     return shortened("-".join(words))
 
 
@@ -76,6 +82,11 @@ def shortened(name: str) -> str:
     return name if len(name) <= 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def _in_order(measures: Sequence[Measure]) -> tuple[Measure, ...]:
+    """Each once, however they were asked for."""
+    return tuple(name for name in MEASURES if name in measures)
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sweep, spelled out for one store."""
@@ -87,6 +98,7 @@ class Plan:
     sites: tuple[Site, ...]
     direction: Direction
     dtype: Arithmetic
+    measures: tuple[Measure, ...] = ()
 
     @property
     def n_runs(self) -> int:
@@ -109,7 +121,14 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
         "protocol": "corrected", "direction": sweep.direction, "positions": sweep.positions, "layers": layers,
         "joint": sweep.joint, "subsets": list(sweep.subsets), "dtype": dtype,
     }  # fmt: skip
-    return Plan(settings, trials, align(trials, sweep.positions), subsets, sites, sweep.direction, dtype)
+    measures = _in_order(sweep.measures)
+    if measures:  # runs from before there were any have no such setting
+        settings["measures"] = list(measures)
+    if "sequence" in measures and trials.continuation is None:
+        raise Refusal(
+            f"--measures sequence: {store.path} was cached before whole answers were kept; cache again with --overwrite"
+        )
+    return Plan(settings, trials, align(trials, sweep.positions), subsets, sites, sweep.direction, dtype, measures)
 
 
 def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
@@ -123,7 +142,8 @@ def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
 def open_run(store: Store, plan: Plan, name: str, device: str) -> PatchedRun:
     """The patched run `name` of the store, made where it is not there."""
     first_layers = [site[0] for site in plan.sites]
-    run = store.open_patch(name, plan.settings, first_layers, plan.subsets.labels, plan.subsets.mask)
+    labels, mask = plan.subsets.labels, plan.subsets.mask
+    run = store.open_patch(name, plan.settings, first_layers, labels, mask, plan.measures)
     run.group.attrs.update(device=device, kernels=twin_for(torch.device(device)))
     return run
 
@@ -148,7 +168,8 @@ def patch_series(
             yield Outcome(label, str(worn))
             continue
         assert worn.activations is not None
-        _patch(store, plan, run, label, worn.skeleton, worn.activations, worn.memory, done)
+        further = _further(plan, worn) if plan.measures else None
+        _patch(store, plan, run, label, worn.skeleton, worn.activations, worn.memory, done, further)
         yield Outcome(label)
 
 
@@ -202,27 +223,46 @@ def _patch(
     activations: StoredActivations,
     memory: int,
     done: Callable[[int], object],
+    further: Further | None,
 ) -> None:
     """Replay one checkpoint, as many sites at a time as find room, and write it."""
     runs = runs_at_once(skeleton, plan.alignment.valid.size, memory)
     replayed = functools.partial(
         replay, skeleton, activations, plan.trials, plan.alignment, plan.direction, mask=plan.subsets.mask, done=done
     )
+    allowed = tolerance(plan.dtype, store.study["dtype"])
     pairs = choose_pairs(label, plan.sites, len(plan.subsets), PAIRS)
-    difference = 0.0
+    difference, checks = 0.0, dict.fromkeys(plan.measures, 0.0)
     for first, sites in _blocks(plan):
-        logit_diff = replayed(sites=sites, runs=runs)
+        values = further.patched(sites, plan.subsets.mask, done) if further else {}
+        logit_diff = values.pop("logit_diff") if further else replayed(sites=sites, runs=runs)
         if chosen := [(site - first, subset) for site, subset in pairs if first <= site < first + len(sites)]:
             # numpy's maximum keeps NaN, Python's max does not
             difference = float(np.maximum(difference, _difference(skeleton, plan, label, sites, chosen, logit_diff)))
-            require_exact(difference, tolerance(plan.dtype, store.study["dtype"]), label)
-        run.write_layers(label, first, logit_diff)
-    run.finish(label, store.answer_logits(store.index(label)), difference)
+            require_exact(difference, allowed, label)
+            if further:
+                found = _further_differences(further.vocabulary, plan, label, sites, chosen, values, allowed)
+                checks = {name: float(np.maximum(checks[name], found[name])) for name in checks}
+        run.write_layers(label, first, logit_diff, **values)
+    answer_logits = store.answer_logits(store.index(label))
+    if further:
+        unpatched = further.unpatched()
+        captured = answer_logits[..., 0] - answer_logits[..., 1]
+        require_exact(float(np.abs(unpatched.pop("logit_diff") - captured).max()), allowed, f"{label}, unpatched")
+        run.write_further(label, unpatched, checks)
+    run.finish(label, answer_logits, difference)
+
+
+def _further(plan: Plan, worn: "Worn") -> Further:
+    assert worn.activations is not None
+    tokenizer = load_tokenizer(vocabulary_file(worn.files.directory).parent)
+    given = (plan.trials, plan.alignment, plan.direction, plan.measures)
+    return Further.prepare(worn.skeleton, worn.activations, *given, known_tokens(tokenizer), worn.memory)
 
 
 def _blocks(plan: Plan) -> Iterator[tuple[int, tuple[Site, ...]]]:
     """Sites whose results are held at once, each block with the index of its first."""
-    per_site = len(plan.subsets) * plan.trials.n_trials * np.dtype(np.float32).itemsize
+    per_site = (1 + len(plan.measures)) * len(plan.subsets) * plan.trials.n_trials * np.dtype(np.float32).itemsize
     size = max(1, HELD // per_site)
     for first in range(0, len(plan.sites), size):
         yield first, plan.sites[first : first + size]
@@ -242,6 +282,30 @@ def _difference(
     expected = hooked_logit_diff(skeleton, plan.trials.only(some), plan.alignment.only(some), plan.direction, patches)
     replayed = np.stack([logit_diff[site, subset, some] for site, subset in pairs])
     return float(np.abs(replayed - expected).max())  # numpy's max keeps NaN
+
+
+def _further_differences(
+    vocabulary: Vocabulary,
+    plan: Plan,
+    label: str,
+    sites: Sequence[Site],
+    pairs: Sequence[tuple[int, int]],
+    values: Mapping[str, Float[np.ndarray, "site subset trial"]],
+    allowed: float,
+) -> dict[str, float]:
+    """The same of every further measure, in its own unit.  Raises `Inexact` for more than rounding explains."""
+    some = choose_trials(label, plan.trials.n_trials, VERIFIED)
+    patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
+    trials, alignment = plan.trials.only(some), plan.alignment.only(some)
+    expected = by_hook(vocabulary, trials, alignment, plan.direction, patches, plan.measures, allowed)
+    differences = {}
+    for name in plan.measures:
+        replayed = np.stack([values[name][site, subset, some] for site, subset in pairs])
+        off = np.abs(replayed - expected.values[name])
+        worst = np.unravel_index((off - expected.allowed[name]).argmax(), off.shape)  # a NaN before all
+        require_exact(float(off[worst]), float(expected.allowed[name][worst]), f"{label}, {name}")
+        differences[name] = float(off.max())
+    return differences
 
 
 def _recorded(store: Store, label: str) -> Checkpoint:

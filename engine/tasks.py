@@ -43,6 +43,9 @@ class Trials:
     notes: tuple[str, ...]
     """What the user should hear: pairs dropped, repeats merged, words unknown."""
 
+    continuation: Int[np.ndarray, "trial answer token"] | None = None
+    """The answers from the branching token on, padded with -1; None where a store from before did not keep them."""
+
     @property
     def n_trials(self) -> int:
         return len(self.contrasts)
@@ -51,7 +54,10 @@ class Trials:
         """Some of the trials."""
         kept = {name: getattr(self, name)[:, chosen] for name in ("tokens", "length", "token_text")}
         contrasts = tuple(self.contrasts[trial] for trial in chosen)
-        return replace(self, **kept, answer_tokens=self.answer_tokens[chosen], contrasts=contrasts)
+        continuation = None if self.continuation is None else self.continuation[chosen]
+        return replace(
+            self, **kept, answer_tokens=self.answer_tokens[chosen], contrasts=contrasts, continuation=continuation
+        )
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class _Row:
     shared: tuple[int, ...]
     """The last tokens, those that reach past the end of the prompt."""
     answers: tuple[int, int]
+    continuation: tuple[tuple[int, ...], ...] = field(compare=False)
+    """The answers from the branching token on."""
     unknown: tuple[str, ...] = field(compare=False)
 
 
@@ -149,7 +157,7 @@ def _rows(contrast: Contrast, tokenizer: Tokenizer, context: int) -> tuple[_Row,
         if len(row.tokens) > context:
             found = f"the {run} prompt takes {len(row.tokens)} tokens, the model's context is {context}"
             raise Refusal(f"{contrast.source}: {found}; write a shorter prompt or take a model with a longer context")
-    if (rows[0].shared, rows[0].answers) != (rows[1].shared, rows[1].answers):
+    if (rows[0].shared, rows[0].continuation) != (rows[1].shared, rows[1].continuation):
         found = f"{contrast.answer!r} and {contrast.wrong!r} read as other tokens after clean than after corrupt"
         raise _Unreadable(found, "let both prompts end alike, for instance in a colon")
     return rows
@@ -195,6 +203,11 @@ def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Row:
         tokens=tuple(right[:at]),
         shared=tuple(token for token, (_, end) in run if end > len(prompt)),
         answers=(right[at], wrong[at]),
+        # What a tokenizer appends by itself, an end-of-text token say, spans no text and is no part of the answer.
+        continuation=tuple(
+            tuple(token for token, (a, b) in zip(row[at:], offsets[at:], strict=True) if a < b)
+            for row, offsets in zip((right, wrong), coded["offset_mapping"], strict=True)
+        ),
         unknown=tuple(texts[0][a:b] for token, (a, b) in run if token == tokenizer.unk_token_id and a < b),
     )
 
@@ -242,7 +255,14 @@ def _trials(kept: Mapping[tuple[_Row, ...], Contrast], notes: tuple[str, ...], t
     token_text = np.zeros(real.shape, dtype=np.array(pieces).dtype)
     token_text[real] = np.array(pieces)[place]
     answer_tokens = np.array([clean.answers for clean, _ in kept], dtype=np.int64)
-    return Trials(tokens, length, answer_tokens, token_text, tuple(kept.values()), notes)
+    contrasts = tuple(kept.values())
+    continuation = _continuation([clean for clean, _ in kept])
+    return Trials(tokens, length, answer_tokens, token_text, contrasts, notes, continuation)
+
+
+def _continuation(rows: Sequence[_Row]) -> Int[np.ndarray, "trial answer token"]:
+    longest = max(len(tokens) for row in rows for tokens in row.continuation)
+    return np.array([[(*tokens, *[-1] * (longest - len(tokens))) for tokens in row.continuation] for row in rows])
 
 
 def same_tokens(one: Trials, other: Trials) -> bool:

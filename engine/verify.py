@@ -1,12 +1,12 @@
 """The backstop: patched runs done again the slow way, with stock attention, plain hooks and no cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headlapse.engine.checkpoints import Skeleton
@@ -28,7 +28,6 @@ def choose_trials(label: str, n_trials: int, most: int) -> list[int]:
     return sorted(draw.choice(n_trials, size=min(most, n_trials), replace=False).tolist())
 
 
-@torch.inference_mode()
 def hooked_logit_diff(
     skeleton: Skeleton,
     trials: Trials,
@@ -41,22 +40,41 @@ def hooked_logit_diff(
     A patch is the layers and the heads that are patched.  The source run's z is taken from a full forward of its own,
     not from the store.
     """
-    source, target = source_and_target(direction)
-    into, out_of = alignment.positions[target], alignment.positions[source]
     right, wrong = torch.from_numpy(trials.answer_tokens).to(skeleton.device).T
     trial = torch.arange(trials.n_trials, device=skeleton.device)
+
+    def logit_diff(logits: Tensor) -> Tensor:
+        return (logits[trial, 0, right] - logits[trial, 0, wrong]).float()
+
+    last = trials.length[..., None] - 1
+    return hooked(skeleton, trials, alignment, direction, patches, last, logit_diff).cpu().numpy()
+
+
+@torch.inference_mode()
+def hooked(
+    skeleton: Skeleton,
+    trials: Trials,
+    alignment: Alignment,
+    direction: Direction,
+    patches: Sequence[tuple[Site, Bool[np.ndarray, " head"]]],
+    read: Int[np.ndarray, "run trial read"],
+    reading: Callable[[Float[Tensor, "trial read vocab"]], Float[Tensor, "trial *more"]],
+) -> Float[Tensor, "patch trial *more"]:
+    """Whatever `reading` makes of the logits of such patched runs at the positions `read`."""
+    source, target = source_and_target(direction)
+    into, out_of = alignment.positions[target], alignment.positions[source]
     found = []
     with skeleton.stock() as model:
         layers = {layer for site, _ in patches for layer in site}
         projections = {layer: model.get_submodule(skeleton.anatomy.out_proj[layer]) for layer in layers}
         with _reading(projections) as z:
-            _logits(skeleton, trials, source)
+            stock_logits(skeleton, trials, source, read)
         for site, heads in patches:
             patched = {layer: projections[layer] for layer in site}
-            with _writing(patched, z, into, out_of, heads, skeleton.anatomy.n_heads):
-                logits = _logits(skeleton, trials, target)
-            found.append((logits[trial, right] - logits[trial, wrong]).float().cpu().numpy())
-    return np.stack(found)
+            with _writing(patched, z, into, out_of, alignment.valid, heads, skeleton.anatomy.n_heads):
+                logits = stock_logits(skeleton, trials, target, read)
+            found.append(reading(logits))
+    return torch.stack(found)
 
 
 def require_exact(difference: float, allowed: float, where: str) -> None:
@@ -69,13 +87,16 @@ def require_exact(difference: float, allowed: float, where: str) -> None:
         )
 
 
-def _logits(skeleton: Skeleton, trials: Trials, run: int) -> Float[Tensor, "trial vocab"]:
-    """Logits at each prompt's last token."""
-    tokens, length = (torch.from_numpy(x[run]).to(skeleton.device) for x in (trials.tokens, trials.length))
+def stock_logits(
+    skeleton: Skeleton, trials: Trials, run: int, read: Int[np.ndarray, "run trial read"]
+) -> Float[Tensor, "trial read vocab"]:
+    """What the model, as it attends now, makes of each prompt of a run at the positions `read`."""
+    arrays = (trials.tokens, trials.length, read)
+    tokens, length, positions = (torch.from_numpy(x[run]).to(skeleton.device) for x in arrays)
     real = torch.arange(tokens.shape[1], device=skeleton.device) < length[:, None]
-    last, which = torch.unique(length - 1, return_inverse=True)
-    logits = skeleton.model(tokens, attention_mask=real.long(), use_cache=False, logits_to_keep=last).logits
-    return logits[torch.arange(len(tokens), device=skeleton.device), which]
+    kept, which = torch.unique(positions, return_inverse=True)
+    logits = skeleton.model(tokens, attention_mask=real.long(), use_cache=False, logits_to_keep=kept).logits
+    return logits[torch.arange(len(tokens), device=skeleton.device)[:, None], which]
 
 
 @contextmanager
@@ -101,6 +122,7 @@ def _writing(
     source_z: dict[int, Tensor],
     into: np.ndarray,
     out_of: np.ndarray,
+    valid: Bool[np.ndarray, "trial patched"],
     heads: Bool[np.ndarray, " head"],
     n_heads: int,
 ) -> Iterator[None]:
@@ -110,9 +132,9 @@ def _writing(
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             z = args[0].clone().unflatten(-1, (n_heads, -1))
             source = source_z[layer].unflatten(-1, (n_heads, -1))
-            for trial in range(len(into)):
+            for trial, patched in enumerate(valid):
                 for head in np.flatnonzero(heads):
-                    z[trial, into[trial], head] = source[trial, out_of[trial], head]
+                    z[trial, into[trial, patched], head] = source[trial, out_of[trial, patched], head]
             return (z.flatten(-2), *args[1:])
 
         return hook

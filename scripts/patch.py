@@ -10,13 +10,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
-from headlapse.engine.study import ARITHMETICS, Refusal
+from headlapse.engine.study import ARITHMETICS, MEASURES, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 PROTOCOL = """corrected (z of true heads at aligned positions, default) or published (the study bug for bug:
 layer 6, slices of the attention's output, 20 greedy tokens)"""
+MEASURED = """beside the logit difference: probability, rank, kl (from the clean run) or sequence (whole
+answers), e.g. probability kl"""
 SUBSETS = """which heads: even odd none all, each (single heads), but (all but one), balanced (every split
 in halves), lattice (all 2^H), size:K (all of K heads), random:N, halvings:N (even, odd and N
 random other halves, each with what it leaves), orders:N (beginnings of N random orders and
@@ -38,6 +40,7 @@ def parse_args() -> argparse.Namespace:
         choices=["denoise", "noise"],
         help="denoise (clean into corrupt) or noise (corrupt into clean)",
     )
+    add("--measures", nargs="+", default=[], choices=MEASURES, help=MEASURED)
     add("--protocol", default="corrected", choices=["corrected", "published"], help=PROTOCOL)
     add("--correction", default="bh", choices=["bh", "holm"], help="of p over layers and checkpoints, e.g. holm")
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
@@ -58,7 +61,8 @@ def main() -> int:
 
     protocol = {"corrected": sweep, "published": published}[args.protocol]
     subsets, layers = args.subsets or protocol.SUBSETS, args.layers or protocol.LAYERS
-    asked = sweep.Sweep(tuple(subsets), tuple(layers), args.joint, args.positions, args.direction, args.dtype)
+    how = (args.joint, args.positions, args.direction, args.dtype, tuple(args.measures))
+    asked = sweep.Sweep(tuple(subsets), tuple(layers), *how)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
     plan = protocol.spell_out(asked, held)
