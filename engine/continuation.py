@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Int
 
-from headlapse.engine.study import RUNS, Refusal
+from headlapse.engine.study import Refusal
 from headlapse.engine.tasks import Alignment, Trials
 
 
@@ -21,7 +21,7 @@ def answer(trials: Trials, which: int) -> Int[np.ndarray, "trial token"]:
 
 
 def continued(trials: Trials, which: int, context: int) -> Trials:
-    """The trials with all of an answer but its last token appended to either prompt.
+    """The trials with all of an answer but its last token appended to either prompt, as tokens without their text.
 
     Raises `Refusal` where the model takes no rows of that length (`context`, tokens).
     """
@@ -33,13 +33,11 @@ def continued(trials: Trials, which: int, context: int) -> Trials:
             f"--measures sequence: prompt and answer take {length.max()} tokens, the model's context is {context}; "
             "leave sequence out"
         )
-    longest = int(length.max())
-    rows = np.zeros((len(RUNS), trials.n_trials, longest), dtype=trials.tokens.dtype)
-    held = min(longest, trials.tokens.shape[2])
-    rows[..., :held] = trials.tokens[..., :held]
+    behind = ((0, 0), (0, 0), (0, max(0, int(length.max()) - trials.tokens.shape[2])))
+    rows, text = np.pad(trials.tokens, behind), np.pad(trials.token_text, behind)
     for run, trial in np.ndindex(*length.shape):
         rows[run, trial, trials.length[run, trial] : length[run, trial]] = tokens[trial, : further[trial]]
-    return replace(trials, tokens=rows, length=length)
+    return replace(trials, tokens=rows, length=length, token_text=text)
 
 
 def lengthened(alignment: Alignment, further: int, n_positions: int) -> Alignment:

@@ -41,7 +41,7 @@ def rank(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Flo
     return (above + tied / 2).to(logits.dtype)
 
 
-def kl(clean: Float[Tensor, "*run vocab"], patched: Float[Tensor, "*run vocab"]) -> Float[Tensor, "*run"]:
+def kl(clean: Float[Tensor, "*#run vocab"], patched: Float[Tensor, "*#run vocab"]) -> Float[Tensor, "*#run"]:
     """Kullback-Leibler divergence of the patched run from the clean one, in nats, both as log-probabilities.
 
     Sum of p_clean (log p_clean - log p_patched): Kullback and Leibler 1951, Ann. Math. Statist. 22; as a metric of
