@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from headlapse.engine.checkpoints import Loaded, Skeleton, Wardrobe, prefetch
+from headlapse.engine.answers import answers, refuse_too_many
+from headlapse.engine.checkpoints import Loaded, Skeleton, Wardrobe, load_tokenizer, prefetch
 from headlapse.engine.ground import Direction, Site
 from headlapse.engine.machine import Machine, matmul_rate, told_time
 from headlapse.engine.replay import replay, runs_at_once
@@ -55,6 +56,9 @@ class Sweep:
     dtype: Arithmetic | None = None
     """Arithmetic of the replay; None is the store's."""
 
+    generate: int = 0
+    """Greedy tokens to generate from every patched run; none by default."""
+
 
 def name_of(asked: Sweep) -> str:
     """What the run is called when the user does not say."""
@@ -62,6 +66,7 @@ def name_of(asked: Sweep) -> str:
     if asked.layers != LAYERS:
         words.append("layers" + "+".join(asked.layers))
     words += ["joint"] if asked.joint else []
+    words += [f"generate{asked.generate}"] if asked.generate else []
     words += [asked.dtype] if asked.dtype else []
     return shortened("-".join(words))
 
@@ -88,6 +93,9 @@ class Plan:
     direction: Direction
     dtype: Arithmetic
 
+    n_tokens: int
+    """To generate from every patched run."""
+
     @property
     def n_runs(self) -> int:
         """Patched runs at one checkpoint."""
@@ -104,12 +112,15 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
     sites = (tuple(layers),) if sweep.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
     subsets = parse_subsets(sweep.subsets, store.n_heads, estimate=functools.partial(_estimate, store, layers))
+    refuse_too_many(sweep.generate, len(sites), len(subsets), trials.n_trials)
     dtype: Arithmetic = sweep.dtype or store.study["dtype"]
-    settings = {
+    settings: dict[str, Any] = {
         "protocol": "corrected", "direction": sweep.direction, "positions": sweep.positions, "layers": layers,
         "joint": sweep.joint, "subsets": list(sweep.subsets), "dtype": dtype,
     }  # fmt: skip
-    return Plan(settings, trials, align(trials, sweep.positions), subsets, sites, sweep.direction, dtype)
+    settings |= {"generate": sweep.generate} if sweep.generate else {}
+    alignment = align(trials, sweep.positions)
+    return Plan(settings, trials, alignment, subsets, sites, sweep.direction, dtype, sweep.generate)
 
 
 def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
@@ -123,7 +134,7 @@ def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
 def open_run(store: Store, plan: Plan, name: str, device: str) -> PatchedRun:
     """The patched run `name` of the store, made where it is not there."""
     first_layers = [site[0] for site in plan.sites]
-    run = store.open_patch(name, plan.settings, first_layers, plan.subsets.labels, plan.subsets.mask)
+    run = store.open_patch(name, plan.settings, first_layers, plan.subsets.labels, plan.subsets.mask, plan.n_tokens)
     run.group.attrs.update(device=device, kernels=twin_for(torch.device(device)))
     return run
 
@@ -148,7 +159,7 @@ def patch_series(
             yield Outcome(label, str(worn))
             continue
         assert worn.activations is not None
-        _patch(store, plan, run, label, worn.skeleton, worn.activations, worn.memory, done)
+        _patch(store, plan, run, label, worn, worn.activations, done)
         yield Outcome(label)
 
 
@@ -198,13 +209,13 @@ def _patch(
     plan: Plan,
     run: PatchedRun,
     label: str,
-    skeleton: Skeleton,
+    worn: Worn,
     activations: StoredActivations,
-    memory: int,
     done: Callable[[int], object],
 ) -> None:
-    """Replay one checkpoint, as many sites at a time as find room, and write it."""
-    runs = runs_at_once(skeleton, plan.alignment.valid.size, memory)
+    """Replay one checkpoint, as many sites at a time as find room, and write it; with texts where they are asked."""
+    skeleton = worn.skeleton
+    runs = runs_at_once(skeleton, plan.alignment.valid.size, worn.memory)
     replayed = functools.partial(
         replay, skeleton, activations, plan.trials, plan.alignment, plan.direction, mask=plan.subsets.mask, done=done
     )
@@ -217,6 +228,9 @@ def _patch(
             difference = float(np.maximum(difference, _difference(skeleton, plan, label, sites, chosen, logit_diff)))
             require_exact(difference, tolerance(plan.dtype, store.study["dtype"]), label)
         run.write_layers(label, first, logit_diff)
+    if plan.n_tokens:
+        given = (plan.trials, plan.alignment, plan.direction, plan.sites, plan.subsets.mask, plan.n_tokens)
+        run.write_answers(label, answers(skeleton, load_tokenizer(worn.files.config.parent), *given, label))
     run.finish(label, store.answer_logits(store.index(label)), difference)
 
 

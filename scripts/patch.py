@@ -40,6 +40,7 @@ def parse_args() -> argparse.Namespace:
     )
     add("--protocol", default="corrected", choices=["corrected", "published"], help=PROTOCOL)
     add("--correction", default="bh", choices=["bh", "holm"], help="of p over layers and checkpoints, e.g. holm")
+    add("--generate", type=int, default=0, metavar="N", help="greedy tokens of every patched run as well, e.g. 20")
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", choices=ARITHMETICS, help="arithmetic of the replay, e.g. float32 (default: the store's)")
@@ -58,7 +59,8 @@ def main() -> int:
 
     protocol = {"corrected": sweep, "published": published}[args.protocol]
     subsets, layers = args.subsets or protocol.SUBSETS, args.layers or protocol.LAYERS
-    asked = sweep.Sweep(tuple(subsets), tuple(layers), args.joint, args.positions, args.direction, args.dtype)
+    settings = (args.joint, args.positions, args.direction, args.dtype, args.generate)
+    asked = sweep.Sweep(tuple(subsets), tuple(layers), *settings)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
     plan = protocol.spell_out(asked, held)

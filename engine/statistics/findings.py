@@ -12,6 +12,7 @@ from headlapse.engine.statistics.corrections import Correction
 from headlapse.engine.statistics.hypotheses import tell_when
 from headlapse.engine.statistics.rates import tell_rates
 from headlapse.engine.statistics.splits import tell_parity
+from headlapse.engine.statistics.texts import tell_answers
 from headlapse.engine.statistics.told import Told
 
 
@@ -28,6 +29,8 @@ def tell(
 
 def findings(run: xr.Dataset, settings: dict[str, Any], correction: Correction = "bh") -> Iterator[Told]:
     """Tables with how to read them, each only where the run has what it takes; p are adjusted by `correction`."""
+    if "text" in run:
+        yield tell_answers(run, settings)
     if {"even", "odd"} <= set(run.subset.values):
         yield tell_parity(run, correction)
         yield tell_rates(run, settings)
