@@ -1,19 +1,21 @@
-"""Greedy texts under the published study's hook: many conditions in one batch, and one at a time by definition.
+"""Greedy texts of patched runs, many in one batch: token for token those of transformers' own `generate`.
 
-What the study overwrites is what leaves an attention module, after the output projection, cut into as many slices as
-there are heads.  These are not heads: each mixes all of them.
+The patch here is the published study's hook.  What it overwrites is what leaves an attention module, after the output
+projection, cut into as many slices as there are heads.  These are not heads: each mixes all of them.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.machine import as_many_as_fit
+from headlapse.engine.study import Refusal
 
 ROUNDINGS = {torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}
 """Two logits that are closer than so many roundings of the largest one may change places with the shape of the batch.
@@ -21,7 +23,11 @@ ROUNDINGS = {torch.float32: 64, torch.float16: 4, torch.bfloat16: 4}
 Sums of 16-bit numbers are kept in float32 and rounded once, so that they rarely differ at all.
 """
 
+SIDE_BY_SIDE = {"cpu": 64, "cuda": 512}
+"""Texts generated at once, by kind of device."""
+
 Tokens = tuple[int, ...]
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -51,22 +57,56 @@ class Texts:
 def generate(skeleton: Skeleton, conditions: Sequence[Condition], n_tokens: int, most: int) -> Texts:
     """`n_tokens` greedy tokens for every condition, `most` of them side by side.
 
-    Prompts of one length share a batch, so that nothing is padded.  Token for token what `by_definition` gives: where
-    rounding could decide, the definition does.
+    Token for token what `by_definition` gives.
     """
+    return generate_patched(
+        skeleton,
+        [condition.corrupt for condition in conditions],
+        lambda batch: _overwriting(skeleton, [conditions[index] for index in batch]),
+        lambda index: by_definition(skeleton, conditions[index], n_tokens),
+        n_tokens,
+        most,
+    )
+
+
+def generate_patched(
+    skeleton: Skeleton,
+    prompts: Sequence[Tokens],
+    patching: Callable[[Sequence[int]], AbstractContextManager[None]],
+    define: Callable[[int], list[int]],
+    n_tokens: int,
+    most: int,
+) -> Texts:
+    """`n_tokens` greedy tokens after every prompt, `most` of them side by side.
+
+    `patching` puts the hooks of a batch of prompts, given by their indices, in place; `define` makes one text by
+    definition.  Prompts of one length share a batch, so that nothing is padded.  Where rounding could decide between
+    two tokens, the definition does.  Raises `Refusal` for texts that are longer than the model's context.
+    """
+    _refuse_beyond_context(skeleton, max(map(len, prompts)), n_tokens)
     stop = stop_tokens(skeleton)
     found: dict[int, list[int]] = {}
     near = []
-    order = sorted(range(len(conditions)), key=lambda index: len(conditions[index].corrupt))
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     with skeleton.stock("default"):
-        for batch in _batches(order, conditions, most):
-            tokens, is_near = _generate(skeleton, [conditions[index] for index in batch], n_tokens, stop)
+        for batch in _batches(order, prompts, most):
+            with patching(batch):
+                tokens, is_near = _generate(skeleton, [prompts[index] for index in batch], n_tokens, stop)
             for index, row, doubtful in zip(batch, tokens.tolist(), is_near.tolist(), strict=True):
                 found[index] = _cut(row, stop)
                 near += [index] if doubtful else []
     for index in near:
-        found[index] = by_definition(skeleton, conditions[index], n_tokens)
-    return Texts([found[index] for index in range(len(conditions))], len(near))
+        found[index] = define(index)
+    return Texts([found[index] for index in range(len(prompts))], len(near))
+
+
+def generate_once(skeleton: Skeleton, asked: Sequence[Asked], make: Callable[[list[Asked], int], Texts]) -> Texts:
+    """What `make` generates for all that is asked: equal ones once, as many side by side as the device holds."""
+    distinct = list(dict.fromkeys(asked))
+    most = min(len(distinct), SIDE_BY_SIDE.get(torch.device(skeleton.device).type, SIDE_BY_SIDE["cpu"]))
+    made = as_many_as_fit(lambda size: make(distinct, size), most)
+    place = {one: index for index, one in enumerate(distinct)}
+    return Texts([made.tokens[place[one]] for one in asked], made.n_near)
 
 
 @torch.inference_mode()
@@ -76,7 +116,7 @@ def by_definition(skeleton: Skeleton, condition: Condition, n_tokens: int) -> li
         attention = model.get_submodule(skeleton.anatomy.out_proj[condition.layer].rpartition(".")[0])
         heard: list[Tensor] = []
         with _hooked(attention, heard.append):
-            model(_row(skeleton, condition.clean), use_cache=False, logits_to_keep=1)
+            model(row_of(skeleton, condition.clean), use_cache=False, logits_to_keep=1)
         width = skeleton.anatomy.d_model // len(condition.slices)
 
         def overwrite(output: Tensor) -> Tensor:
@@ -88,13 +128,18 @@ def by_definition(skeleton: Skeleton, condition: Condition, n_tokens: int) -> li
                     patched[:, :n_shared, at] = heard[0][:, :n_shared, at]
             return patched
 
-        prompt, stock_generate = _row(skeleton, condition.corrupt), cast(Any, model).generate
-        wanted = {"max_new_tokens": n_tokens, "do_sample": False, "pad_token_id": 0}
         with _hooked(attention, overwrite):
-            made = stock_generate(
-                prompt, attention_mask=torch.ones_like(prompt), eos_token_id=stop_tokens(skeleton) or None, **wanted
-            )
-    return [int(token) for token in made[0, len(condition.corrupt) :]]
+            return stock_generate(skeleton, condition.corrupt, n_tokens)
+
+
+def stock_generate(skeleton: Skeleton, prompt: Tokens, n_tokens: int) -> list[int]:
+    """What transformers' own greedy `generate` makes of one prompt, under whatever hooks are in place."""
+    row, model = row_of(skeleton, prompt), cast(Any, skeleton.model)
+    wanted = {"max_new_tokens": n_tokens, "do_sample": False, "pad_token_id": 0}
+    made = model.generate(
+        row, attention_mask=torch.ones_like(row), eos_token_id=stop_tokens(skeleton) or None, **wanted
+    )
+    return [int(token) for token in made[0, len(prompt) :]]
 
 
 def stop_tokens(skeleton: Skeleton) -> list[int]:
@@ -103,11 +148,20 @@ def stop_tokens(skeleton: Skeleton) -> list[int]:
     return [] if named is None else list(named) if isinstance(named, list) else [int(named)]
 
 
-def _batches(order: Sequence[int], conditions: Sequence[Condition], most: int) -> Iterator[list[int]]:
-    """At most so many conditions at a time, of equal prompt length each time."""
+def _refuse_beyond_context(skeleton: Skeleton, longest: int, n_tokens: int) -> None:
+    context = skeleton.anatomy.context
+    if longest + n_tokens > context:
+        raise Refusal(
+            f"{n_tokens} tokens after a prompt of {longest} are more than the model's context of {context} holds; "
+            "cache shorter prompts, or generate fewer tokens"
+        )
+
+
+def _batches(order: Sequence[int], prompts: Sequence[Tokens], most: int) -> Iterator[list[int]]:
+    """At most so many prompts at a time, of equal length each time."""
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) == most or len(conditions[batch[0]].corrupt) != len(conditions[index].corrupt)):
+        if batch and (len(batch) == most or len(prompts[batch[0]]) != len(prompts[index])):
             yield batch
             batch = []
         batch.append(index)
@@ -116,30 +170,29 @@ def _batches(order: Sequence[int], conditions: Sequence[Condition], most: int) -
 
 
 def _generate(
-    skeleton: Skeleton, conditions: Sequence[Condition], n_tokens: int, stop: Sequence[int]
-) -> tuple[Int[Tensor, "condition token"], Bool[Tensor, " condition"]]:
+    skeleton: Skeleton, prompts: Sequence[Tokens], n_tokens: int, stop: Sequence[int]
+) -> tuple[Int[Tensor, "prompt token"], Bool[Tensor, " prompt"]]:
     """The batch's tokens, and who had two next tokens as good as equal before its end."""
     model: Any = skeleton.model
     device = skeleton.device
-    tokens = torch.tensor([condition.corrupt for condition in conditions], device=device)
-    ended = torch.zeros(len(conditions), dtype=torch.bool, device=device)
+    tokens = torch.tensor(prompts, device=device)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     is_near, made, cache = ended.clone(), [], None
     ends = torch.tensor(stop, dtype=torch.long, device=device)
-    with _overwriting(skeleton, conditions):
-        for _ in range(n_tokens):
-            output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, logits = output.past_key_values, output.logits[:, -1].float()
-            token, (best, second) = logits.argmax(1), logits.topk(2).values.unbind(1)
-            is_near |= ~ended & (best - second <= _bound(skeleton, logits))
-            made.append(token)
-            ended |= torch.isin(token, ends)
-            if bool(ended.all()):
-                break
-            tokens = token[:, None]
+    for _ in range(n_tokens):
+        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        token, (best, second) = logits.argmax(1), logits.topk(2).values.unbind(1)
+        is_near |= ~ended & (best - second <= _bound(skeleton, logits))
+        made.append(token)
+        ended |= torch.isin(token, ends)
+        if bool(ended.all()):
+            break
+        tokens = token[:, None]
     return torch.stack(made, dim=1), is_near
 
 
-def _bound(skeleton: Skeleton, logits: Float[Tensor, "condition vocab"]) -> Float[Tensor, " condition"]:
+def _bound(skeleton: Skeleton, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
     return ROUNDINGS[skeleton.dtype] * torch.finfo(skeleton.dtype).eps * logits.abs().amax(1)
 
 
@@ -204,11 +257,11 @@ def _outputs(
             for layer in layers:
                 module = model.get_submodule(skeleton.anatomy.out_proj[layer])
                 stack.callback(module.register_forward_hook(keep(layer, clean)).remove)
-            model(_row(skeleton, clean), use_cache=False, logits_to_keep=1)
+            model(row_of(skeleton, clean), use_cache=False, logits_to_keep=1)
     return kept
 
 
-def _row(skeleton: Skeleton, tokens: Tokens) -> Int[Tensor, "one token"]:
+def row_of(skeleton: Skeleton, tokens: Tokens) -> Int[Tensor, "one token"]:
     return torch.tensor([tokens], device=skeleton.device)
 
 

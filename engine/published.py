@@ -17,8 +17,8 @@ import xarray as xr
 
 from headlapse.engine.checkpoints import Wardrobe, load_tokenizer
 from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.generation import Condition, Texts, Tokens, by_definition, generate
-from headlapse.engine.machine import Machine, as_many_as_fit
+from headlapse.engine.generation import Condition, Texts, Tokens, by_definition, generate, generate_once
+from headlapse.engine.machine import Machine
 from headlapse.engine.measures import finished
 from headlapse.engine.series import Outcome
 from headlapse.engine.store import Store, TextRun
@@ -32,9 +32,6 @@ LAYERS = ("6",)
 """What the study patched."""
 
 N_TOKENS = 20
-
-SIDE_BY_SIDE = {"cpu": 64, "cuda": 512}
-"""Texts generated at once, by kind of device."""
 
 MODEL, TASK = "pythia-160m", "published"
 
@@ -79,6 +76,8 @@ def spell_out(asked: Sweep, store: Store) -> Plan:
             raise Refusal(
                 f"--protocol published copies from the start, one layer at a time, and scores texts; leave --{flag} out"
             )
+    if asked.generate:
+        raise Refusal(f"--protocol published generates {N_TOKENS} tokens as it is; leave --generate out")
     every = range(store.layers[-1] + 1)
     if asked.layers == LAYERS and int(LAYERS[0]) not in every:
         raise Refusal(
@@ -117,15 +116,15 @@ def patch_series(
         if isinstance(worn, Refusal):
             yield Outcome(label, str(worn))
             continue
-        _write(plan, run, label, worn, machine)
+        _write(plan, run, label, worn)
         done(plan.n_runs)
         yield Outcome(label)
 
 
-def _write(plan: Plan, run: TextRun, label: str, worn: Worn, machine: Machine) -> None:
+def _write(plan: Plan, run: TextRun, label: str, worn: Worn) -> None:
     tokenizer = load_tokenizer(worn.files.config.parent)
     conditions = _conditions(plan, tokenizer)
-    texts = _generated(worn, conditions, machine)
+    texts = _generated(worn, conditions)
     _require_same(worn, conditions, texts, label)
     shape = (len(plan.layers), len(plan.subsets), len(plan.contrasts))
     decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in texts.tokens]
@@ -165,18 +164,10 @@ def _conditions(plan: Plan, tokenizer: Any) -> list[Condition]:
     ]
 
 
-def _generated(worn: Worn, conditions: Sequence[Condition], machine: Machine) -> Texts:
+def _generated(worn: Worn, conditions: Sequence[Condition]) -> Texts:
     """Every text; where nothing is patched, one for all layers."""
     keys = [condition if any(condition.slices) else _unpatched(condition) for condition in conditions]
-    distinct = list(dict.fromkeys(keys))
-    made: list[Texts] = []
-
-    def run(most: int) -> None:
-        made[:] = [generate(worn.skeleton, distinct, N_TOKENS, most)]
-
-    as_many_as_fit(run, min(len(distinct), SIDE_BY_SIDE.get(machine.device.partition(":")[0], SIDE_BY_SIDE["cpu"])))
-    place = {condition: index for index, condition in enumerate(distinct)}
-    return Texts([made[0].tokens[place[key]] for key in keys], made[0].n_near)
+    return generate_once(worn.skeleton, keys, lambda some, most: generate(worn.skeleton, some, N_TOKENS, most))
 
 
 def _unpatched(condition: Condition) -> Condition:

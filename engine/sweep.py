@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from headlapse.engine.answers import answers, refuse_too_many
 from headlapse.engine.checkpoints import Loaded, Skeleton, Wardrobe, load_tokenizer, prefetch
 from headlapse.engine.further import Further, Vocabulary, by_hook, known_tokens
 from headlapse.engine.ground import Direction, Site
@@ -59,6 +60,8 @@ class Sweep:
 
     measures: tuple[Measure, ...] = ()
     """What is kept beside the logit difference."""
+    generate: int = 0
+    """Greedy tokens to generate from every patched run; none by default."""
 
 
 def name_of(asked: Sweep) -> str:
@@ -67,6 +70,7 @@ def name_of(asked: Sweep) -> str:
     if asked.layers != LAYERS:
         words.append("layers" + "+".join(asked.layers))
     words += ["joint"] if asked.joint else []
+    words += [f"generate{asked.generate}"] if asked.generate else []
     words += [asked.dtype] if asked.dtype else []
     words += ["+".join(_in_order(asked.measures))] if asked.measures else []
     return shortened("-".join(words))
@@ -100,6 +104,9 @@ class Plan:
     dtype: Arithmetic
     measures: tuple[Measure, ...] = ()
 
+    n_tokens: int = 0
+    """To generate from every patched run."""
+
     @property
     def n_runs(self) -> int:
         """Patched runs at one checkpoint."""
@@ -116,19 +123,22 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
     sites = (tuple(layers),) if sweep.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
     subsets = parse_subsets(sweep.subsets, store.n_heads, estimate=functools.partial(_estimate, store, layers))
+    refuse_too_many(sweep.generate, len(sites), len(subsets), trials.n_trials)
     dtype: Arithmetic = sweep.dtype or store.study["dtype"]
-    settings = {
+    settings: dict[str, Any] = {
         "protocol": "corrected", "direction": sweep.direction, "positions": sweep.positions, "layers": layers,
         "joint": sweep.joint, "subsets": list(sweep.subsets), "dtype": dtype,
     }  # fmt: skip
     measures = _in_order(sweep.measures)
     if measures:  # runs from before there were any have no such setting
         settings["measures"] = list(measures)
+    settings |= {"generate": sweep.generate} if sweep.generate else {}
     if "sequence" in measures and trials.continuation is None:
         raise Refusal(
             f"--measures sequence: {store.path} was cached before whole answers were kept; cache again with --overwrite"
         )
-    return Plan(settings, trials, align(trials, sweep.positions), subsets, sites, sweep.direction, dtype, measures)
+    how = (sites, sweep.direction, dtype, measures, sweep.generate)
+    return Plan(settings, trials, align(trials, sweep.positions), subsets, *how)
 
 
 def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
@@ -143,7 +153,7 @@ def open_run(store: Store, plan: Plan, name: str, device: str) -> PatchedRun:
     """The patched run `name` of the store, made where it is not there."""
     first_layers = [site[0] for site in plan.sites]
     labels, mask = plan.subsets.labels, plan.subsets.mask
-    run = store.open_patch(name, plan.settings, first_layers, labels, mask, plan.measures)
+    run = store.open_patch(name, plan.settings, first_layers, labels, mask, plan.measures, plan.n_tokens)
     run.group.attrs.update(device=device, kernels=twin_for(torch.device(device)))
     return run
 
@@ -169,7 +179,7 @@ def patch_series(
             continue
         assert worn.activations is not None
         further = _further(plan, worn) if plan.measures else None
-        _patch(store, plan, run, label, worn.skeleton, worn.activations, worn.memory, done, further)
+        _patch(store, plan, run, label, worn, worn.activations, done, further)
         yield Outcome(label)
 
 
@@ -219,14 +229,14 @@ def _patch(
     plan: Plan,
     run: PatchedRun,
     label: str,
-    skeleton: Skeleton,
+    worn: Worn,
     activations: StoredActivations,
-    memory: int,
     done: Callable[[int], object],
     further: Further | None,
 ) -> None:
-    """Replay one checkpoint, as many sites at a time as find room, and write it."""
-    runs = runs_at_once(skeleton, plan.alignment.valid.size, memory)
+    """Replay one checkpoint, as many sites at a time as find room, and write it; with texts where they are asked."""
+    skeleton = worn.skeleton
+    runs = runs_at_once(skeleton, plan.alignment.valid.size, worn.memory)
     replayed = functools.partial(
         replay, skeleton, activations, plan.trials, plan.alignment, plan.direction, mask=plan.subsets.mask, done=done
     )
@@ -250,6 +260,9 @@ def _patch(
         captured = answer_logits[..., 0] - answer_logits[..., 1]
         require_exact(float(np.abs(unpatched.pop("logit_diff") - captured).max()), allowed, f"{label}, unpatched")
         run.write_further(label, unpatched, checks)
+    if plan.n_tokens:
+        given = (plan.trials, plan.alignment, plan.direction, plan.sites, plan.subsets.mask, plan.n_tokens)
+        run.write_answers(label, answers(skeleton, load_tokenizer(worn.files.config.parent), *given, label))
     run.finish(label, answer_logits, difference)
 
 

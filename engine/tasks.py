@@ -163,6 +163,26 @@ def _rows(contrast: Contrast, tokenizer: Tokenizer, context: int) -> tuple[_Row,
     return rows
 
 
+@dataclass(frozen=True)
+class Spelling:
+    """A contrast's answers as tokens after a prompt of its own, from where the prompt ends."""
+
+    shared: tuple[int, ...]
+    """The beginning that both share: the last tokens of the row that is run."""
+
+    right: tuple[int, ...]
+    wrong: tuple[int, ...]
+
+
+def spell(contrast: Contrast, prompt: str, tokenizer: Tokenizer) -> Spelling:
+    """How the tokenizer spells the answers after `prompt`, which is the contrast's clean or corrupt one."""
+    row = _row(prompt, contrast, tokenizer)
+    start = len(row.tokens) - len(row.shared)
+    answers = tokenizer([prompt + contrast.answer, prompt + contrast.wrong], verbose=False)["input_ids"]
+    right, wrong = (tuple(answer[start:]) for answer in answers)
+    return Spelling(row.shared, right, wrong)
+
+
 def _check_replaced(rows: tuple[_Row, ...], tokenizer: Tokenizer) -> None:
     """Raises `_Unreadable` unless tokens correspond one by one and each answer is known by its branching token."""
     clean, corrupt = (row.tokens for row in rows)

@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     add("--measures", nargs="+", default=[], choices=MEASURES, help=MEASURED)
     add("--protocol", default="corrected", choices=["corrected", "published"], help=PROTOCOL)
     add("--correction", default="bh", choices=["bh", "holm"], help="of p over layers and checkpoints, e.g. holm")
+    add("--generate", type=int, default=0, metavar="N", help="greedy tokens of every patched run as well, e.g. 20")
     add("--name", help="what to call the run in the store, e.g. parity (default: from the settings)")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", choices=ARITHMETICS, help="arithmetic of the replay, e.g. float32 (default: the store's)")
@@ -61,7 +62,7 @@ def main() -> int:
 
     protocol = {"corrected": sweep, "published": published}[args.protocol]
     subsets, layers = args.subsets or protocol.SUBSETS, args.layers or protocol.LAYERS
-    how = (args.joint, args.positions, args.direction, args.dtype, tuple(args.measures))
+    how = (args.joint, args.positions, args.direction, args.dtype, tuple(args.measures), args.generate)
     asked = sweep.Sweep(tuple(subsets), tuple(layers), *how)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)

@@ -13,6 +13,7 @@ from headlapse.engine.statistics.hypotheses import tell_when
 from headlapse.engine.statistics.measured import tell_measures
 from headlapse.engine.statistics.rates import tell_rates
 from headlapse.engine.statistics.splits import tell_parity
+from headlapse.engine.statistics.texts import tell_answers
 from headlapse.engine.statistics.told import Told
 
 
@@ -31,6 +32,8 @@ def findings(run: xr.Dataset, settings: dict[str, Any], correction: Correction =
     """Tables with how to read them, each only where the run has what it takes; p are adjusted by `correction`."""
     if told := tell_measures(run, settings):
         yield told
+    if "text" in run:
+        yield tell_answers(run, settings)
     if {"even", "odd"} <= set(run.subset.values):
         yield tell_parity(run, correction)
         yield tell_rates(run, settings)
