@@ -155,7 +155,7 @@ class Further:
         grounds = _both_ways(skeleton, activations, trials, alignment, direction)
         sequence = "sequence" in measures
         tokens = [answer(trials, which) for which in (RIGHT, WRONG)] if sequence else []
-        told = ()
+        told: tuple[Told, ...] = ()
         if any(part.shape[1] > 1 for part in tokens):
             told = tuple(
                 Told(
@@ -271,8 +271,8 @@ def by_hook(
         return torch.cat([found, near.sum(1, keepdim=True) - 1], dim=1)
 
     found = hooked(skeleton, trials, alignment, direction, patches, last, read).cpu().numpy()
-    values = {name: found[..., place] for place, name in enumerate(at_once)}
-    allowed = {name: np.full_like(found[..., 0], tolerance) for name in measures}
+    values: dict[str, np.ndarray] = {name: found[..., place] for place, name in enumerate(at_once)}
+    allowed: dict[str, np.ndarray] = {name: np.full_like(found[..., 0], tolerance) for name in measures}
     if "rank" in measures:
         allowed["rank"] = found[..., -1]
     if "kl" in measures:

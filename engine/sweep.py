@@ -131,7 +131,7 @@ def spell_out(sweep: Sweep, store: Store) -> Plan:
     }  # fmt: skip
     measures = _in_order(sweep.measures)
     if measures:  # runs from before there were any have no such setting
-        settings["measures"] = list(measures)
+        settings["measures"] = list[str](measures)
     settings |= {"generate": sweep.generate} if sweep.generate else {}
     if "sequence" in measures and trials.continuation is None:
         raise Refusal(
@@ -242,7 +242,7 @@ def _patch(
     )
     allowed = tolerance(plan.dtype, store.study["dtype"])
     pairs = choose_pairs(label, plan.sites, len(plan.subsets), PAIRS)
-    difference, checks = 0.0, dict.fromkeys(plan.measures, 0.0)
+    difference, checks = 0.0, dict[str, float](dict.fromkeys(plan.measures, 0.0))
     for first, sites in _blocks(plan):
         values = further.patched(sites, plan.subsets.mask, done) if further else {}
         logit_diff = values.pop("logit_diff") if further else replayed(sites=sites, runs=runs)
@@ -311,7 +311,7 @@ def _further_differences(
     patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
     trials, alignment = plan.trials.only(some), plan.alignment.only(some)
     expected = by_hook(vocabulary, trials, alignment, plan.direction, patches, plan.measures, allowed)
-    differences = {}
+    differences: dict[str, float] = {}
     for name in plan.measures:
         replayed = np.stack([values[name][site, subset, some] for site, subset in pairs])
         off = np.abs(replayed - expected.values[name])
