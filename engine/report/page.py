@@ -30,7 +30,7 @@ TIDY_ROWS = 1_000_000
 OPTIONAL = {"heads", "training", "splits"}
 """Figures that only some runs have."""
 
-NUMBERS = {"parity", "rates", "shapley", "onsets", "hypotheses"}
+NUMBERS = {"measures", "answers", "parity", "rates", "shapley", "onsets", "hypotheses"}
 """Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20
