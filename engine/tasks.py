@@ -223,13 +223,22 @@ def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Row:
         tokens=tuple(right[:at]),
         shared=tuple(token for token, (_, end) in run if end > len(prompt)),
         answers=(right[at], wrong[at]),
-        # What a tokenizer appends by itself, an end-of-text token say, spans no text and is no part of the answer.
         continuation=tuple(
-            tuple(token for token, (a, b) in zip(row[at:], offsets[at:], strict=True) if a < b)
+            _without_end(row[at:], offsets[at:], tokenizer)
             for row, offsets in zip((right, wrong), coded["offset_mapping"], strict=True)
         ),
         unknown=tuple(texts[0][a:b] for token, (a, b) in run if token == tokenizer.unk_token_id and a < b),
     )
+
+
+def _without_end(tokens: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Without what a tokenizer appends by itself, an end-of-text token say: a special token that spans no text.
+
+    To span no text is not enough: in byte-level tokenizers a token of nothing but spaces spans none either.
+    """
+    own = set(tokenizer.all_special_ids)
+    said = [at for at, (token, (a, b)) in enumerate(zip(tokens, spans, strict=True)) if a < b or token not in own]
+    return tuple(tokens[: said[-1] + 1])
 
 
 def _true_start(text: str, span: tuple[int, int], piece: str) -> int:
@@ -287,7 +296,9 @@ def _continuation(rows: Sequence[_Row]) -> Int[np.ndarray, "trial answer token"]
 
 def same_tokens(one: Trials, other: Trials) -> bool:
     """Whether both ask the same, token for token."""
-    fields = ("tokens", "length", "answer_tokens")
+    fields = ["tokens", "length", "answer_tokens"]
+    if one.continuation is not None and other.continuation is not None:
+        fields.append("continuation")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
 
 

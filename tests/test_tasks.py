@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 import string
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from headlapse.engine.contrasts.built_in import TASKS
 from headlapse.engine.contrasts.contrast import FIELDS
 from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import Trials, align, draw_trials, load_contrasts, task_digest
+from headlapse.engine.tasks import Trials, align, draw_trials, load_contrasts, same_tokens, task_digest
 
 CONTEXT = 64
 UNKNOWN, BOS, EOS = "[UNK]", "<s>", "</s>"
@@ -173,6 +174,32 @@ def test_a_row_followed_by_an_answer_is_how_the_tokenizer_reads_prompt_and_answe
                 for answer, token in zip((contrast.answer, contrast.wrong), trials.answer_tokens[trial], strict=True):
                     read = tokenizer((contrast.clean, contrast.corrupt)[run] + answer)["input_ids"]
                     assert read[: len(row) + 1] == [*row, token]
+
+
+def test_a_row_followed_by_a_continuation_is_the_whole_prompt_and_answer_but_for_what_the_tokenizer_appends(
+    digits: PreTrainedTokenizerFast, bounded: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """In byte-level tokenizers a token of nothing but spaces spans no text: at the branching, or later on."""
+    spaced = write(tmp_path, line(answer=" 1  5", wrong=" 14"), line(answer=" a  b", wrong=" a c"))
+    cases = [(byte_level(("Ġ", "Ġ"), trim=trim), spaced, 0) for trim in (True, False)]
+    cases += [(byte_level(trim=True), spaced, 0), (digits, "decimal", 0), (bounded, "decimal", 1)]
+    for tokenizer, task, n_appended in cases:
+        trials = draw_trials(task, None, tokenizer, CONTEXT)
+        assert trials.continuation is not None
+        assert (trials.continuation[..., 0] == trials.answer_tokens).all()
+        for (run, trial), length in np.ndenumerate(trials.length):
+            contrast, row = trials.contrasts[trial], trials.tokens[run, trial, :length].tolist()
+            for text, padded in zip((contrast.answer, contrast.wrong), trials.continuation[trial], strict=True):
+                read = tokenizer((contrast.clean, contrast.corrupt)[run] + text)["input_ids"]
+                assert read[: len(read) - n_appended] == [*row, *padded[padded >= 0].tolist()]
+
+
+def test_trials_whose_answers_go_on_otherwise_are_not_the_same(digits: PreTrainedTokenizerFast) -> None:
+    trials = draw_trials("decimal", 5, digits, CONTEXT)
+    assert trials.continuation is not None
+    other = replace(trials, continuation=np.where(trials.continuation > 0, 7, -1))
+    assert same_tokens(trials, trials) and not same_tokens(trials, other)
+    assert same_tokens(trials, replace(other, continuation=None)), "a store from before kept none"
 
 
 def test_rows_are_padded_on_the_right_with_0_up_to_the_longest(digits: PreTrainedTokenizerFast) -> None:
