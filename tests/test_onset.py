@@ -4,18 +4,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from scipy import stats
 
+from headlapse.engine.statistics.corrections import adjust
 from headlapse.engine.statistics.hypotheses import hypotheses, judge, tell_when
-from headlapse.engine.statistics.intervals import resampled_means
+from headlapse.engine.statistics.intervals import noise_of_means, resampled_means
 from headlapse.engine.statistics.onset import (
+    Order,
     Series,
     comes_first,
     date,
-    deepest_dip,
+    falls,
     first_lasting,
     known_steps,
     onsets,
     series_of,
+    surely_past,
 )
 
 STEPS = np.array([0, 10, 20, 30, 40, 50, 60, 70])
@@ -77,22 +81,90 @@ def test_planted_onsets_lie_in_their_interval_as_often_as_it_says() -> None:
     assert covered / 200 > 0.95 - 0.046
 
 
-def test_the_deepest_fall_is_named_and_only_a_clear_one_is_clear() -> None:
-    values = np.array([0, 1, 3, 2, 1.5, 4, 5, 4.8])[:, None] + np.random.default_rng(0).normal(0, 0.3, (8, 20))
-    dip = deepest_dip(STEPS, values)
-    assert dip is not None and (dip.start, dip.end) == (20, 40) and dip.low < dip.depth < dip.high and dip.is_clear
-    assert dip.depth == pytest.approx(1.5, abs=0.3)
-    assert deepest_dip(STEPS, np.arange(8.0)[:, None].repeat(3, 1)) is None
-    noisy = deepest_dip(STEPS, np.arange(8.0)[:, None] * 0.1 + np.random.default_rng(2).normal(0, 5, (8, 20)))
-    assert noisy is not None and noisy.low < 0.5 * noisy.depth
+@pytest.mark.parametrize("n_checkpoints", [11, 60])
+def test_noise_about_the_goal_is_dated_and_evident_nowhere(n_checkpoints: int) -> None:
+    """300 series of 15 prompts whose mean lies on the goal: the mean passes it by chance, which is evident in at most
+    5 %, within three standard errors (3.8 points).  The same for counts, on a coin's side and on a die's."""
+    draw, steps = np.random.default_rng(5), np.arange(n_checkpoints)
+    kinds = {
+        "nats": lambda: series(draw.standard_normal((n_checkpoints, 15)), 0.0),
+        "both sides": lambda: series(0.5 + draw.standard_normal((n_checkpoints, 15)), 0.5, two_sided=True),
+        "coin": lambda: Series("it", None, draw.binomial(1, 0.5, (n_checkpoints, 15)).astype(float), 0.5, "rate"),
+        "difference": lambda: Series(
+            "it", None, draw.choice([-1.0, 0, 1], (n_checkpoints, 15), p=[0.15, 0.4, 0.45]), 0.3, "rate", True, -1.0
+        ),
+    }  # fmt: skip
+    for kind, make in kinds.items():
+        found = [make() for _ in range(300)]
+        evident = np.mean([surely_past(one).any() for one in found])
+        assert evident <= 0.05 + 0.038, (kind, evident)
+    dated = [date(steps, kinds["nats"]()) for _ in range(20)]
+    assert sum(onset.by is not None for onset in dated) > 10 and sum(onset.evident is not None for onset in dated) <= 3
+
+
+def test_what_is_evident_is_scipys_tests_adjusted() -> None:
+    values = np.random.default_rng(6).normal(0.5, 1, (9, 15)) + np.linspace(-1, 1, 9)[:, None]
+    p = stats.ttest_1samp(values, 0.5, axis=1, alternative="greater").pvalue
+    expected = adjust(p, "holm") <= 0.05
+    assert (surely_past(series(values)) == expected).all() and 0 < expected.sum() < 9
+    counts = (values > 0.5).astype(float)
+    exact = np.array([stats.binomtest(int(row.sum()), 15, 0.5, "greater").pvalue for row in counts])
+    found = surely_past(Series("it", None, counts, 0.5, "rate"))
+    assert (found == (adjust(exact, "holm") <= 0.05)).all() and 0 < found.sum() < 9
+
+
+def test_one_prompt_makes_nothing_evident_and_nothing_fall() -> None:
+    one = series(np.array([0, 0, 0, 9, 9, 9, 0, 9.0])[:, None])
+    assert date(STEPS, one).evident is None and falls(STEPS, one) == []
+    assert not noise_of_means(one.values, 20).any()
+
+
+def test_falls_are_named_the_deepest_first() -> None:
+    mean = np.array([0, 4, 4.1, 1, 3, 5, 5.1, 3.9])
+    found = falls(STEPS, series(mean[:, None] + np.random.default_rng(0).normal(0, 0.2, (8, 30))))
+    assert [(fall.start, fall.end) for fall in found] == [(20, 30), (60, 70)]
+    assert all(0 < fall.at_least < fall.depth for fall in found)
+    assert [fall.depth for fall in found] == pytest.approx([3.1, 1.2], abs=0.2)
+    assert str(found[0]).startswith("20 to 30: -3.")
+    assert falls(STEPS, series(np.arange(8.0))) == []
+
+
+def test_a_two_sided_measure_falls_from_the_side_it_goes_furthest_to() -> None:
+    mean = np.array([0, 0, -3, -3, 0, 0, -4, -4.0])
+    values = mean[:, None] + np.random.default_rng(0).normal(0, 0.2, (8, 30))
+    found = falls(STEPS, series(values, two_sided=True))
+    assert len(found) == 1 and found[0].start in (20, 30) and found[0].end in (40, 50)
+
+
+@pytest.mark.parametrize("n_checkpoints", [11, 30])
+def test_noise_alone_falls_as_often_as_it_says(n_checkpoints: int) -> None:
+    """300 series of 15 prompts, flat or rising: a fall is named in at most 5 %, within three standard errors; prompts
+    may differ, and go their own ways."""
+    draw, steps = np.random.default_rng(7), np.arange(n_checkpoints)
+    shape = (300, n_checkpoints, 15)
+    flat = draw.standard_normal(shape)
+    kinds = {
+        ("flat", False): flat,
+        ("flat", True): flat,
+        ("rising", False): flat + 0.01 * steps[:, None],
+        ("wandering", False): flat.cumsum(1),
+        ("far apart", False): 0.3 * flat + 9 * draw.standard_normal((300, 1, 15)),
+    }
+    for (kind, two_sided), values in kinds.items():
+        named = np.mean([bool(falls(steps, series(one, two_sided=two_sided))) for one in values])
+        assert named <= 0.05 + 0.038, (kind, two_sided, named)
 
 
 def test_capability_and_specialization_are_put_in_order_only_where_the_data_do() -> None:
     early, late = (series(np.array([0, 0, 0, 0, 0, 0, 0, 0.0]) + (at <= STEPS)) for at in (20, 60))
-    assert comes_first(STEPS, early, late)[0] == "first" and comes_first(STEPS, late, early)[0] == "later"
-    assert comes_first(STEPS, early, early)[0] == "undecided"
+    assert comes_first(STEPS, early, late) == Order("first", 1.0, 0.0, 30.0, 50.0), "(10, 20] against (50, 60]"
+    assert comes_first(STEPS, late, early) == Order("later", 0.0, 1.0, -50.0, -30.0)
+    assert comes_first(STEPS, early, early) == Order("undecided", 0.0, 0.0, -10.0, 10.0)
     noise = np.random.default_rng(0).normal(0, 1, (2, 8, 10)) + (STEPS >= 30)[None, :, None] * 0.7
-    assert comes_first(STEPS, series(noise[0]), series(noise[1]))[0] == "undecided"
+    assert comes_first(STEPS, series(noise[0]), series(noise[1])).verdict == "undecided"
+    never = series(np.zeros(8))
+    assert comes_first(STEPS, early, never) == Order("first", 1.0, 0.0, 50.0, np.inf)
+    assert comes_first(STEPS, never, never).verdict == "undecided"
 
 
 # --- of a patched run ---
@@ -108,7 +180,7 @@ def run_of(parted: np.ndarray, repaired: np.ndarray, steps: np.ndarray = STEPS, 
     moved[:, 1, 0], moved[:, 1, 1] = parted[:, None] / 2, -parted[:, None] / 2
     moved += rng.normal(0, noise, moved.shape)
     dims = ("checkpoint", "layer", "subset", "trial")
-    mask = np.array([[True, False], [False, True], [True, True]])
+    mask = np.array([[True, False] * 2, [False, True] * 2, [True] * 4])
     return xr.Dataset(
         {
             "logit_diff": (dims, (corrupt[:, None, None] + moved).astype(np.float32)),
@@ -183,6 +255,48 @@ def test_what_never_starts_contradicts_every_third() -> None:
     found = verdicts(hypotheses(run_of(np.zeros(8), np.ones(8)), "denoise", 4))
     assert {found[name] for name in ("early", "middle", "late")} == {"contradicted"}
     assert hypotheses(run_of(np.zeros(2), np.ones(2), STEPS[:2]), "denoise", 4) is None
+
+
+def by_name(steps: np.ndarray, one: Series, p: float | None = None) -> dict[str, str]:
+    return {verdict.hypothesis.split()[1]: verdict.verdict for verdict in judge(steps, one, p)}
+
+
+def test_what_other_halvings_show_as_well_supports_nothing() -> None:
+    steps = np.arange(0, 310, 10)
+    jump = series(3.0 * (steps >= 150) + np.zeros(31), two_sided=True)
+    assert by_name(steps, jump, 0.04)["middle"] == by_name(steps, jump, 0.04)["sudden"] == "supported"
+    chance = by_name(steps, jump, 0.06)
+    assert chance["middle"] == chance["sudden"] == "undecided" and chance["early"] == "contradicted"
+
+
+def test_what_may_be_chance_leaves_the_thirds_open_unless_the_halvings_say_otherwise() -> None:
+    noise = Series("it", None, np.random.default_rng(1).normal(0, 3, (31, 10)), 0.5, "nats", True)
+    steps = np.arange(0, 310, 10)
+    assert date(steps, noise).by is not None
+    assert {by_name(steps, noise)[name] for name in ("early", "middle", "late")} == {"undecided"}
+    assert "at no checkpoint beyond chance" in judge(steps, noise)[0].evidence
+    three = series(np.array([3.0, 6, 9]) * (STEPS >= 40)[:, None], two_sided=True)
+    assert by_name(STEPS, three)["middle"] == "undecided" and by_name(STEPS, three, 0.002)["middle"] == "supported"
+
+
+def test_thirds_are_of_the_training_and_not_of_the_checkpoints_at_hand() -> None:
+    steps = np.arange(120, 144) * 1000
+    found = by_name(steps, series(2.0 * (steps >= 125_000), two_sided=True))
+    assert (found["early"], found["late"]) == ("contradicted", "supported")
+    early = series(2.0 * (STEPS >= 0), two_sided=True)
+    assert by_name(STEPS, early)["early"] == "supported", "there at step 0"
+    late = judge(np.array([1, 10, 100, 1000, 10_000]), series(np.array([0, 0, 0, 2.0, 2.0])))
+    assert late[0].verdict == "supported" and "over log steps middle or late" in late[0].evidence
+
+
+def test_the_text_says_where_a_rate_jumps_and_the_nats_do_not() -> None:
+    """Every prompt's logit difference rises steadily and passes zero at about the same time."""
+    steps = np.arange(0, 310, 10)
+    run = run_of(np.zeros(31), np.zeros(31), steps)
+    rising = (steps[:, None] - 155) / 50 + np.random.default_rng(2).normal(0, 0.02, (31, 12))
+    run["clean_logit_diff"] = (("checkpoint", "trial"), rising.astype(np.float32))
+    when = str(next(tell_when(run, {"direction": "denoise"})))
+    assert "clean right: the rate jumps and the nats do not" in when
 
 
 def test_the_text_tells_onsets_and_hypotheses_of_the_layer_that_moves_most() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headlapse.engine.statistics.shape import judge_shape
+from headlapse.engine.statistics.shape import changes, judge_shape, sampling_variance
 
 DENSE = np.linspace(0, 1, 31)
 NAMES = ("constant", "step", "line", "logistic")
@@ -50,9 +50,27 @@ def test_bic_is_its_definition() -> None:
     assert shape.bic["line"] == pytest.approx(n * np.log(rest / n) + n + 2 * np.log(n))
 
 
-def test_more_prompts_than_one_set_a_floor_under_the_noise() -> None:
-    """Means that follow a curve to the last digit, of prompts that scatter widely, prove no curve."""
-    x = np.linspace(0, 1, 8)
-    spread = np.tile([-9.0, 9.0], 8)
-    assert judge_shape(x, (0.5 * x)[:, None] + spread).verdict == "none"
+def test_prompts_that_differ_alike_everywhere_change_no_shape() -> None:
+    """Prompts far apart that all rise alike rise; those that scatter at every checkpoint anew prove nothing."""
+    draw = np.random.default_rng(0)
+    x = np.linspace(0, 1, 31)
+    for mean, verdict in ((3.0 * (x > 0.4), "sudden"), (3.0 * x, "gradual"), (0 * x, "none")):
+        assert judge_shape(x, noisy(mean) + 10 * draw.standard_normal(15)).verdict == verdict
+    assert judge_shape(x, (0.5 * x)[:, None] + draw.normal(0, 9, (31, 16))).verdict == "none"
     assert judge_shape(x, (0.5 * x)[:, None]).verdict == "gradual"
+
+
+def test_the_sampling_variance_is_the_interaction_of_an_analysis_of_variance() -> None:
+    """Hand-worked: prompts 0 and 4 apart, and one cell off by 2."""
+    values = np.array([[0.0, 4.0], [0.0, 4.0], [2.0, 4.0]])
+    assert sampling_variance(values) == pytest.approx((4 / 3) / (1 * 2) / 2)
+    assert sampling_variance(values[:, :1]) == 0
+
+
+def test_prompts_that_go_their_own_ways_make_no_change_of_the_mean() -> None:
+    """300 series of 15 prompts, each a random walk of its own: a shape is seen in at most 5 %, within three standard
+    errors (3.8 points)."""
+    walks = np.random.default_rng(3).normal(0, 0.3, (300, 31, 15)).cumsum(1)
+    found = [judge_shape(DENSE, one).verdict for one in walks]
+    assert np.mean([verdict in ("sudden", "gradual") for verdict in found]) <= 0.05 + 0.038
+    assert changes(DENSE, walks[0] + 9 * DENSE[:, None])

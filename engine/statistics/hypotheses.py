@@ -1,7 +1,7 @@
 """The published study's five hypotheses about when even and odd heads part, each held against the data.  Pure."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,28 @@ import xarray as xr
 from jaxtyping import Int
 
 from headlapse.engine.measures import best_layer
-from headlapse.engine.statistics.onset import Onset, Series, comes_first, date, known_steps, onsets, pick, series_of
-from headlapse.engine.statistics.shape import GAP, judge_shape
+from headlapse.engine.statistics.intervals import LEVEL
+from headlapse.engine.statistics.onset import (
+    Onset,
+    Series,
+    comes_first,
+    date,
+    known_steps,
+    onsets,
+    pick,
+    series_of,
+)
+from headlapse.engine.statistics.shape import GAP, Shape, judge_shape
 from headlapse.engine.statistics.splits import parity
 from headlapse.engine.statistics.told import Told
 
 THIRDS = {"H1 early": (0, 1), "H2 middle": (1, 2), "H3 late": (2, 3)}
-"""Which third of the training, in steps, something must start in."""
+"""Which third of the training something must start in."""
 
 SHAPES = {"H4 gradual": "gradual", "H5 sudden": "sudden"}
+
+JUMP = ("sudden", "gradual")
+"""Shapes of a rate and of its logit difference where the jump is the threshold's."""
 
 FEWEST = 3
 """Checkpoints of known steps below which nothing is said of when."""
@@ -38,31 +51,59 @@ class Verdict:
 def judge(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | None = None) -> list[Verdict]:
     """The five hypotheses, for one measure of how even and odd heads part.
 
-    H1, H2, H3: it starts in the first, second, last third of the training covered, in steps.  Supported where the
-    whole interval of the onset lies in the third, contradicted where none of it does, or nothing starts; undecided
-    between.  H4, H5: the change is gradual, sudden (`shape.judge_shape`).  `p` is the place of even against odd among
-    the halvings run where it is known: a start that any halving would show is no specialization of even heads.
+    H1, H2, H3: it starts in the first, second, last third of the training, from step 0 to the last checkpoint, in
+    steps.  Supported where the whole interval of the onset lies in the third, contradicted where none of it does, or
+    nothing starts; undecided between, and where what starts may be chance: it is evident neither over prompts
+    (`onset.surely_past`) nor by `p`.  The evidence names the thirds of log(1 + step) as well, for much that a model
+    learns it learns early.  H4, H5: the change is gradual, sudden (`shape.judge_shape`).
+
+    `p` is the place of even against odd among the halvings run where it is known, exact for these prompts: what other
+    halvings show as well is no specialization of even heads, and supports nothing.  The values of one prompt are taken
+    as they are: there is no interval, and nothing can be evident.
     """
     onset, shape = date(steps, series), judge_shape(steps.astype(float), series.values)
-    told = f"{series.name} ({series.unit}) starts {onset}, interval {_interval(onset)}"
-    chance = "" if p is None else f"; p = {p:.2g} among the halvings run"
-    verdicts = [Verdict(name, _in_third(steps, onset, *third), f"{told}{chance}") for name, third in THIRDS.items()]
+    one_prompt = series.values.shape[1] == 1
+    stands_out, like_others = p is not None and p <= 1 - LEVEL, p is not None and p > 1 - LEVEL
+    by_chance = onset.by is not None and onset.evident is None and not one_prompt and not stands_out
+    interval = (0 if onset.low is None else onset.low, np.inf if onset.high is None else onset.high)
+    end = int(steps[-1])
+    told = f"{series.name} ({series.unit}) starts {_told(onset, one_prompt)}; {_by_log(*interval, end)}"
+    if p is not None:
+        told += f"; p = {p:.2g} among the halvings run"
+    verdicts = []
+    for name, third in THIRDS.items():
+        verdict = "undecided" if by_chance else _in_third(interval, *third, end)
+        verdicts.append(Verdict(name, verdict, told))
     for name, wanted in SHAPES.items():
         verdict = {wanted: "supported", "undecided": "undecided"}.get(shape.verdict, "contradicted")
-        verdicts.append(Verdict(name, verdict, _of_shape(shape.bic, shape.gap, shape.verdict)))
-    return verdicts
+        verdicts.append(Verdict(name, verdict, _of_shape(shape)))
+    return [_open(one) if like_others and one.verdict == "supported" else one for one in verdicts]
 
 
-def _in_third(steps: Int[np.ndarray, " checkpoint"], onset: Onset, first: int, last: int) -> str:
-    start, covered = int(steps[0]), int(np.ptp(steps))
-    lower, upper = start + covered * first / 3, start + covered * last / 3
-    if onset.censored == "right":
-        return "undecided" if onset.low is not None and onset.low < steps[-2] else "contradicted"
-    low = start if onset.low is None else onset.low
-    high = np.inf if onset.high is None else onset.high
+def _open(one: Verdict) -> Verdict:
+    return replace(one, verdict="undecided", evidence=f"{one.evidence}; other halvings part as far")
+
+
+def _in_third(interval: tuple[float, float], first: int, last: int, end: float) -> str:
+    """Of the way from zero to `end`."""
+    low, high = interval
+    lower, upper = end * first / 3, end * last / 3
     if lower <= low and high <= upper:
         return "supported"
     return "contradicted" if high <= lower or low >= upper else "undecided"
+
+
+def _by_log(low: float, high: float, end: int) -> str:
+    logs, last = (float(np.log1p(low)), float(np.log1p(high))), float(np.log1p(end))
+    possible = [name.split()[1] for name, third in THIRDS.items() if _in_third(logs, *third, last) != "contradicted"]
+    return f"over log steps {' or '.join(possible) or 'in no third'}"
+
+
+def _told(onset: Onset, one_prompt: bool) -> str:
+    if one_prompt:
+        return f"{onset}, one prompt: no interval"
+    evident = "at no checkpoint beyond chance" if onset.evident is None else f"beyond chance by {onset.evident:,}"
+    return f"{onset}, interval {_interval(onset)}, {evident}"
 
 
 def _interval(onset: Onset) -> str:
@@ -70,13 +111,14 @@ def _interval(onset: Onset) -> str:
     return f"{low} to {'never' if onset.high is None else f'{onset.high:,}'}"
 
 
-def _of_shape(bic: dict[str, float], gap: float, verdict: str) -> str:
-    if not bic:
+def _of_shape(shape: Shape) -> str:
+    if not shape.bic:
         return "too few checkpoints to tell shapes apart"
-    least = min(bic.values())
-    told = ", ".join(f"{name} {value - least:.0f}" for name, value in bic.items())
-    hidden = f"; {gap:.0%} of the steps lie unobserved where a step fits best" if gap > GAP else ""
-    return f"{verdict}: BIC above the best: {told}{hidden}"
+    least = min(shape.bic.values())
+    told = ", ".join(f"{name} {value - least:.0f}" for name, value in shape.bic.items())
+    hidden = f"; {shape.gap:.0%} of the steps lie unobserved where a step fits best" if shape.gap > GAP else ""
+    noise = "" if shape.changes else "; other prompts might not show the change"
+    return f"{shape.verdict}: BIC above the best: {told}{hidden}{noise}"
 
 
 def hypotheses(run: xr.Dataset, direction: str, layer: int, unit: str = "nats") -> pd.DataFrame | None:
@@ -107,7 +149,7 @@ def tell_when(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]:
     if found is not None:
         table = found.set_index("hypothesis").rename_axis(None)
         table["evidence"] = table["evidence"].str.ljust(table["evidence"].str.len().max())
-        note = f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps covered"
+        note = f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps to the last"
         yield Told("The study's hypotheses", table, (note,), "hypotheses", found.set_index("hypothesis"))
 
 
@@ -116,20 +158,40 @@ def _tell_onsets(done: xr.Dataset, direction: str, layer: int) -> Told:
     shown = frame[frame["layer"].isna() | (frame["layer"] == layer)]
     table = pd.DataFrame(
         {
-            "starts between steps": shown["onset"],
-            "95 % interval": [_interval(Onset(None, None, *_bounds(row))) for _, row in shown.iterrows()],
-            "over steps": shown["shape"],
-            "over log steps": shown["shape_log"],
-            "falls": shown["dip"],
+            "starts": shown["onset"],
+            "95 % interval": [_interval(Onset(None, None, *_bounds(row), None)) for _, row in shown.iterrows()],
+            "evident": ["never" if pd.isna(step) else f"{step:,}" for step in shown["evident"]],
+            "steps": shown["shape"],
+            "log steps": shown["shape_log"],
+            "falls": [_deepest(told) for told in shown["falls"]],
         }
     )
     table.index = pd.Index([f"{row['measure']}, {row['unit']} > {row['goal']:g}" for _, row in shown.iterrows()])
     how_to_read = (
-        f"when the mean over prompts passes a goal for two checkpoints running, at layer {layer} (most moved at the "
-        "last checkpoint); rates beside nats, for they can jump where nothing else does; curves compared by BIC"
+        f"steps between which the mean over prompts passes a goal for two checkpoints running, at layer {layer} (most "
+        "moved at the last checkpoint), and the first at which it is past it beyond chance; the shape of the change by "
+        "BIC; falls deeper than noise over prompts falls anywhere"
     )
-    notes = (how_to_read, *_order(done, direction, layer))
+    notes = (how_to_read, *_jumps(shown), *_order(done, direction, layer))
     return Told("When it starts", table, notes, "onsets", frame.set_index(["measure", "layer", "unit"]))
+
+
+def _deepest(falls: str) -> str:
+    """The first of them, and how many more there are."""
+    first, *others = falls.split("; ")
+    return f"{first} (+{len(others)})" if others else first
+
+
+def _jumps(shown: pd.DataFrame) -> list[str]:
+    """Measures whose rate jumps where their logit difference does not."""
+    shape = shown.set_index(["measure", "unit"])["shape"]
+    jumping = [name for name in shown["measure"].unique() if (shape[name, "rate"], shape[name, "nats"]) == JUMP]
+    if not jumping:
+        return []
+    return [
+        f"{', '.join(jumping)}: the rate jumps and the nats do not, as a threshold alone can make it (Schaeffer et al. "
+        "2023)"
+    ]
 
 
 def _order(done: xr.Dataset, direction: str, layer: int) -> list[str]:
@@ -138,10 +200,11 @@ def _order(done: xr.Dataset, direction: str, layer: int) -> list[str]:
     able, parted = pick(series, "clean right", "nats", None), pick(series, "even and odd part", "nats", layer)
     if able is None or parted is None:
         return []
-    verdict, shares = comes_first(done.step.values.astype(int), able, parted)
+    order = comes_first(done.step.values.astype(int), able, parted)
+    apart = " to ".join(f"{steps:,.0f}" if np.isfinite(steps) else "any number of" for steps in (order.low, order.high))
     return [
-        f"capability (clean right) against specialization (even and odd part): {verdict}; it starts before it in "
-        f"{shares[0]:.0%} of resamples and after it in {shares[1]:.0%}"
+        f"capability (clean right) against specialization (even and odd part): {order.verdict}; it starts before it in "
+        f"{order.before:.0%} of resamples and after it in {order.after:.0%}, by {apart} steps"
     ]
 
 

@@ -1,5 +1,7 @@
 """How sure a mean over distinct prompts is.  Pure."""
 
+import functools
+
 import numpy as np
 from jaxtyping import Float
 
@@ -30,6 +32,25 @@ def resampled_means(
 
     The bootstrap of Efron and Tibshirani 1993, chapter 6.
     """
-    n = values.shape[-1]
+    return values @ _draws(values.shape[-1], n_resamples)
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(n: int, n_resamples: int) -> Float[np.ndarray, "trial resample"]:
+    """Share of each prompt in each resample."""
     drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_resamples)
-    return values @ (drawn.T / n)
+    shares = np.ascontiguousarray(drawn.T / n)
+    shares.flags.writeable = False
+    return shares
+
+
+def noise_of_means(
+    values: Float[np.ndarray, "*cell trial"], n_resamples: int = RESAMPLES
+) -> Float[np.ndarray, "*cell resample"]:
+    """How far means of other prompts would lie from these, cells together; all zero for one prompt.
+
+    Resampled means about their centre, wider by sqrt(n / (n - 1)), for a bootstrap is too narrow by as much (Efron and
+    Tibshirani 1993, section 5.3).
+    """
+    n = values.shape[-1]
+    return (resampled_means(values, n_resamples) - values.mean(-1, keepdims=True)) * np.sqrt(n / max(n - 1, 1))

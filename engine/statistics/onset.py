@@ -1,5 +1,6 @@
 """When in training something starts: dated between two checkpoints, with an interval over prompts.  Pure."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from headlapse.engine.measures import CLEAR_OF_ZERO, effect, finished, success
-from headlapse.engine.statistics.intervals import LEVEL, resampled_means
+from headlapse.engine.statistics.corrections import adjust
+from headlapse.engine.statistics.intervals import LEVEL, noise_of_means, resampled_means
 from headlapse.engine.statistics.shape import judge_shape
 
 HALF, PATTERN = 0.5, 0.3
@@ -28,8 +30,17 @@ class Series:
     """The mean counts as past once it is above this."""
 
     unit: str
+    """`nats`, or `rate`: a mean of counts between `lowest` and 1."""
+
     two_sided: bool = False
     """Whether being below the negative goal counts as well."""
+
+    lowest: float = 0.0
+
+    @functools.cached_property
+    def resampled(self) -> Float[np.ndarray, "checkpoint resample"]:
+        """Means over prompts drawn with replacement, the same ones for every series of as many."""
+        return resampled_means(self.values)
 
     def past(self, mean: Float[np.ndarray, "checkpoint *resample"]) -> Bool[np.ndarray, "checkpoint *resample"]:
         return (np.abs(mean) if self.two_sided else mean) > self.goal
@@ -48,6 +59,9 @@ class Onset:
     high: int | None
     """... and by `high`, both steps."""
 
+    evident: int | None
+    """The first step from which on it is past the goal beyond chance (`surely_past`); None where it never is."""
+
     @property
     def censored(self) -> str:
         """`left`: there from the first checkpoint on; `right`: not there by the last one; else nothing."""
@@ -64,18 +78,50 @@ def date(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     checkpoint may stand alone).
 
     It is known only to lie between that checkpoint and the one before (interval censoring: Turnbull 1976).  The
-    interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993) of both ends.
+    interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993) of both ends.  A mean that lies on the
+    goal passes it by chance sooner or later: an onset counts for something only where it is `evident` as well.
     """
     n = len(steps)
     index = int(first_lasting(series.past(series.values.mean(1))))
-    found = np.atleast_1d(first_lasting(series.past(resampled_means(series.values))))
+    found = np.atleast_1d(first_lasting(series.past(series.resampled)))
     tail = (1 - LEVEL) / 2
     low, high = (int(np.quantile(found, q, method="nearest")) for q in (tail, 1 - tail))
+    surely = np.flatnonzero(surely_past(series))
 
     def step(at: int) -> int | None:
         return int(steps[at]) if 0 <= at < n else None
 
-    return Onset(step(index - 1) if index < n else None, step(index), step(low - 1), step(high))
+    evident = int(steps[surely[0]]) if len(surely) else None
+    return Onset(step(index - 1) if index < n else None, step(index), step(low - 1), step(high), evident)
+
+
+def surely_past(series: Series) -> Bool[np.ndarray, " checkpoint"]:
+    """The checkpoints at which the mean over prompts is past the goal beyond chance, all of them taken together.
+
+    t-tests over prompts (Student 1908), against the binomial tail for rates, since nothing between two bounds varies
+    more than a coin of the same mean (Hoeffding 1963); adjusted over the checkpoints (Holm 1979).  Nowhere for one
+    prompt.
+    """
+    if series.values.shape[1] < 2:
+        return np.zeros(len(series.values), dtype=bool)
+    p = _p_above(series, 1)
+    if series.two_sided:
+        p = np.minimum(1, 2 * np.minimum(p, _p_above(series, -1)))
+    return adjust(p, "holm") <= 1 - LEVEL
+
+
+def _p_above(series: Series, sign: int) -> Float[np.ndarray, " checkpoint"]:
+    """How likely the mean, turned over where `sign` is -1, lies so far above the goal, did it lie on it."""
+    from scipy.special import bdtrc, stdtr  # start-up counts
+
+    values, n = sign * series.values, series.values.shape[1]
+    if series.unit == "rate":
+        width = 1 - series.lowest
+        heads = np.floor((values - series.lowest).sum(1) / width + 1e-9)
+        return np.where(heads > 0, bdtrc(np.maximum(heads - 1, 0), n, (series.goal - series.lowest) / width), 1.0)
+    error = values.std(1, ddof=1) / np.sqrt(n)
+    above = values.mean(1) - series.goal
+    return np.where(error > 0, stdtr(n - 1, -above / np.where(error > 0, error, 1)), np.where(above > 0, 0.0, 1.0))
 
 
 def first_lasting(past: Bool[np.ndarray, "checkpoint *resample"]) -> Int[np.ndarray, "*resample"]:
@@ -86,8 +132,8 @@ def first_lasting(past: Bool[np.ndarray, "checkpoint *resample"]) -> Int[np.ndar
 
 
 @dataclass(frozen=True)
-class Dip:
-    """The deepest fall of a mean over training."""
+class Fall:
+    """A stretch of training over which a mean goes back."""
 
     start: int
     end: int
@@ -95,30 +141,45 @@ class Dip:
     depth: float
     """From the checkpoint at step `start` to the one at `end`, in the measure's unit."""
 
-    low: float
-    high: float
-    """Bootstrap interval of the depth over prompts."""
+    at_least: float
+    """What is left of the depth when as much is taken off as noise over prompts falls anywhere, in 95 % of cases."""
 
-    @property
-    def is_clear(self) -> bool:
-        """Whether the interval is clear of zero."""
-        return self.low > 0
+    def __str__(self) -> str:
+        return f"{self.start:,} to {self.end:,}: -{self.depth:.2f}"
 
 
-def deepest_dip(steps: Int[np.ndarray, " checkpoint"], values: Float[np.ndarray, "checkpoint trial"]) -> Dip | None:
-    """Where the mean falls furthest from a checkpoint to a later one; None where it never falls.
+def falls(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Fall]:
+    """Every stretch over which the mean falls by more than noise would, the deepest first.
 
-    The place is chosen on the same prompts, so that the interval flatters it a little.
+    Noise over prompts falls furthest somewhere; a fall is named when it is deeper than that furthest fall is in 95 % of
+    resamples (a maximum held against its own bootstrap: Westfall and Young 1993, chapter 2), wherever it lies.  So a
+    series that never falls names one in 5 % of cases.  After the deepest fall those before and after it are looked for.
+    A two-sided measure falls away from the side it goes furthest to.  Nothing is named of one prompt.
     """
-    mean = values.mean(1)
-    falls = np.triu(mean[:, None] - mean[None, :], k=1)
-    start, end = np.unravel_index(int(falls.argmax()), falls.shape)
-    if falls[start, end] <= 0:
-        return None
-    resampled = resampled_means(values[[start, end]])
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(resampled[0] - resampled[1], [tail, 1 - tail])
-    return Dip(int(steps[start]), int(steps[end]), float(falls[start, end]), float(low), float(high))
+    if series.values.shape[1] < 2:
+        return []
+    mean, noise = series.values.mean(1), noise_of_means(series.values)
+    if series.two_sided:
+        mean = mean * np.sign(mean[np.abs(mean).argmax()])
+        furthest = np.ptp(noise, axis=0)
+    else:
+        furthest = _furthest_fall(noise)
+    margin = float(np.quantile(furthest, LEVEL)) + 1e-6 * float(np.abs(mean).max())
+    found, stretches = [], [(0, len(mean))]
+    while stretches:
+        first, last = stretches.pop()
+        drop = np.maximum.accumulate(mean[first:last]) - mean[first:last]
+        end = first + int(drop.argmax())
+        start = first + int(mean[first : end + 1].argmax())
+        depth = float(mean[start] - mean[end])
+        if depth > margin:
+            found.append(Fall(int(steps[start]), int(steps[end]), depth, depth - margin))
+            stretches += [(first, start + 1), (end, last)]
+    return sorted(found, key=lambda fall: -fall.depth)
+
+
+def _furthest_fall(paths: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " resample"]:
+    return (np.maximum.accumulate(paths, axis=0) - paths).max(0)
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
@@ -143,12 +204,12 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
             patched = moved.sel(layer=layer, subset="all").transpose("checkpoint", "trial")
             yield Series("all heads matter", layer, _array(patched), CLEAR_OF_ZERO, "nats")
             rate = sign * (success(at.sel(subset="all")) - success(target))
-            yield Series("all heads matter", layer, _array(rate), PATTERN, "rate")
+            yield Series("all heads matter", layer, _array(rate), PATTERN, "rate", lowest=-1)
         if {"even", "odd"} <= labels:
             parted = at.sel(subset="even") - at.sel(subset="odd")
             yield Series("even and odd part", layer, _array(parted), CLEAR_OF_ZERO, "nats", two_sided=True)
             rate = success(at.sel(subset="even")) - success(at.sel(subset="odd"))
-            yield Series("even and odd part", layer, _array(rate), PATTERN, "rate", two_sided=True)
+            yield Series("even and odd part", layer, _array(rate), PATTERN, "rate", two_sided=True, lowest=-1)
 
 
 def _array(values: xr.DataArray) -> Float[np.ndarray, "checkpoint trial"]:
@@ -167,41 +228,65 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
     """One row for each measure, layer and unit.
 
     Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `goal`, `after` and `by` (steps between which it
-    starts), `low` and `high` (their interval over prompts), `censored`, `shape` and `shape_log` (sudden, gradual, none
-    or undecided, over steps, to which tokens seen are proportional, and over their logarithm), `dip` (the deepest
-    fall, where its interval is clear of zero).
+    starts), `low` and `high` (their interval over prompts), `evident` (the first step at which it is past the goal
+    beyond chance), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
+    seen are proportional, and over their logarithm), `falls` (stretches over which it goes back, the deepest first).
     """
     done = known_steps(run)
     steps = done.step.values.astype(int)
     rows = []
     for series in series_of(done, direction):
-        onset, dip = date(steps, series), deepest_dip(steps, series.values)
+        onset = date(steps, series)
         rows.append(
             {
                 "measure": series.name, "layer": series.layer, "unit": series.unit, "goal": series.goal,
                 "after": onset.after, "by": onset.by, "low": onset.low, "high": onset.high,
+                "evident": onset.evident,
                 "censored": onset.censored, "onset": str(onset),
                 "shape": judge_shape(steps.astype(float), series.values).verdict,
                 "shape_log": judge_shape(np.log(np.maximum(steps, 1)), series.values).verdict,
-                "dip": f"{dip.start:,} to {dip.end:,}: -{dip.depth:.2f}" if dip and dip.is_clear else "",
+                "falls": "; ".join(map(str, falls(steps, series))),
             }
         )  # fmt: skip
-    return pd.DataFrame(rows).astype(dict.fromkeys(("layer", "after", "by", "low", "high"), "Int64"))
+    return pd.DataFrame(rows).astype(dict.fromkeys(("layer", "after", "by", "low", "high", "evident"), "Int64"))
 
 
-def comes_first(
-    steps: Int[np.ndarray, " checkpoint"], one: Series, other: Series
-) -> tuple[str, Float[np.ndarray, " two"]]:
-    """`first`, `later` or `undecided`: whether `one` starts before `other`, with the shares of resamples in which it
-    surely starts before and surely after.
+@dataclass(frozen=True)
+class Order:
+    """Which of two things starts first."""
 
-    The same prompts are drawn for both, and of two onsets between the same checkpoints nothing is said.
+    verdict: str
+    """`first`, `later` or `undecided`."""
+
+    before: float
+    after: float
+    """Shares of resamples in which the one surely starts before, and after, the other."""
+
+    low: float
+    high: float
+    """Steps by which the other starts later, an interval over prompts and gaps; infinite where one never starts."""
+
+
+def comes_first(steps: Int[np.ndarray, " checkpoint"], one: Series, other: Series) -> Order:
+    """Whether `one` starts before `other`: `first` or `later` where the interval of the difference is clear of zero and
+    what starts first is evident.
+
+    The same prompts are drawn for both (Efron and Tibshirani 1993, chapter 8).  An onset lies anywhere between two
+    checkpoints, so that of two between the same ones nothing is said, and the interval is of the least and the greatest
+    difference possible.
     """
-    found = [first_lasting(series.past(resampled_means(series.values))) for series in (one, other)]
-    shares = np.array([(found[0] < found[1]).mean(), (found[0] > found[1]).mean()])
-    if shares[0] >= (1 + LEVEL) / 2:
-        return "first", shares
-    return ("later", shares) if shares[1] >= (1 + LEVEL) / 2 else ("undecided", shares)
+    found = [first_lasting(series.past(series.resampled)) for series in (one, other)]
+    ends = np.concatenate([[-np.inf], steps.astype(float), [np.inf]])
+    after, by = (np.stack([ends[at + shift] for at in found]) for shift in (0, 1))
+    tail = (1 - LEVEL) / 2
+    low = float(np.quantile(after[1] - by[0], tail, method="inverted_cdf"))
+    high = float(np.quantile(by[1] - after[0], 1 - tail, method="inverted_cdf"))
+    verdict = "undecided"
+    if low >= 0 and date(steps, one).evident is not None:
+        verdict = "first"
+    elif high <= 0 and date(steps, other).evident is not None:
+        verdict = "later"
+    return Order(verdict, float((found[0] < found[1]).mean()), float((found[0] > found[1]).mean()), low, high)
 
 
 def pick(series: Sequence[Series], name: str, unit: str, layer: int | None) -> Series | None:
