@@ -67,8 +67,8 @@ class Vocabulary:
         return cls(skeleton, unknown, max(1, block // bytes_per_row))
 
     def only_known(self, logits: Float[Tensor, "*run vocab"]) -> Float[Tensor, "*run vocab"]:
-        """In float32, without the rows that belong to no token."""
-        return logits.float().index_fill(-1, self.unknown, BELOW) if len(self.unknown) else logits.float()
+        """In float32, without the rows that belong to no token.  Logits that are float32 already are written into."""
+        return logits.float().index_fill_(-1, self.unknown, BELOW)
 
     def blocks(
         self, resid: Float[Tensor, "trial run d_model"]

@@ -336,7 +336,7 @@ def test_the_command_keeps_shows_and_checks_every_measure(cached: Path) -> None:
             assert kept[f"{direction}_{name}"].dims == ("checkpoint", "trial")
             assert kept[f"{direction}_{name}"].notnull().all()
         assert (kept[f"self_check_{name}"] <= 1e-3).all()
-        assert f"\n{name}" in done.stdout
+        assert f"\n{name}" in done.stdout and f"{name} {float(kept[f'self_check_{name}'].max()):.1e}" in done.stdout
     assert ((kept.probability >= 0) & (kept.probability <= 1)).all() and (kept.clean_kl == 0).all()
     assert kept["rank"].max() < len(tiny_tokenizer())
     again = run("patch", *ASKED, *reversed(MEASURES), cache=cached.parent)

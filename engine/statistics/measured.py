@@ -13,7 +13,7 @@ CALLED = {
     "probability": "probability of the right branching token",
     "rank": "its rank among the tokenizer's tokens, 0 the first",
     "kl": "divergence of the run from the clean one, nats",
-    "sequence": "log-probability of the whole right answer - that of the wrong one, nats",
+    "sequence": "log-probability of the whole right answer - that of the wrong one, nats (more tokens, more to lose)",
 }
 """What each measure says; `headlapse.engine.measures` defines them and names their sources."""
 
@@ -44,7 +44,10 @@ def tell_measures(run: xr.Dataset, settings: dict[str, Any]) -> Told | None:
     best = dict(zip(layer.checkpoint.values, layer.values, strict=True))
     at_best = [best[checkpoint] == here for _, checkpoint, here in numbers.index]
     table = numbers[at_best].droplevel("layer").map("{:.3g}".format)
-    notes = [f"{name}: {CALLED[name]}" for name in table.index.unique("measure")]
+    held = table.index.unique("measure")
+    notes = [f"{name}: {CALLED[name]}" for name in held]
     where = "at those layers" if settings["joint"] else "at the best layer by logit difference"
     notes.append(f"means over prompts; patched columns: {settings['direction']} {where}")
-    return Told("Other measures", table, ("; ".join(notes),), "measures", numbers)
+    worst = ", ".join(f"{name} {float(run[f'self_check_{name}'].max()):.1e}" for name in held)
+    told = ("; ".join(notes), f"self-check of these against full hooked forwards: largest differences {worst}")
+    return Told("Other measures", table, told, "measures", numbers)
