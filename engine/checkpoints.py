@@ -192,6 +192,17 @@ class Skeleton:
             logits: Tensor = self.model(inputs_embeds=nothing, position_ids=positions, use_cache=False).logits
         return logits
 
+    def before_unembedding(
+        self, resid: Float[Tensor, "batch row d_model"]
+    ) -> Float[Tensor, "batch row d_unembedded"]:
+        """What of residual streams that left the last layer reaches the unembedding: mostly normed."""
+        heard: list[Tensor] = []
+        with self.answering(torch.zeros(len(resid), 1, dtype=torch.long, device=self.device)):
+            # What stands in for the unembedding is dropped at the end, and this hook with it.
+            self.model.get_output_embeddings().register_forward_pre_hook(lambda _module, args: heard.append(args[0]))
+            self.logits(resid)
+        return heard[0]
+
     def _as_layer_output(self, resid: Tensor) -> Any:
         return (resid,) if self.anatomy.layer_returns_tuple else resid
 
