@@ -43,3 +43,5 @@ def test_whole_commands_run_on_the_device_and_say_so(tmp_path: Path, dtype: str)
     [name] = Store(path).patch_names()
     attributes = Store(path).patch(name).group.attrs
     assert attributes["device"] == "cuda" and attributes["kernels"] == "triton"
+    done = run("mechanism", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
+    assert done.returncode == 0 and "(cuda, " in done.stdout

@@ -1,28 +1,40 @@
 """Laws of the mechanism: every quantity against its definition on stock models, prompt by prompt, with no padding."""
 
-from collections.abc import Callable, Iterator
+import functools
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from scipy.stats import pearsonr
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from headlapse.engine.capture import capture
 from headlapse.engine.ground import Direction, Ground
+from headlapse.engine.machine import Machine
 from headlapse.engine.mechanism.attention import TO, attention, shares
-from headlapse.engine.mechanism.attribution import Attribution, attribute
+from headlapse.engine.mechanism.attribution import attribute
 from headlapse.engine.mechanism.circuits import Circuit, circuits
 from headlapse.engine.mechanism.gradient import estimated_effect, gradient
+from headlapse.engine.mechanism.kept import MechanismRun, open_mechanism, place
+from headlapse.engine.mechanism.series import PARTS, Values, measure_series, spell_out, wanted
+from headlapse.engine.mechanism.told import approximation, tell_mechanism
+from headlapse.engine.series import cache_series
+from headlapse.engine.sources import resolve
 from headlapse.engine.steps import Steps
-from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import Trials, align
+from headlapse.engine.store import Store
+from headlapse.engine.study import Refusal, Study
+from headlapse.engine.tasks import align
 from tests import reference
-from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, tiny
+from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
 from tests.test_capture import dressed
+from tests.test_scripts import run, told
 
 TRIALS = random_trials(n_trials=3)
 LAYERS = range(N_LAYERS)
@@ -32,6 +44,13 @@ FINAL_NORM = {"gpt_neox": "gpt_neox.final_layer_norm", "gpt2": "transformer.ln_f
 BLOCK = {"gpt_neox": "gpt_neox.layers.{}", "gpt2": "transformer.h.{}", "llama": "model.layers.{}"}
 
 
+@functools.cache
+def model_of(name: str, seed: int = 0) -> PreTrainedModel:
+    """A model that no test changes."""
+    return tiny(name, seed)
+
+
+@functools.cache
 def steps_of(model: PreTrainedModel, direction: Direction, dtype: torch.dtype = torch.float32) -> Steps:
     skeleton = dressed(model, dtype)
     held = capture(skeleton, TRIALS, 2**30)
@@ -108,7 +127,7 @@ def slow_attribution(model: PreTrainedModel, run: int, trial: int) -> tuple[np.n
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", MAIN)
 def test_attribution_is_z_through_w_o_the_frozen_norm_and_the_answers_rows(name: str, direction: Direction) -> None:
-    model = tiny(name)
+    model = model_of(name)
     found = attribute(steps_of(model, direction), LAYERS)
     for trial in range(TRIALS.n_trials):
         heads, rest, start, constant = slow_attribution(model, TARGET[direction], trial)
@@ -123,7 +142,7 @@ def test_attribution_is_z_through_w_o_the_frozen_norm_and_the_answers_rows(name:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", [*MAIN, "phi", "olmo", "qwen2", "qwen3", "opt"])
 def test_heads_and_everything_else_sum_to_the_logit_difference(name: str, direction: Direction) -> None:
-    model = tiny(name)
+    model = model_of(name)
     expected = reference.run_logit_diff(model, TRIALS)[TARGET[direction]]
     for layers in (LAYERS, range(1, N_LAYERS)):
         found = attribute(steps_of(model, direction), layers)
@@ -138,12 +157,14 @@ def test_heads_and_everything_else_sum_to_the_logit_difference(name: str, direct
         ("granite", "Granite.* scales or caps its logits"),
         ("cohere", "Cohere.* scales or caps its logits"),
         ("gemma2-capped-logits", "Gemma2.* scales or caps its logits"),
+        ("granite-plain-logits", "Granite.* scales or norms what its heads write"),
         ("opt-350m", "OPT.* projects its residual stream"),
     ],
 )
 def test_what_is_no_plain_product_is_refused_by_name(name: str, why: str) -> None:
+    model = tiny("granite", logits_scaling=1.0) if name == "granite-plain-logits" else model_of(name)
     with pytest.raises(Refusal, match=why):
-        attribute(steps_of(tiny(name), "denoise"), LAYERS)
+        attribute(steps_of(model, "denoise"), LAYERS)
 
 
 # --- attention ---
@@ -160,7 +181,7 @@ def stock_attention(model: PreTrainedModel, run: int, trial: int, layer: int) ->
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", [*MAIN, "qwen3", "gpt2-scaled-by-layer", "granite", "phi"])
 def test_attention_from_the_read_position_is_that_of_the_stock_model(name: str, direction: Direction) -> None:
-    model = tiny(name)
+    model = model_of(name)
     steps = steps_of(model, direction)
     for layer in LAYERS:
         found = attention(steps, layer)
@@ -206,7 +227,7 @@ def full_circuits(model: PreTrainedModel, layer: int, head: int) -> tuple[Tensor
 @torch.no_grad()
 @pytest.mark.parametrize("name", MAIN)
 def test_circuits_are_those_cut_out_of_the_modules_by_name(name: str) -> None:
-    model, other = tiny(name, 0), tiny(name, 1)
+    model, other = model_of(name, 0), model_of(name, 1)
     found, before = (circuits(dressed(one), LAYERS) for one in (model, other))
     for layer in LAYERS:
         for kind in range(2):
@@ -243,7 +264,7 @@ def test_circuits_outlive_the_weights_they_were_made_of() -> None:
 @pytest.mark.parametrize(("name", "who"), [("qwen3", "Qwen3"), ("olmo", "Olmo")])
 def test_queries_that_are_normed_or_clipped_have_no_circuit(name: str, who: str) -> None:
     with pytest.raises(Refusal, match=f"{who}.* norms or clips its queries"):
-        circuits(dressed(tiny(name)), LAYERS)
+        circuits(dressed(model_of(name)), LAYERS)
 
 
 # --- attribution patching ---
@@ -266,7 +287,7 @@ def pushed_logit_diff(model: PreTrainedModel, run: int, trial: int, layer: int, 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", MAIN)
 def test_the_gradient_is_that_of_a_full_stock_forward(name: str, direction: Direction) -> None:
-    model = tiny(name)
+    model = model_of(name)
     found = gradient(steps_of(model, direction), LAYERS)
     for trial in range(TRIALS.n_trials):
         for layer in LAYERS:
@@ -308,3 +329,272 @@ def test_the_estimate_is_the_gradient_times_the_difference_of_z(direction: Direc
         for layer in LAYERS:
             expected = (by_z[layer, trial] * (source[layer][-1] - target[layer][-1])).sum(-1)
             np.testing.assert_allclose(found[layer, :, trial], expected, atol=2e-5)
+
+
+# --- a series, kept in its store ---
+
+LABELS = ["step0", "step10", "step20"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("files")
+    for seed, label in enumerate(LABELS):
+        save(model_of("llama-gqa", seed), directory / label, tokenizer=tiny_tokenizer())
+    return directory
+
+
+def cached(files: Path, path: Path, labels: Sequence[str] = ()) -> Store:
+    study = Study(str(files), trials=3)
+    list(cache_series(study, resolve(study.model, labels, path.parent), path, path.parent, Machine()))
+    return Store(path)
+
+
+def measured(store: Store, labels: Sequence[str] = ("all",), parts: Sequence[str] = PARTS) -> MechanismRun:
+    plan = spell_out(store, parts)
+    held, asked = open_mechanism(store, plan.settings), wanted(store, labels)
+    missing = {label: asked[label] for label in held.missing(asked)}
+    outcomes = list(measure_series(store, plan, held, missing, store.path.parent, Machine(), lambda _n: None))
+    assert [(outcome.label, outcome.problem) for outcome in outcomes] == [(label, None) for label in missing]
+    return held
+
+
+@pytest.fixture(scope="module")
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Cached and measured; no test writes to it."""
+    store = cached(files, tmp_path_factory.mktemp("whole") / "s.zarr")
+    measured(store)
+    return store
+
+
+@pytest.fixture
+def store(whole: Store, tmp_path: Path) -> Store:
+    """Cached, not measured, one's own."""
+    shutil.copytree(whole.path, tmp_path / "s.zarr", ignore=shutil.ignore_patterns("mechanism"))
+    return Store(tmp_path / "s.zarr")
+
+
+@pytest.fixture
+def visited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Checkpoints that are measured from here on."""
+    found: list[str] = []
+    write = MechanismRun.write
+
+    def note(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str]) -> None:
+        found.append(label)
+        write(self, label, values, neighbours)
+
+    monkeypatch.setattr(MechanismRun, "write", note)
+    return found
+
+
+def kept(store: Store) -> xr.Dataset:
+    return xr.open_zarr(place(store), consolidated=False).load()
+
+
+def test_what_is_kept_opens_in_xarray_with_labelled_dimensions(whole: Store) -> None:
+    found = kept(whole)
+    dims = {str(name): tuple(map(str, array.dims)) for name, array in found.data_vars.items()}
+    assert dims == {
+        "attribution": ("checkpoint", "layer", "head", "run", "trial"),
+        "attribution_rest": ("checkpoint", "layer", "run", "trial"),
+        "attribution_start": ("checkpoint", "run", "trial"),
+        "attribution_constant": ("checkpoint", "run", "trial"),
+        "self_check": ("checkpoint",),
+        "attention": ("checkpoint", "layer", "head", "run", "trial", "to"),
+        "norm": ("checkpoint", "circuit", "layer", "head"),
+        "change": ("checkpoint", "circuit", "layer", "head"),
+        "to_previous": ("checkpoint", "circuit", "layer", "head"),
+        "to_last": ("checkpoint", "circuit", "layer", "head"),
+        "effect": ("checkpoint", "layer", "head", "trial"),
+        "estimate": ("checkpoint", "layer", "head", "trial"),
+    }
+    assert list(found.to.values) == list(TO) and list(found.circuit.values) == ["QK", "OV"]
+    assert found.complete.all() and list(found.checkpoint.values) == LABELS
+    assert list(found.previous.values) == ["", "step0", "step10"] and set(found["last"].values) == {"step20"}
+
+
+@torch.no_grad()
+def test_what_is_kept_is_what_the_models_say(whole: Store) -> None:
+    found, trials = kept(whole), whole.trials()
+    for seed, label in enumerate(LABELS):
+        one, model = found.sel(checkpoint=label), model_of("llama-gqa", seed)
+        plain = reference.run_logit_diff(model, trials)
+        shares_of = one.attribution.sum(["layer", "head"]) + one.attribution_rest.sum("layer")
+        total = shares_of + one.attribution_start + one.attribution_constant
+        np.testing.assert_allclose(total.transpose("run", "trial"), plain, atol=1e-4)
+        for of, trial in np.ndindex(2, 3):
+            expected = model(reference.prompt(trials, of, trial)[None], output_attentions=True).attentions[1][0, :, -1]
+            text = trials.token_text[of, trial, : expected.shape[1]]
+            digits = torch.tensor([any(c in "0123456789" for c in token) for token in text])
+            seen = one.attention.isel(layer=1, run=of, trial=trial)
+            np.testing.assert_allclose(seen.sel(to="digits"), (expected * digits).sum(1), atol=1e-5)
+            np.testing.assert_allclose(seen.sel(to="first"), expected[:, 0], atol=1e-5)
+            np.testing.assert_allclose(seen.sel(to="previous"), expected[:, -2], atol=1e-5)
+        for layer, head in ((0, 1), (2, 5)):
+            patched = reference.logit_diff(model, trials, "last", [layer], [head], "denoise")
+            exact = one.effect.isel(layer=layer, head=head)
+            np.testing.assert_allclose(exact, patched - plain[reference.CORRUPT], atol=1e-4)
+            full = full_circuits(model, layer, head)
+            for kind in range(2):
+                assert float(one.norm[kind, layer, head]) == pytest.approx(float(full[kind].norm()), rel=1e-5)
+                before = full_circuits(model_of("llama-gqa", max(seed - 1, 0)), layer, head)[kind]
+                last = full_circuits(model_of("llama-gqa", 2), layer, head)[kind]
+                change = float((full[kind] - before).norm() / before.norm())
+                expected_change = np.nan if seed == 0 else change
+                np.testing.assert_allclose(one.change[kind, layer, head], expected_change, rtol=1e-5)
+                cosine = float((full[kind] * last).sum() / full[kind].norm() / last.norm())
+                assert float(one.to_last[kind, layer, head]) == pytest.approx(cosine, abs=1e-6)
+
+
+def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one_go(
+    store: Store, whole: Store, visited: list[str]
+) -> None:
+    measured(store, ["step10"])
+    assert visited == ["step10"] and list(MechanismRun(place(store)).complete()) == ["step10"]
+    measured(store)
+    assert visited == ["step10", "step0", "step20"]
+    measured(store)
+    assert len(visited) == 3
+    xr.testing.assert_identical(kept(store).drop_attrs(), kept(whole).drop_attrs())
+
+
+def test_what_was_cut_off_is_measured_again(store: Store, monkeypatch: pytest.MonkeyPatch, visited: list[str]) -> None:
+    write = MechanismRun.write
+
+    def cut(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str]) -> None:
+        if label == "step10":
+            raise KeyboardInterrupt
+        write(self, label, values, neighbours)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MechanismRun, "write", cut)
+        measured(store, parts=["attention"])
+    visited.clear()
+    measured(store, parts=["attention"])
+    assert visited == ["step10", "step20"] and kept(store).complete.all()
+
+
+def test_checkpoints_whose_neighbours_changed_are_compared_anew(
+    files: Path, tmp_path: Path, whole: Store, visited: list[str]
+) -> None:
+    store = cached(files, tmp_path / "s.zarr", ["step0", "step10"])
+    measured(store, parts=["weights"])
+    assert set(kept(store)["last"].values) == {"step10"}
+    measured(cached(files, store.path, LABELS), parts=["weights"])
+    assert visited == ["step0", "step10", *LABELS]
+    found = kept(store).drop_attrs()
+    xr.testing.assert_identical(found, kept(whole).drop_attrs()[list(found.data_vars)])
+
+
+def test_parts_are_kept_alone_and_others_are_another_question(store: Store, whole: Store) -> None:
+    found = measured(store, parts=["attention", "patching"]).dataset().load()
+    assert set(found.data_vars) == {"attention", "effect", "estimate"}
+    assert np.array_equal(found.attention, kept(whole).attention)
+    with pytest.raises(Refusal, match=r"parts is .* replace it with --overwrite"):
+        measured(store)
+
+
+def test_a_store_of_z_alone_is_refused(files: Path, tmp_path: Path) -> None:
+    study = Study(str(files), trials=3, sites=("z",))
+    list(cache_series(study, resolve(study.model, ["step0"], tmp_path), tmp_path / "z.zarr", tmp_path, Machine()))
+    with pytest.raises(Refusal, match="cached with --sites z"):
+        spell_out(Store(tmp_path / "z.zarr"))
+
+
+# --- what is told ---
+
+
+def test_approximation_is_pearsons_correlation_and_the_errors(whole: Store) -> None:
+    run_of = kept(whole)
+    found = approximation(run_of)
+    for index in range(len(LABELS)):
+        one = run_of.isel(checkpoint=index)
+        exact, estimate = one.effect.values, one.estimate.values
+        expected = pearsonr(estimate.ravel(), exact.ravel()).statistic
+        assert float(found.of_all_correlation[index]) == pytest.approx(expected, abs=1e-6)
+        assert float(found.of_all_largest_error[index]) == pytest.approx(np.abs(estimate - exact).max())
+        for layer in LAYERS:
+            expected = pearsonr(estimate[layer].ravel(), exact[layer].ravel()).statistic
+            assert float(found.correlation[index, layer]) == pytest.approx(expected, abs=1e-6)
+            assert float(found.mean_error[index, layer]) == pytest.approx(np.abs(estimate - exact)[layer].mean())
+
+
+def test_effects_that_do_not_vary_have_no_correlation(whole: Store) -> None:
+    found = approximation(kept(whole).assign(effect=lambda one: one.effect * 0))
+    assert np.isnan(found.correlation).all() and np.isnan(found.of_all_correlation).all()
+
+
+def test_the_row_names_the_strongest_head_and_the_largest_change(whole: Store) -> None:
+    run_of = kept(whole)
+    at_last = run_of.sel(checkpoint="step20")
+    size = np.abs(at_last.attribution.mean("trial")).max("run").values
+    layer, head = np.unravel_index(size.argmax(), size.shape)
+    change = at_last.change.values
+    circuit, changed_layer, changed_head = np.unravel_index(change.argmax(), change.shape)
+    finding = tell_mechanism(run_of, spell_out(whole).settings)
+    assert finding.table is not None and isinstance(finding.numbers, pd.DataFrame)
+    row = finding.table.loc["step20"]
+    assert row["top head"] == f"L{layer}.H{head}"
+    assert row["clean"] == f"{float(at_last.attribution[layer, head, 0].mean()):+.2f}"
+    assert row["most changed"].startswith(f"L{changed_layer}.H{changed_head} {('QK', 'OV')[circuit]} ")
+    assert finding.table.loc["step0", "most changed"] == "–"
+    assert max(map(len, str(finding).splitlines())) <= 100
+    assert len(finding.numbers) == len(LABELS) * N_LAYERS * N_HEADS
+    value = finding.numbers.loc[("step20", layer, head), "attribution_clean"]
+    assert float(value) == pytest.approx(float(at_last.attribution[layer, head, 0].mean()))
+
+
+@pytest.mark.parametrize(
+    ("part", "columns"),
+    [
+        ("attribution", ["top head", "clean", "corrupt"]),
+        ("attention", ["looks at"]),
+        ("weights", ["most changed", "QK as last", "OV"]),
+        ("patching", ["r", "error", "largest"]),
+    ],
+)
+def test_each_part_can_be_told_alone(whole: Store, part: str, columns: list[str]) -> None:
+    finding = tell_mechanism(kept(whole), spell_out(whole, [part]).settings)
+    assert finding.table is not None and finding.numbers is not None
+    assert list(finding.table.columns) == columns and len(finding.notes) == 1
+    assert finding.numbers.notnull().any().all()
+
+
+# --- the command ---
+
+
+def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path, tmp_path: Path) -> None:
+    own = Path(shutil.copytree(files, tmp_path / "own"))
+    assert run("cache", "--model", own, "--trials", 3, cache=tmp_path).returncode == 0
+    (own / "step10" / "model.safetensors").write_bytes((own / "step20" / "model.safetensors").read_bytes())
+    failed = run("mechanism", cache=tmp_path)
+    assert failed.returncode == 1
+    [line] = told(failed)
+    assert line.startswith("error: step10: ") and "are not those that were cached" in line
+    [path] = tmp_path.glob("*.zarr")
+    found = kept(Store(path))
+    assert list(found.complete.values) == [True, False, True]
+    assert np.isnan(found.change.sel(checkpoint="step20")).all() and found.previous.values[2] == ""
+    only_compared = run("mechanism", "--checkpoints", "step20", cache=tmp_path)
+    assert only_compared.returncode == 1 and told(only_compared) == [line], "a comparison that fails is never silent"
+    shutil.copy(files / "step10" / "model.safetensors", own / "step10")
+    mended = run("mechanism", cache=tmp_path)
+    assert mended.returncode == 0, mended.stderr
+    assert "2 checkpoints in" in mended.stdout
+    assert [row.split()[0] for row in mended.stdout.splitlines()[1:4]] == LABELS
+    again = run("mechanism", "--checkpoints", "step0..step10", cache=tmp_path)
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    other = run("mechanism", "--direction", "noise", cache=tmp_path)
+    assert other.returncode == 2 and "--overwrite" in told(other)[0]
+    assert run("mechanism", "--direction", "noise", "--overwrite", cache=tmp_path).returncode == 0
+    unknown = run("mechanism", "--checkpoints", "step7", cache=tmp_path)
+    assert unknown.returncode == 2 and "not among the 3 checkpoints" in told(unknown)[0]
+
+
+def test_weights_that_give_other_shares_are_inexact_and_nothing_is_kept(whole: Store, tmp_path: Path) -> None:
+    path = shutil.copytree(whole.path, tmp_path / "s.zarr", ignore=shutil.ignore_patterns("mechanism"))
+    Store(path).array("answer_logits")[1] += np.array([0.1, 0.0], dtype=np.float32)
+    failed = run("mechanism", path, cache=tmp_path)
+    assert failed.returncode == 1 and told(failed)[0].startswith("error: step10: the shares of heads")
+    assert list(kept(Store(path)).complete.values) == [True, False, False]

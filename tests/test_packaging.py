@@ -22,7 +22,7 @@ def test_kernels_is_no_regular_package() -> None:
 
 
 def test_scripts_say_what_they_do_without_importing_torch() -> None:
-    for script in ("cache.py", "patch.py", "report.py"):
+    for script in ("cache.py", "patch.py", "mechanism.py", "report.py"):
         code = (
             f"import runpy, sys; sys.argv = ['{script}', '--help']\n"
             "try: runpy.run_path('scripts/" + script + "', run_name='__main__')\n"

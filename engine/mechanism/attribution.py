@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.mechanism.readout import readout
+from headlapse.engine.mechanism.readout import MEND, readout, rounding
 from headlapse.engine.steps import Steps
 from headlapse.engine.study import Refusal
 from headlapse.engine.sums import layer_output, output_weight
@@ -74,11 +74,11 @@ def _refuse_other_writing(steps: Steps, layer: int) -> None:
     with _silenced_after_output(skeleton, layer):
         before, after = (layer_output(steps, layer, given) for given in (z, z + push))
     expected = push.flatten(-2) @ output_weight(skeleton, layer).flatten(0, 1)
-    rounding = 32 * torch.finfo(before.dtype).eps * before.abs().max()
-    if not (after - before - expected).abs().max() <= rounding + 0.01 * expected.abs().max():
+    allowed = rounding(before.dtype) * before.abs().max()
+    if not (after - before - expected).abs().max() <= allowed + 0.01 * expected.abs().max():
         raise Refusal(
             f"{skeleton.anatomy.architecture} scales or norms what its heads write before it joins the residual "
-            "stream; direct logit attribution is not supported for it"
+            f"stream; direct logit attribution is not supported for it{MEND}"
         )
 
 

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from headlapse.engine.attention import AttentionMode, attending
 from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.mechanism.readout import rounding
 from headlapse.engine.study import Refusal
 from headlapse.engine.sums import output_weight
 
 CIRCUITS = ("QK", "OV")
-
-ROUNDINGS = 64
-"""A projection is linear where it is within so many roundings of the largest value."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,11 @@ def _projection(
     """The matrix that makes of unit vectors what was given: rows are units, zero, and one to check with."""
     bias, check = given[:, -2], given[:, -1]
     weight = given[:, :-2] - bias[:, None]
-    rounding = ROUNDINGS * torch.finfo(given.dtype).eps * check.abs().max()
-    if not (torch.einsum("m,hmd->hd", some, weight) + bias - check).abs().max() <= rounding:
+    allowed = rounding(given.dtype) * check.abs().max()
+    if not (torch.einsum("m,hmd->hd", some, weight) + bias - check).abs().max() <= allowed:
         raise Refusal(
             f"{skeleton.anatomy.architecture} norms or clips its queries, keys or values; its QK and OV circuits are "
-            "no products of weights and are not supported"
+            "no products of weights and are not supported; leave weights out of --parts"
         )
     return weight
 

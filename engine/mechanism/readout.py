@@ -10,10 +10,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.study import Refusal
+from headlapse.engine.study import ROUNDING, Refusal
 
 ROUNDINGS = 64
 """What was found by trying holds within so many roundings of the largest value."""
+
+MEND = "; leave attribution out of --parts"
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The allowed difference of what was found by trying, over the largest value."""
+    is_tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return ROUNDINGS * (ROUNDING["tf32"] if is_tf32 else torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -31,9 +39,7 @@ class Readout:
         return (resid.float() * self.direction).sum(-1) + self.constant
 
 
-def readout(
-    skeleton: Skeleton, resid: Float[Tensor, "trial d_model"], answers: Int[Tensor, "trial answer"]
-) -> Readout:
+def readout(skeleton: Skeleton, resid: Float[Tensor, "trial d_model"], answers: Int[Tensor, "trial answer"]) -> Readout:
     """The readout of runs whose last layer left `resid`.
 
     Freezing the scale is what makes a head's share of the logits well defined (Elhage et al. 2021, A Mathematical
@@ -77,7 +83,7 @@ class _FrozenNorm:
         if normed.shape[2] != resid.shape[1]:
             raise Refusal(
                 f"{skeleton.anatomy.architecture} projects its residual stream before it unembeds it; direct logit "
-                "attribution is not supported for it"
+                f"attribution is not supported for it{MEND}"
             )
         bias, odd = normed.mean((0, 1)), (normed[:, 0] - normed[:, 1]) / 2
         of_signs = (tried[0, 0] - tried[0, 1]) / 2
@@ -85,11 +91,11 @@ class _FrozenNorm:
         gain = of_signs / _centred(signs.float(), is_centred)
         unscaled = gain * _centred(resid.float(), is_centred)
         scale = (unscaled**2).sum(1) / (unscaled * odd).sum(1)
-        rounding = ROUNDINGS * torch.finfo(resid.dtype).eps * normed.abs().max()
-        if not (unscaled / scale[:, None] - odd).abs().max() <= rounding:
+        allowed = rounding(resid.dtype) * normed.abs().max()
+        if not (unscaled / scale[:, None] - odd).abs().max() <= allowed:
             raise Refusal(
                 f"{skeleton.anatomy.architecture} ends in no LayerNorm and no RMSNorm; direct logit attribution is not "
-                "supported for it"
+                f"supported for it{MEND}"
             )
         return cls(gain, bias, is_centred, scale)
 
@@ -105,9 +111,9 @@ def _centred(values: Tensor, is_centred: bool) -> Tensor:
 def _refuse_other_logits(skeleton: Skeleton, found: Readout, resid: Tensor, answers: Tensor) -> None:
     logits = skeleton.answer_logits(resid[:, None], answers)[:, 0].float()
     terms = found.direction.abs().amax(1) * resid.float().abs().amax(1) + logits.abs().amax(1)
-    rounding = ROUNDINGS * torch.finfo(resid.dtype).eps * terms
-    if not ((found.of(resid) - logits[:, 0] + logits[:, 1]).abs() <= rounding).all():
+    allowed = rounding(resid.dtype) * terms
+    if not ((found.of(resid) - logits[:, 0] + logits[:, 1]).abs() <= allowed).all():
         raise Refusal(
             f"{skeleton.anatomy.architecture} scales or caps its logits; direct logit attribution is not supported "
-            "for it"
+            f"for it{MEND}"
         )

@@ -1,0 +1,69 @@
+"""What heads do and how their weights change, at every checkpoint of a store; no prompt is run again."""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
+from headlapse.engine.study import ARITHMETICS
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
+
+PARTS = """attribution (what each head adds to the logit difference directly), attention (to the
+first token, the previous, itself, the digits), weights (QK and OV: norms, change, likeness),
+patching (gradient estimate beside the exact effect), e.g. attribution weights (default: all)"""
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    add = parser.add_argument
+    add("store", nargs="?", type=Path, help="e.g. cache/demo-decimal.zarr (default: the newest under cache/)")
+    add("--checkpoints", nargs="+", metavar="C", default=["all"], help="e.g. step1000 step4000..main (default: all)")
+    add("--parts", nargs="+", choices=["attribution", "attention", "weights", "patching"], help=PARTS)
+    add("--direction", default="denoise", choices=["denoise", "noise"], help="of patching, e.g. noise (see patch.py)")
+    add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
+    add("--dtype", choices=ARITHMETICS, help="arithmetic, e.g. float32 (default: the store's)")
+    add("--memory", help="what weights and computing may take, e.g. 8GB (default: three quarters of what there is)")
+    add("--overwrite", action="store_true", help="replace what was measured before")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
+    from headlapse.engine import arrays, machine, store
+    from headlapse.engine.mechanism import kept, series, told
+
+    path = args.store or store.find_store(CACHE)
+    held = store.Store(path)
+    plan = series.spell_out(held, args.parts or kept.PARTS, args.direction, args.dtype)
+    asked = series.wanted(held, args.checkpoints)
+    where = machine.Machine.asked(args.device, args.memory, plan.dtype)
+    with arrays.locked(path):
+        if args.overwrite:
+            arrays.remove(kept.place(held))
+        run = kept.open_mechanism(held, plan.settings)
+        missing = {label: asked[label] for label in run.missing(asked)}
+        started = time.perf_counter()
+        with tqdm(total=len(missing), desc="mechanism", unit="checkpoint", disable=not missing) as bar:
+            outcomes = list(series.measure_series(held, plan, run, missing, CACHE, where, bar.update))
+        seconds = time.perf_counter() - started
+    problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
+    done = run.dataset()
+    if done.complete.any():
+        print(told.tell_mechanism(done, plan.settings))
+        n = sum(outcome.problem is None for outcome in outcomes)
+        peak = machine.told_bytes(machine.peak_memory(where.device))
+        speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.dtype}), peak memory {peak}"
+        print(f"{speed if missing else 'nothing to do'}; mechanism is in {path}")
+    tell_problems(problems)
+    return DONE if not problems else FAILED if done.complete.any() else REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))
