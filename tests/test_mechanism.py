@@ -4,6 +4,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -139,8 +140,10 @@ def test_attribution_is_z_through_w_o_the_frozen_norm_and_the_answers_rows(name:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", [*MAIN, "phi", "olmo", "qwen2", "qwen3", "opt"])
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [*product(MAIN, DIRECTIONS), ("phi", "noise"), ("olmo", "denoise"), ("qwen3", "noise"), ("opt", "denoise")],
+)
 def test_heads_and_everything_else_sum_to_the_logit_difference(name: str, direction: Direction) -> None:
     model = model_of(name)
     expected = reference.run_logit_diff(model, TRIALS)[TARGET[direction]]
@@ -178,8 +181,16 @@ def stock_attention(model: PreTrainedModel, run: int, trial: int, layer: int) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("name", [*MAIN, "qwen3", "gpt2-scaled-by-layer", "granite", "phi"])
+@pytest.mark.parametrize(
+    ("name", "direction"),
+    [
+        *product(MAIN, DIRECTIONS),
+        ("qwen3", "noise"),
+        ("gpt2-scaled-by-layer", "denoise"),
+        ("granite", "denoise"),
+        ("phi", "noise"),
+    ],
+)
 def test_attention_from_the_read_position_is_that_of_the_stock_model(name: str, direction: Direction) -> None:
     model = model_of(name)
     steps = steps_of(model, direction)
