@@ -54,8 +54,7 @@ def gradient(steps: Steps, layers: range) -> Float[Tensor, "layer trial head hea
         push = {layer: torch.zeros_like(like, requires_grad=True) for layer in layers}
         for layer in layers:
             resid = steps.through(layer, resid, _Pushed(ground, push))
-        right, wrong = steps.answer_logits(resid).unbind(-1)
-        found = torch.autograd.grad((right - wrong).sum(), list(push.values()))
+        found = torch.autograd.grad(steps.logit_diff(resid).sum(), list(push.values()))
     return torch.stack(found)[:, :, 0].float()
 
 
