@@ -198,12 +198,28 @@ def run_of(parted: np.ndarray, repaired: np.ndarray, steps: np.ndarray = STEPS, 
 def test_every_measure_of_a_run_is_dated_by_layer_and_unit() -> None:
     jump = 4.0 * (STEPS >= 40)
     frame = onsets(run_of(parted=jump, repaired=1.5 * jump), "denoise").set_index(["measure", "layer", "unit"])
-    assert len(frame) == 4 + 2 * 4
+    assert len(frame) == 4 + 2 * 6
     assert frame.loc[("even and odd part", 4, "nats"), "by"] == 40
     assert frame.loc[("all heads matter", 4, "rate"), "after"] == 30
     assert frame.loc[("even and odd part", 3, "nats"), "censored"] == "right"
     clean = onsets(run_of(jump, jump), "denoise").iloc[0]
     assert (clean["measure"], clean["unit"], clean["censored"]) == ("clean right", "nats", "left")
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_half_of_the_gap_is_recovered_only_where_there_is_a_gap(direction: str) -> None:
+    """All heads close 60 % of a gap that opens at 20, 40 % until 40; before, nothing is there to be closed."""
+    run = run_of(np.zeros(8), np.zeros(8), noise=0)
+    gap = np.where(STEPS >= 20, 6.0, 0.0)[:, None].repeat(12, 1)
+    closed = np.where(STEPS >= 40, 0.6, 0.4)[:, None] * gap
+    clean, corrupt = gap - 3, gap * 0 - 3
+    run["clean_logit_diff"] = (("checkpoint", "trial"), clean)
+    run["corrupt_logit_diff"] = (("checkpoint", "trial"), corrupt)
+    run["logit_diff"] = run.logit_diff.astype(float)
+    run.logit_diff.loc[{"layer": 4, "subset": "all"}] = corrupt + closed if direction == "denoise" else clean - closed
+    frame = onsets(run, direction).set_index(["measure", "layer", "unit"])
+    for unit in ("nats", "rate"):
+        assert frame.loc[("half is recovered", 4, unit), "by"] == 40
 
 
 def test_the_direction_decides_what_matters() -> None:

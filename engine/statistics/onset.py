@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from headlapse.engine.measures import CLEAR_OF_ZERO, NAMED, effect, finished, success
+from headlapse.engine.measures import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
 from headlapse.engine.statistics.corrections import adjust
 from headlapse.engine.statistics.intervals import LEVEL, noise_of_means, resampled_means
 from headlapse.engine.statistics.shape import judge_shape
@@ -194,7 +194,8 @@ def _chance_falls(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.n
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
-    """What is dated: capability, the bug, what each layer's heads do to it, and how even and odd heads part.
+    """What is dated: capability, the bug, what each layer's heads do to it, when that is half of the gap between clean
+    and corrupt run (nats beyond half; share of prompts whose `recovered` is above it), and how even and odd heads part.
 
     Each in nats and, beside it, as the discrete rate, which can jump where nothing else does (Schaeffer et al. 2023,
     arXiv:2304.15004).
@@ -207,7 +208,8 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     yield Series("corrupt wrong", None, -_array(corrupt), 0.0, "nats")
     yield Series("corrupt wrong", None, 1 - _array(success(corrupt)), HALF, "rate")
     sign = 1 if direction == "denoise" else -1
-    target = corrupt if direction == "denoise" else clean
+    source, target = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+    gap = clean - corrupt
     labels = set(done.subset.values)
     moved = effect(done, direction)
     for layer in map(int, done.layer.values):
@@ -217,6 +219,11 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
             yield Series("all heads matter", layer, _array(patched), CLEAR_OF_ZERO, "nats")
             rate = sign * (success(at.sel(subset="all")) - success(target))
             yield Series("all heads matter", layer, _array(rate), PATTERN, "rate", lowest=-1)
+            # Of a gap near zero half is next to nothing, and anything would recover it.
+            beyond = patched - HALF * gap.clip(min=CLEAR_OF_ZERO)
+            yield Series("half is recovered", layer, _array(beyond), 0.0, "nats")
+            share = recovered(at.sel(subset="all"), source, target)
+            yield Series("half is recovered", layer, _array(share > HALF), HALF, "rate")
         if {"even", "odd"} <= labels:
             parted = at.sel(subset="even") - at.sel(subset="odd")
             yield Series("even and odd part", layer, _array(parted), CLEAR_OF_ZERO, "nats", two_sided=True)
