@@ -138,21 +138,21 @@ def test_a_two_sided_measure_falls_from_the_side_it_goes_furthest_to() -> None:
 
 @pytest.mark.parametrize("n_checkpoints", [11, 30])
 def test_noise_alone_falls_as_often_as_it_says(n_checkpoints: int) -> None:
-    """300 series of 15 prompts, flat or rising: a fall is named in at most 5 %, within three standard errors; prompts
+    """200 series of 15 prompts, flat or rising: a fall is named in at most 5 %, within three standard errors (4.6 points); prompts
     may differ, and go their own ways."""
     draw, steps = np.random.default_rng(7), np.arange(n_checkpoints)
-    shape = (300, n_checkpoints, 15)
+    shape = (200, n_checkpoints, 15)
     flat = draw.standard_normal(shape)
     kinds = {
         ("flat", False): flat,
         ("flat", True): flat,
         ("rising", False): flat + 0.01 * steps[:, None],
         ("wandering", False): flat.cumsum(1),
-        ("far apart", False): 0.3 * flat + 9 * draw.standard_normal((300, 1, 15)),
+        ("far apart", False): 0.3 * flat + 9 * draw.standard_normal((200, 1, 15)),
     }
     for (kind, two_sided), values in kinds.items():
         named = np.mean([bool(falls(steps, series(one, two_sided=two_sided))) for one in values])
-        assert named <= 0.05 + 0.038, (kind, two_sided, named)
+        assert named <= 0.05 + 0.046, (kind, two_sided, named)
 
 
 def test_capability_and_specialization_are_put_in_order_only_where_the_data_do() -> None:
