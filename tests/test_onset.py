@@ -138,8 +138,8 @@ def test_a_two_sided_measure_falls_from_the_side_it_goes_furthest_to() -> None:
 
 @pytest.mark.parametrize("n_checkpoints", [11, 30])
 def test_noise_alone_falls_as_often_as_it_says(n_checkpoints: int) -> None:
-    """200 series of 15 prompts, flat or rising: a fall is named in at most 5 %, within three standard errors (4.6 points); prompts
-    may differ, and go their own ways."""
+    """200 series of 15 prompts, flat or rising: a fall is named in at most 5 %, within three standard errors (4.6
+    points); prompts may differ, and go their own ways."""
     draw, steps = np.random.default_rng(7), np.arange(n_checkpoints)
     shape = (200, n_checkpoints, 15)
     flat = draw.standard_normal(shape)
