@@ -6,7 +6,7 @@ import pytest
 from headlapse.engine.statistics.shape import changes, judge_shape, sampling_variance
 
 DENSE = np.linspace(0, 1, 31)
-NAMES = ("constant", "step", "line", "logistic")
+NAMES = ("constant", "step", "steep", "line", "slow")
 
 
 def noisy(mean: np.ndarray, seed: int = 0, noise: float = 0.5) -> np.ndarray:
@@ -18,6 +18,20 @@ def test_dense_checkpoints_tell_a_jump_from_a_rise(seed: int) -> None:
     assert judge_shape(DENSE, noisy(3.0 * (DENSE > 0.4), seed)).verdict == "sudden"
     assert judge_shape(DENSE, noisy(3.0 * DENSE, seed)).verdict == "gradual"
     assert judge_shape(DENSE, noisy(3 / (1 + np.exp(-(DENSE - 0.5) / 0.1)), seed)).verdict == "gradual"
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 2.0, 8.0])
+def test_a_slow_rise_is_rarely_called_sudden_nor_a_jump_gradual(size: float) -> None:
+    """100 series each, of rises from half the prompts' scatter on; what is too weak to tell is left open."""
+    draw = np.random.default_rng(9)
+    slow, jump = size / (1 + np.exp(-(DENSE - 0.5) / 0.1)), size * (DENSE > 0.4)
+    rises, jumps = (
+        [judge_shape(DENSE, mean[:, None] + draw.standard_normal((31, 15))).verdict for _ in range(100)]
+        for mean in (slow, jump)
+    )
+    assert rises.count("sudden") <= 5 and jumps.count("gradual") <= 5
+    if size >= 2:
+        assert rises.count("gradual") >= 80 and jumps.count("sudden") >= 80
 
 
 def test_a_jump_across_a_gap_is_left_open() -> None:

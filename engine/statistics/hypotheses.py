@@ -107,8 +107,9 @@ def _told(onset: Onset, one_prompt: bool) -> str:
 
 
 def _interval(onset: Onset) -> str:
-    low = "before the first checkpoint" if onset.low is None else f"{onset.low:,}"
-    return f"{low} to {'never' if onset.high is None else f'{onset.high:,}'}"
+    if onset.high is None:
+        return "any time to never" if onset.low is None else f"{onset.low:,} to never"
+    return f"by {onset.high:,}" if onset.low is None else f"{onset.low:,} to {onset.high:,}"
 
 
 def _of_shape(shape: Shape) -> str:
@@ -147,10 +148,16 @@ def tell_when(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]:
     yield _tell_onsets(done, direction, layer)
     found = hypotheses(done, direction, layer)
     if found is not None:
-        table = found.set_index("hypothesis").rename_axis(None)
-        table["evidence"] = table["evidence"].str.ljust(table["evidence"].str.len().max())
-        note = f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps to the last"
-        yield Told("The study's hypotheses", table, (note,), "hypotheses", found.set_index("hypothesis"))
+        yield _tell_hypotheses(found, layer)
+
+
+def _tell_hypotheses(found: pd.DataFrame, layer: int) -> Told:
+    """Verdicts as a table, and beneath it each evidence once, with the hypotheses that it speaks to."""
+    table = found.set_index("hypothesis")[["verdict"]].rename_axis(None)
+    notes = [f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps to the last"]
+    for evidence, alike in found.groupby("evidence", sort=False):
+        notes.append(f"{', '.join(name.split()[0] for name in alike['hypothesis'])}: {evidence}")
+    return Told("The study's hypotheses", table, tuple(notes), "hypotheses", found.set_index("hypothesis"))
 
 
 def _tell_onsets(done: xr.Dataset, direction: str, layer: int) -> Told:

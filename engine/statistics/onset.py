@@ -9,7 +9,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from headlapse.engine.measures import CLEAR_OF_ZERO, effect, finished, success
+from headlapse.engine.measures import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
 from headlapse.engine.statistics.corrections import adjust
 from headlapse.engine.statistics.intervals import LEVEL, noise_of_means, resampled_means
 from headlapse.engine.statistics.shape import judge_shape
@@ -151,20 +151,20 @@ class Fall:
 def falls(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Fall]:
     """Every stretch over which the mean falls by more than noise would, the deepest first.
 
-    Noise over prompts falls furthest somewhere; a fall is named when it is deeper than that furthest fall is in 95 % of
-    resamples (a maximum held against its own bootstrap: Westfall and Young 1993, chapter 2), wherever it lies.  So a
-    series that never falls names one in 5 % of cases.  After the deepest fall those before and after it are looked for.
-    A two-sided measure falls away from the side it goes furthest to.  Nothing is named of one prompt.
+    Means over prompts fall by chance somewhere.  A fall is named when it is deeper than noise falls to that checkpoint
+    or, by as many times its own size, to any other in 95 % of resamples (balanced simultaneous bootstrap: Beran 1988;
+    wider by Student's quantile over the normal one, for the size is estimated).  So a series that never falls names one
+    in about 5 % of cases.  After the deepest fall those before and after it are looked for.  A two-sided measure falls
+    away from the side it goes furthest to.  Nothing is named of one prompt.
     """
     if series.values.shape[1] < 2:
         return []
     mean, noise = series.values.mean(1), noise_of_means(series.values)
+    margins = _chance_falls(noise)
     if series.two_sided:
         mean = mean * np.sign(mean[np.abs(mean).argmax()])
-        furthest = np.ptp(noise, axis=0)
-    else:
-        furthest = _furthest_fall(noise)
-    margin = float(np.quantile(furthest, LEVEL)) + 1e-6 * float(np.abs(mean).max())
+        margins = np.maximum(margins, _chance_falls(-noise))
+    margins = margins * _students(series.values.shape[1]) + 1e-6 * np.abs(mean).max()
     found, stretches = [], [(0, len(mean))]
     while stretches:
         first, last = stretches.pop()
@@ -172,30 +172,44 @@ def falls(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Fall]:
         end = first + int(drop.argmax())
         start = first + int(mean[first : end + 1].argmax())
         depth = float(mean[start] - mean[end])
-        if depth > margin:
-            found.append(Fall(int(steps[start]), int(steps[end]), depth, depth - margin))
+        if depth > margins[end]:
+            found.append(Fall(int(steps[start]), int(steps[end]), depth, float(depth - margins[end])))
             stretches += [(first, start + 1), (end, last)]
     return sorted(found, key=lambda fall: -fall.depth)
 
 
-def _furthest_fall(paths: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " resample"]:
-    return (np.maximum.accumulate(paths, axis=0) - paths).max(0)
+def _students(n: int) -> float:
+    """How much wider an interval is when its standard error is estimated from n prompts (Student 1908)."""
+    from scipy.special import ndtri, stdtrit  # start-up counts
+
+    return float(stdtrit(n - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2))
+
+
+def _chance_falls(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " checkpoint"]:
+    """How far noise falls to each checkpoint, from whichever before, in all but 5 % of cases together."""
+    fallen = np.maximum.accumulate(noise, axis=0) - noise
+    size = np.sqrt((fallen**2).mean(1))
+    relative = fallen / np.where(size > 0, size, 1)[:, None]
+    return size * np.quantile(relative.max(0), LEVEL)
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
-    """What is dated: capability, the bug, what each layer's heads do to it, and how even and odd heads part.
+    """What is dated: capability, the bug, what each layer's heads do to it, when that is half of the gap between clean
+    and corrupt run (nats beyond half; share of prompts whose `recovered` is above it), and how even and odd heads part.
 
     Each in nats and, beside it, as the discrete rate, which can jump where nothing else does (Schaeffer et al. 2023,
     arXiv:2304.15004).
     """
     done = finished(run)
+    done = done.sel(subset=[name for name in NAMED if name in done.subset.values]).load()
     clean, corrupt = (done[f"{name}_logit_diff"].transpose("checkpoint", "trial") for name in ("clean", "corrupt"))
     yield Series("clean right", None, _array(clean), 0.0, "nats")
     yield Series("clean right", None, _array(success(clean)), HALF, "rate")
     yield Series("corrupt wrong", None, -_array(corrupt), 0.0, "nats")
     yield Series("corrupt wrong", None, 1 - _array(success(corrupt)), HALF, "rate")
     sign = 1 if direction == "denoise" else -1
-    target = corrupt if direction == "denoise" else clean
+    source, target = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
+    gap = clean - corrupt
     labels = set(done.subset.values)
     moved = effect(done, direction)
     for layer in map(int, done.layer.values):
@@ -205,6 +219,11 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
             yield Series("all heads matter", layer, _array(patched), CLEAR_OF_ZERO, "nats")
             rate = sign * (success(at.sel(subset="all")) - success(target))
             yield Series("all heads matter", layer, _array(rate), PATTERN, "rate", lowest=-1)
+            # Of a gap near zero half is next to nothing, and anything would recover it.
+            beyond = patched - HALF * gap.clip(min=CLEAR_OF_ZERO)
+            yield Series("half is recovered", layer, _array(beyond), 0.0, "nats")
+            share = recovered(at.sel(subset="all"), source, target)
+            yield Series("half is recovered", layer, _array(share > HALF), HALF, "rate")
         if {"even", "odd"} <= labels:
             parted = at.sel(subset="even") - at.sel(subset="odd")
             yield Series("even and odd part", layer, _array(parted), CLEAR_OF_ZERO, "nats", two_sided=True)

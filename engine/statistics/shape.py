@@ -8,14 +8,18 @@ from jaxtyping import Float
 
 from headlapse.engine.statistics.intervals import LEVEL, noise_of_means
 
-MARGIN = 6.0
-"""Of BIC between verdicts: strong evidence (Kass and Raftery 1995)."""
+MARGIN, POSITIVE = 6.0, 2.0
+"""Of BIC, strong and positive evidence (Kass and Raftery 1995): the first between sudden and gradual, the second for or
+against a constant, which cannot lead by more than its fewer parameters."""
 
 GAP = 0.1
-"""Share of the range covered above which an unobserved stretch may hide anything."""
+"""Share of the range covered within which a change is sudden, and above which an unobserved stretch hides which."""
 
-WIDTHS = 12
-"""Widths of a logistic rise that are tried."""
+STEEPEST, WIDEST = 0.005, 0.5
+"""Widths of a logistic rise that are tried, as shares of the range covered."""
+
+DIVIDE = GAP / (2 * np.log(9))
+"""The width at which a logistic curve takes `GAP` of the range from a tenth to nine tenths of its rise."""
 
 SCANS = 999
 """Resamples by which a change is told from noise."""
@@ -29,7 +33,8 @@ class Shape:
     """`sudden`, `gradual`, `none` or `undecided`."""
 
     bic: dict[str, float]
-    """Of the best constant, step, line and logistic curve; the smaller, the better."""
+    """Of the best constant, of a step and a steep logistic curve (sudden), of a line and a slow logistic curve
+    (gradual); the smaller, the better."""
 
     gap: float
     """Share of the range covered in which the best step lies, unobserved."""
@@ -43,17 +48,20 @@ class Family:
     """Curves over given places, each centred and of length one, so that a fit is one product."""
 
     steps: Float[np.ndarray, "step checkpoint"]
+    steep: Float[np.ndarray, "steep checkpoint"]
     line: Float[np.ndarray, "one checkpoint"]
-    logistic: Float[np.ndarray, "curve checkpoint"]
+    slow: Float[np.ndarray, "slow checkpoint"]
 
 
 def judge_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "checkpoint trial"]) -> Shape:
-    """Compare a constant, a step, a line and a logistic curve by BIC (Schwarz 1978), fitted to the means.
+    """Compare a constant with sudden and with gradual changes by BIC (Schwarz 1978), fitted to the means.
 
-    Residuals are normal, of a variance that is at least the sampling variance of the means, so that no curve is praised
-    for following noise.  `none`: the constant is best.  `gradual`: a line or logistic curve is better than the step by
-    `MARGIN`.  `sudden`: the step is best, and it lies between checkpoints that are close; where they are not, nobody
-    looked.  Everything else is `undecided`, and so is a change that other prompts might not show (`changes`).
+    Sudden are a step and logistic curves that rise within `GAP` of the range covered, gradual a line and slower
+    logistic curves.  Residuals are normal, of a variance that is at least the sampling variance of the means, so that
+    no curve is praised for following noise.  `none`: the constant is better than all others by `POSITIVE`.  `sudden`,
+    `gradual`: better than the other by `MARGIN`, and than the constant by `POSITIVE`; a sudden change lies between
+    checkpoints that are close as well, for where they are not, nobody looked.  Everything else is `undecided`, and so
+    is a change that other prompts might not show (`changes`).
     """
     n = len(x)
     if n < 4 or np.ptp(x) == 0:
@@ -73,8 +81,9 @@ def judge_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "
     found = {
         "constant": bic(0.0, 1),
         "step": bic(float(steps.max()), 3),
+        "steep": bic(float(((family.steep @ around) ** 2).max()), 4),
         "line": bic(float(((family.line @ around) ** 2)[0]), 2),
-        "logistic": bic(float(((family.logistic @ around) ** 2).max()), 4),
+        "slow": bic(float(((family.slow @ around) ** 2).max()), 4),
     }
     gap = float((x[jump] - x[jump - 1]) / np.ptp(x))
     verdict, surely = _verdict(found, gap), True
@@ -109,22 +118,22 @@ def changes(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "chec
 
 
 def _verdict(bic: dict[str, float], gap: float) -> str:
-    gradual = min(bic["line"], bic["logistic"])
-    if bic["constant"] <= min(bic["step"], gradual):
-        return "none"
-    if bic["constant"] < min(bic["step"], gradual) + MARGIN / 3:
+    sudden, gradual = min(bic["step"], bic["steep"]), min(bic["line"], bic["slow"])
+    lead = min(sudden, gradual) - bic["constant"]
+    if abs(lead) < POSITIVE:
         return "undecided"
-    if gradual <= bic["step"] - MARGIN:
+    if lead > 0:
+        return "none"
+    if gradual <= sudden - MARGIN:
         return "gradual"
-    if bic["step"] <= gradual and gap <= GAP:
-        return "sudden"
-    return "undecided"
+    return "sudden" if sudden <= gradual - MARGIN and gap <= GAP else "undecided"
 
 
 @functools.lru_cache(maxsize=4)
 def _family(places: tuple[float, ...]) -> Family:
     x = np.array(places)
-    return Family(_unit((x >= x[1:, None]).astype(float)), _unit(x[None]), _unit(_logistic(x)))
+    steep, slow = _logistic(x, np.geomspace(STEEPEST, DIVIDE, 4)), _logistic(x, np.geomspace(DIVIDE, WIDEST, 10)[1:])
+    return Family(_unit((x >= x[1:, None]).astype(float)), _unit(steep), _unit(x[None]), _unit(slow))
 
 
 def _unit(curves: Float[np.ndarray, "curve checkpoint"]) -> Float[np.ndarray, "curve checkpoint"]:
@@ -134,9 +143,10 @@ def _unit(curves: Float[np.ndarray, "curve checkpoint"]) -> Float[np.ndarray, "c
     return np.where(length > 1e-9, centred, 0) / np.where(length > 1e-9, length, 1)
 
 
-def _logistic(x: Float[np.ndarray, " checkpoint"]) -> Float[np.ndarray, "curve checkpoint"]:
-    """Rises about every place between and at checkpoints, of widths from half the range down to hundredths of it."""
+def _logistic(
+    x: Float[np.ndarray, " checkpoint"], widths: Float[np.ndarray, " width"]
+) -> Float[np.ndarray, "curve checkpoint"]:
+    """Rises about every place between and at checkpoints."""
     middles = np.union1d(x, (x[1:] + x[:-1]) / 2)
-    widths = np.ptp(x) * np.geomspace(0.005, 0.5, WIDTHS)
-    slopes = (x - middles[:, None])[None] / widths[:, None, None]
+    slopes = (x - middles[:, None])[None] / (np.ptp(x) * widths[:, None, None])
     return (1 / (1 + np.exp(-np.clip(slopes, -50, 50)))).reshape(-1, len(x))
