@@ -506,6 +506,15 @@ def test_parts_are_kept_alone_and_others_are_another_question(store: Store, whol
         measured(store)
 
 
+def test_a_store_of_later_layers_is_measured_from_its_first(files: Path, tmp_path: Path, whole: Store) -> None:
+    study = Study(str(files), trials=3, sites=("1",))
+    list(cache_series(study, resolve(study.model, [], tmp_path), tmp_path / "s.zarr", tmp_path, Machine()))
+    found = measured(Store(tmp_path / "s.zarr")).dataset().load()
+    assert list(found.layer.values) == [1, 2]
+    for name in ("attribution", "attention", "norm", "effect", "estimate"):
+        np.testing.assert_allclose(found[name], kept(whole)[name].sel(layer=[1, 2]), atol=2e-5)
+
+
 def test_a_store_of_z_alone_is_refused(files: Path, tmp_path: Path) -> None:
     study = Study(str(files), trials=3, sites=("z",))
     list(cache_series(study, resolve(study.model, ["step0"], tmp_path), tmp_path / "z.zarr", tmp_path, Machine()))
