@@ -10,6 +10,7 @@ demo: $(VENV)/installed
 	$(RUN) scripts/cache.py
 	$(RUN) scripts/patch.py --protocol published --layers all
 	$(RUN) scripts/patch.py --subsets lattice
+	$(RUN) scripts/mechanism.py
 	$(RUN) scripts/report.py
 
 test: $(VENV)/installed lint

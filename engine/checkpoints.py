@@ -192,9 +192,7 @@ class Skeleton:
             logits: Tensor = self.model(inputs_embeds=nothing, position_ids=positions, use_cache=False).logits
         return logits
 
-    def before_unembedding(
-        self, resid: Float[Tensor, "batch row d_model"]
-    ) -> Float[Tensor, "batch row d_unembedded"]:
+    def before_unembedding(self, resid: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch row d_unembedded"]:
         """What of residual streams that left the last layer reaches the unembedding: mostly normed."""
         heard: list[Tensor] = []
         with self.answering(torch.zeros(len(resid), 1, dtype=torch.long, device=self.device)):

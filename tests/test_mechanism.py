@@ -618,3 +618,13 @@ def test_weights_that_give_other_shares_are_inexact_and_nothing_is_kept(whole: S
     failed = run("mechanism", path, cache=tmp_path)
     assert failed.returncode == 1 and told(failed)[0].startswith("error: step10: the shares of heads")
     assert list(kept(Store(path)).complete.values) == [True, False, False]
+
+
+def test_the_report_shows_what_was_measured(files: Path, tmp_path: Path) -> None:
+    assert run("cache", "--model", files, "--trials", 3, cache=tmp_path).returncode == 0
+    assert run("patch", "--layers", "1", cache=tmp_path).returncode == 0
+    assert run("mechanism", "--parts", "attribution", cache=tmp_path).returncode == 0
+    done = run("report", cache=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = Path(done.stdout.strip())
+    assert "<h2>Mechanism</h2>" in page.read_text() and len(pd.read_csv(page.parent / "mechanism.csv"))

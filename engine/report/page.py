@@ -12,7 +12,10 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from headlapse.engine.arrays import is_group
 from headlapse.engine.measures import each_checkpoint, finished
+from headlapse.engine.mechanism.kept import MechanismRun, place
+from headlapse.engine.mechanism.told import tell_mechanism
 from headlapse.engine.published import examples, success_table
 from headlapse.engine.report.figures import draw
 from headlapse.engine.report.looks import INK, PAPER, to_svg
@@ -30,7 +33,7 @@ TIDY_ROWS = 1_000_000
 OPTIONAL = {"heads", "training", "splits"}
 """Figures that only some runs have."""
 
-NUMBERS = {"measures", "answers", "parity", "rates", "shapley", "onsets", "hypotheses"}
+NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "onsets", "hypotheses"}
 """Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20
@@ -57,7 +60,7 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     with _appearing(out / "patched.csv") as partial:
         _write_patched(result, partial)
     drawn = _write_figures(result, out)
-    found = list(findings(result.run, result.settings))
+    found = [*findings(result.run, result.settings), *_mechanism(store)]
     _write_numbers(found, out)
     with _appearing(out / "index.html") as partial:
         partial.write_text(_page(store, result, drawn, found), encoding="utf-8")
@@ -196,6 +199,14 @@ def _headline(result: Result) -> list[tuple[str, str, str]]:
     where = f"layers {site} together" if result.settings["joint"] else f"layer {site}"
     named = [("clean", "clean, unpatched"), ("corrupt", "corrupt, unpatched"), (best, f"{heads_of(best)} of {where}")]
     return [(said, signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name, said in named]
+
+
+def _mechanism(store: Store) -> list[Told]:
+    """What `scripts/mechanism.py` measured, where it has finished a checkpoint."""
+    if not is_group(place(store)):
+        return []
+    run = MechanismRun(place(store))
+    return [tell_mechanism(run.dataset(), run.settings)] if run.complete() else []
 
 
 def _published(store: Store) -> dict[str, Any] | None:
