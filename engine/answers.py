@@ -107,10 +107,12 @@ def answers(
 def begins_with(text: str, right: str, wrong: str) -> bool:
     """Whether the text begins with the right answer, white space before it aside.
 
-    Where the wrong answer goes on from the right one (9.1 and 9.11), the text must not begin with that.
+    A number must end where the right one does (9.85 is not 9.8); where the wrong answer goes on from the right one, the
+    text must not begin with that.
     """
     said, right, wrong = text.lstrip(), right.strip(), wrong.strip()
-    return said.startswith(right) and not (wrong.startswith(right) and said.startswith(wrong))
+    is_longer = right[-1:].isdigit() and said[len(right) : len(right) + 1].isdigit()
+    return said.startswith(right) and not is_longer and not (wrong.startswith(right) and said.startswith(wrong))
 
 
 class _Reading:

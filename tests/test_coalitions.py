@@ -11,10 +11,10 @@ from headlapse.engine.statistics.coalitions import (
     lattice_rows,
     parity_share,
     sampled,
-    tell_coalitions,
     worst_even,
 )
 from headlapse.engine.statistics.games import members, shapley
+from headlapse.engine.statistics.shares import tell_coalitions
 from headlapse.engine.subsets import parse_subsets
 
 TARGET, SOURCE = -3.0, 4.0
@@ -158,10 +158,25 @@ def test_orders_alone_are_enough_for_a_sample_of_many_heads() -> None:
 def test_the_table_names_heads_sets_and_what_it_rests_on() -> None:
     inside = members(4)
     worth = 4.0 * (inside[:, 0] & inside[:, 3]) + 0.4 * inside[:, 1]
-    text = str(tell_coalitions(run_of(worth[None, None]), settings("lattice")))
-    row = text.splitlines()[2]
+    shares, *_ = tell_coalitions(run_of(worth[None, None]), settings("lattice"))
+    row = str(shares).splitlines()[2]
     assert row.startswith("step0") and "0 +2.00 ±0.00, 3 +2.00 ±0.00, 1 +0.40 ±0.00" in row and "0,3 (1)" in row
-    assert "exact Shapley values" in text
-    some = str(tell_coalitions(run_of(worth[None, None], ("orders:3",)), settings("orders:3")))
-    assert "sampled from random orders" in some and "enough" not in some
-    assert tell_coalitions(run_of(worth[None, None], ("each",)), settings("each")) is None
+    assert "exact Shapley values" in str(shares)
+    (some,) = tell_coalitions(run_of(worth[None, None], ("orders:3",)), settings("orders:3"))
+    assert "sampled from random orders" in str(some) and "enough" not in str(some)
+    assert not list(tell_coalitions(run_of(worth[None, None], ("each",)), settings("each")))
+
+
+def test_how_many_heads_it_takes_says_what_any_k_heads_and_any_k_even_heads_do_at_least() -> None:
+    """By hand: 0 and 2 are worth 3 each and either is enough for both; 1 and 3 are worth 1 each."""
+    inside = members(4)
+    worth = 3.0 * (inside[:, 0] | inside[:, 2]) + inside[:, 1] + inside[:, 3]
+    _, sizes, pairs = tell_coalitions(run_of(worth[None, None]), settings("lattice"))
+    assert sizes.table is not None and sizes.numbers is not None and pairs.numbers is not None
+    assert sizes.table.loc["least"].tolist() == ["+0.00", "+1.00", "+2.00", "+4.00", "+5.00"]
+    assert sizes.table.loc["most"].tolist() == ["+0.00", "+3.00", "+4.00", "+5.00", "+5.00"]
+    assert sizes.table.loc["least of even"].tolist() == ["-", "+3.00", "+3.00", "-", "-"]
+    assert sizes.table.loc["p"].tolist() == ["-", "0.17", "0.83", "-", "-"], "of six halves one, and five, do as well"
+    assert len(sizes.numbers) == 5 and sizes.numbers.index.names == ["checkpoint", "layer", "size"]
+    assert "0,2 -3.00" in str(pairs) and "layer 2 that at step0" in str(pairs)
+    assert pairs.numbers.interaction["step0", 2, 0, 2] == pytest.approx(-3, abs=1e-6) and len(pairs.numbers) == 6

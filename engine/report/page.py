@@ -33,7 +33,7 @@ TIDY_ROWS = 1_000_000
 OPTIONAL = {"heads", "training", "splits"}
 """Figures that only some runs have."""
 
-NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "onsets", "hypotheses"}
+NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"}
 """Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20

@@ -11,18 +11,14 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from headlapse.engine.measures import CLEAR_OF_ZERO, best_layer, each_checkpoint, effect, finished
+from headlapse.engine.measures import CLEAR_OF_ZERO, each_checkpoint, effect, finished
 from headlapse.engine.statistics import games
-from headlapse.engine.statistics.intervals import LEVEL, interval
-from headlapse.engine.statistics.told import Told
+from headlapse.engine.statistics.intervals import interval
 from headlapse.engine.subsets import draw_orders, label_of
 from headlapse.kernels.walsh import subset_minima
 
 SHARE = 0.8
 """Of what all heads do: a coalition is sufficient when it does as much, necessary when without it as much is lost."""
-
-SHOWN = 3
-"""Heads named in a row of the table."""
 
 MOST_WORK = 2**24
 """Halvings times coalitions above which the place of parity is not worked out."""
@@ -180,60 +176,3 @@ def _of_orders(worth: Float[np.ndarray, "order step trial"], orders: Int[np.ndar
     mean, error = games.sampled_shapley(worth.mean(-1), orders)
     held = {"shapley": mean, "shapley_low": low, "shapley_high": high, "shapley_error": error}
     return xr.Dataset({name: ("head", values) for name, values in held.items()})
-
-
-def tell_coalitions(run: xr.Dataset, settings: dict[str, Any]) -> Told | None:
-    """Per checkpoint, at its best layer: the heads of the largest Shapley values, who is enough, who is needed.
-
-    None where neither the lattice nor orders were run.
-    """
-    done = finished(run)
-    exact = coalitions(done, settings["direction"])
-    found = sampled(done, settings) if exact is None else exact
-    if found is None:
-        return None
-    layers = best_layer(done, settings["direction"]).values.astype(int)
-    rows = {}
-    for label, layer in zip(done.checkpoint.values, layers, strict=True):
-        one = found.sel(checkpoint=label, layer=layer)
-        rows[label] = {"layer": str(layer), "largest Shapley values (head, nats)": _told_shapley(one)}
-        if exact is None:
-            rows[label]["largest error"] = f"{float(one.shapley_error.max()):.2f}"
-        else:
-            rows[label] |= {"enough": _told(one, "sufficient"), "needed": _told(one, "necessary")}
-            rows[label]["parity"] = _told_parity(one)
-    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
-    by_head = found[[name for name, values in found.items() if values.dims[-1:] == ("head",)]].to_dataframe()
-    return Told("Each head's share", table, (_how_to_read(exact is not None),), "shapley", by_head)
-
-
-def _how_to_read(exact: bool) -> str:
-    half = f"with half of their {LEVEL:.0%} interval over prompts"
-    if not exact:
-        return (
-            f"Shapley values of the row's best layer, sampled from random orders of its heads, {half}; their largest "
-            "standard error over the orders"
-        )
-    return (
-        f"every coalition of the row's best layer: exact Shapley values {half}; fewest heads that do {SHARE:.0%} of "
-        "what all do, fewest without which as much is lost (how many such sets there are); share of the effect's "
-        "variance over coalitions that parity explains, and the share of halvings that explain as much"
-    )
-
-
-def _told_shapley(one: xr.Dataset) -> str:
-    largest = np.argsort(-one.shapley.values, kind="stable")[:SHOWN]
-    half = (one.shapley_high.values - one.shapley_low.values) / 2
-    return ", ".join(f"{head} {one.shapley.values[head]:+.2f} ±{half[head]:.2f}" for head in largest)
-
-
-def _told_parity(one: xr.Dataset) -> str:
-    share, place = float(one.parity), float(one.parity_p)
-    if math.isnan(share):
-        return "-"
-    return f"{share:.1%}" if math.isnan(place) else f"{share:.1%} p {place:.2f}"
-
-
-def _told(one: xr.Dataset, name: str) -> str:
-    size, count = int(one[name]), int(one[f"{name}_count"])
-    return "-" if size < 0 else f"{one[f'{name}_set'].item()} ({count})"

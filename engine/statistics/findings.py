@@ -7,11 +7,11 @@ import xarray as xr
 
 from headlapse.engine.measures import format_timeline
 from headlapse.engine.published import format_texts
-from headlapse.engine.statistics.coalitions import tell_coalitions
 from headlapse.engine.statistics.corrections import Correction
 from headlapse.engine.statistics.hypotheses import tell_when
 from headlapse.engine.statistics.measured import tell_measures
 from headlapse.engine.statistics.rates import tell_rates
+from headlapse.engine.statistics.shares import tell_coalitions
 from headlapse.engine.statistics.splits import tell_parity
 from headlapse.engine.statistics.texts import tell_answers
 from headlapse.engine.statistics.told import Told
@@ -37,6 +37,5 @@ def findings(run: xr.Dataset, settings: dict[str, Any], correction: Correction =
     if {"even", "odd"} <= set(run.subset.values):
         yield tell_parity(run, correction)
         yield tell_rates(run, settings)
-    if told := tell_coalitions(run, settings):
-        yield told
+    yield from tell_coalitions(run, settings)
     yield from tell_when(run, settings)
