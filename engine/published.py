@@ -198,7 +198,10 @@ def format_texts(run: xr.Dataset, study: Mapping[str, Any]) -> str:
     done, table = finished(run), success_table(run, study)
     chosen = "; each row shows the layer where even and odd are furthest apart" if done.sizes["layer"] > 1 else ""
     n, n_near = done.sizes["trial"], int(done.n_near.sum())
-    unknown = f"the study gives no numbers for {Path(study['model']).name} on {study['task']}"
+    unknown = (
+        f"the study gives no numbers for {Path(study['model']).name} on {study['task']}; "
+        f"it asked {MODEL} the pair of --task {TASK}, at layer {LAYERS[0]}"
+    )
     return "\n".join(
         [
             table.to_string(),
@@ -233,7 +236,8 @@ def _row(one: xr.Dataset, words: Sequence[str], asked: tuple[str, str]) -> dict[
         return row
     row["strength"] = f"{here[1] - here[2]:+.2f}"
     if (*asked, str(layer)) == (MODEL, TASK, LAYERS[0]) and label in RATES:
-        row["published"] = " ".join(f"{value:.0%}" for value in RATES[label])
+        for said, rates in (("published", RATES[label]), ("here", here)):
+            row[said] = " ".join(f"{value:.0%}" for value in rates)
         row["same?"] = "yes" if here == RATES[label] else "no"
     return row
 

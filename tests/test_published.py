@@ -162,8 +162,8 @@ def test_the_studys_numbers_stand_beside_ours_for_its_own_model_and_prompts() ->
     run = texts({"step32000": (1, 1, 1), "step143000": (0, 0, 0), "step7": (0, 0, 0)})
     told = format_texts(run, {"model": "EleutherAI/pythia-160m", "task": "published"})
     rows = {line.split()[0]: line.split()[1:] for line in told.splitlines() if line.startswith("step") and "%" in line}
-    assert rows["step32000"] == ["6", "100%", "100%", "100%", "+0.00", "100%", "100%", "100%", "yes"]
-    assert rows["step143000"] == ["6", "0%", "0%", "0%", "+0.00", "0%", "100%", "0%", "no"]
+    assert rows["step32000"] == ["6", *["100%"] * 3, "+0.00", *["100%"] * 3, *["100%"] * 3, "yes"]
+    assert rows["step143000"] == ["6", *["0%"] * 3, "+0.00", "0%", "100%", "0%", *["0%"] * 3, "no"]
     assert rows["step7"] == ["6", "0%", "0%", "0%", "+0.00"], "the study has no such checkpoint"
     assert "the study gives no numbers for pythia-70m" in format_texts(
         run, {"model": "pythia-70m", "task": "published"}

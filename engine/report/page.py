@@ -122,6 +122,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[T
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    templates.filters["signs"] = _signs
     trials, held, run = store.trials(), store.complete(), store.patch(result.name).attrs
     return templates.get_template("page.html.j2").render(
         result=result,
@@ -157,6 +158,11 @@ def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[T
         device=run.get("device"),
         ranges=ranges,
     )
+
+
+def _signs(text: str) -> str:
+    """A finding's words with real minus signs, as the figures have them."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
 def _inline(svg: str, stem: str) -> Markup:

@@ -176,7 +176,7 @@ def tell_parity(run: xr.Dataset, correction: Correction = "bh") -> Told:
     )
     last = frame.loc[frame.index[-1][0]]
     by_layer = ", ".join(f"{layer}: {p:.3f}" for layer, p in last["p"].items())
-    return Told(TITLE, table, (how_to_read, f"p at {frame.index[-1][0]} by layer: {by_layer}"), "parity", frame)
+    return Told(TITLE, table, (how_to_read, f"layers at {frame.index[-1][0]} (p): {by_layer}"), "parity", frame)
 
 
 def _told(halvings: Halvings, n_heads: int) -> str:
