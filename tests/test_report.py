@@ -386,7 +386,7 @@ def test_a_report_cut_off_leaves_no_half_file_under_its_name(
 
 def test_every_finding_is_on_the_page_and_its_numbers_beside_it(store: Store, tmp_path: Path) -> None:
     run = some_run(store, ["lattice"])
-    text = text_of(write_report(store, tmp_path / "out"))
+    text = text_of(write_report(store, tmp_path / "out")).replace("−", "-")
     for told in findings(run.dataset(), run.settings):
         assert told.title in text and told.notes[0][1:] in text
         assert told.numbers is not None and len(pd.read_csv(tmp_path / "out" / f"{told.name}.csv")) == len(told.numbers)
