@@ -14,10 +14,11 @@ from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from headlapse.engine.anatomy import Anatomy, dissect, read_config
 from headlapse.engine.attention import IMPLEMENTATION
+from headlapse.engine.layout import GENERATION
 from headlapse.engine.machine import Machine, allow_tf32, told_bytes
 from headlapse.engine.sources import Files
 from headlapse.engine.study import DTYPES, Arithmetic, Refusal
@@ -342,9 +343,23 @@ def load_tokenizer(directory: Path) -> Any:
 def open_skeleton(files: Files, dtype: Arithmetic, device: str, current: Skeleton | None = None) -> Skeleton:
     """The resident skeleton where it fits the checkpoint's config, else a new one."""
     config = read_config(files.config.parent)
-    if current is not None and current.fits(config):
-        return current
-    return Skeleton(config, TORCH_DTYPES[dtype], device)
+    skeleton = current if current is not None and current.fits(config) else None
+    skeleton = skeleton or Skeleton(config, TORCH_DTYPES[dtype], device)
+    skeleton.model.generation_config = _plainly_greedy(files.config.parent, config)
+    return skeleton
+
+
+def _plainly_greedy(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """How texts are made: of the checkpoint's own settings for that, only the tokens that end a text are heard."""
+    ends = config.eos_token_id
+    if (directory / GENERATION).is_file():
+        try:
+            ends = GenerationConfig.from_pretrained(directory).eos_token_id
+        except (OSError, ValueError) as error:
+            raise Refusal(
+                f"{directory / GENERATION}: it cannot be read ({error}); fetch it again, or remove it"
+            ) from error
+    return GenerationConfig(eos_token_id=ends)
 
 
 def _identity(config: PreTrainedConfig) -> str:

@@ -143,8 +143,8 @@ def stock_generate(skeleton: Skeleton, prompt: Tokens, n_tokens: int) -> list[in
 
 
 def stop_tokens(skeleton: Skeleton) -> list[int]:
-    """The tokens that end a text, as the model's config names them."""
-    named = skeleton.model.config.eos_token_id
+    """The tokens that end a text, as the checkpoint names them."""
+    named = cast(Any, skeleton.model).generation_config.eos_token_id
     return [] if named is None else list(named) if isinstance(named, list) else [int(named)]
 
 

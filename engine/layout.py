@@ -13,6 +13,7 @@ from typing import Any
 from headlapse.engine.study import Refusal
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 
 WEIGHTS = (
     "model.safetensors",
@@ -32,7 +33,7 @@ BESIDE_WEIGHTS = (
     "special_tokens_map.json",
     "merges.txt",
     "added_tokens.json",
-    "generation_config.json",
+    GENERATION,
 )
 """All that is wanted of a checkpoint besides its weights, as far as it is there."""
 

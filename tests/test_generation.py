@@ -1,7 +1,9 @@
 """Laws of generation: a batch of conditions gives token for token what transformers' own generate gives alone."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.checkpoints import Skeleton, Wardrobe, open_skeleton
 from headlapse.engine.generation import Condition, by_definition, generate
-from tests.models import D_MODEL, N_HEADS, VOCAB, tiny
+from headlapse.engine.machine import Machine
+from headlapse.engine.sources import fetch, resolve
+from headlapse.engine.study import Refusal
+from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION
 from tests.test_capture import dressed
 
@@ -117,6 +122,30 @@ def test_a_text_ends_with_the_token_that_ends_texts() -> None:
     assert made[0] == plain[0][: plain[0].index(stop) + 1]
     assert made == [row[: row.index(stop) + 1] if stop in row else row for row in plain]
     assert made == [reference(model, condition) for condition in conditions(3)]
+
+
+@torch.inference_mode()
+def test_of_the_checkpoints_own_settings_for_texts_only_their_end_is_heard(tmp_path: Path) -> None:
+    """The file beside the weights wins over the config; what makes a text other than plainly greedy is left aside."""
+    model = tiny("neox-parallel", eos_token_id=None)
+    plain = generate(dressed(model), conditions(3), N_TOKENS, most=100).tokens
+    ends = plain[0][2:4]
+    save(model, tmp_path / "own", tokenizer=tiny_tokenizer())
+    own = tmp_path / "own" / "generation_config.json"
+    own.write_text(json.dumps({"eos_token_id": ends, "repetition_penalty": 5.0, "num_beams": 3, "do_sample": True}))
+    [checkpoint] = resolve(str(tmp_path / "own"), [], tmp_path)
+    files = fetch(checkpoint, tmp_path)
+    skeleton, _ = Wardrobe("float32", Machine()).wear((files, None))
+    made = generate(skeleton, conditions(3), N_TOKENS, most=100).tokens
+    assert made == [_until(row, ends) for row in plain] and made != plain
+    assert made[:5] == [by_definition(skeleton, condition, N_TOKENS) for condition in conditions(3)[:5]]
+    own.write_text('{"eos_token_id": ')
+    with pytest.raises(Refusal, match=r"generation_config.json: it cannot be read .* fetch it again, or remove it"):
+        open_skeleton(files, "float32", "cpu", skeleton)
+
+
+def _until(row: list[int], ends: list[int]) -> list[int]:
+    return row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
 
 
 @torch.inference_mode()
