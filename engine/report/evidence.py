@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from matplotlib.figure import Figure
 
@@ -63,6 +64,12 @@ def heads_alone(result: Result) -> xr.Dataset:
     held = {"value": by_trial.mean(-1), "low": low, "high": high}
     coords = {"layer": moved.layer.values, "head": np.arange(by_trial.shape[2])}
     return xr.Dataset({name: (dims, values) for name, values in held.items()}, coords)
+
+
+def shares_of_heads(result: Result, shares: pd.DataFrame) -> xr.Dataset:
+    """Shapley values as `value`, `low` and `high` (checkpoint, layer, head) in nats."""
+    named = {"shapley": "value", "shapley_low": "low", "shapley_high": "high"}
+    return shares[list(named)].rename(columns=named).to_xarray().sel(checkpoint=list(result.table.index))
 
 
 def draw_over_training(result: Result, values: xr.Dataset, said: str) -> Figure:

@@ -5,12 +5,13 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from headlapse.engine.measures import NAMED
-from headlapse.engine.report.evidence import draw_over_training, draw_splits, heads_alone
+from headlapse.engine.report.evidence import draw_over_training, draw_splits, heads_alone, shares_of_heads
 from headlapse.engine.report.looks import (
     COLOURS,
     FAINT,
@@ -28,8 +29,11 @@ from headlapse.engine.report.result import Result, heads_of, signed
 from headlapse.engine.study import RUNS
 
 
-def draw(result: Result) -> dict[str, Figure]:
-    """The figures by file stem; `heads`, `training` and `splits` only where what they show was run."""
+def draw(result: Result, shares: pd.DataFrame | None = None) -> dict[str, Figure]:
+    """The figures by file stem; `heads`, `training`, `splits` and `shapley` only where what they show was run.
+
+    `shares`: Shapley values with their intervals, by checkpoint, layer and head.
+    """
     with matplotlib.rc_context(STYLE):
         figures = {"timeline": _draw_timeline(result), "heatmap": _draw_heatmap(result)}
         if result.single_heads:
@@ -37,6 +41,8 @@ def draw(result: Result) -> dict[str, Figure]:
             figures["training"] = draw_over_training(result, heads_alone(result), "effect of the head alone")
         if splits := draw_splits(result):
             figures["splits"] = splits
+        if shares is not None:
+            figures["shapley"] = draw_over_training(result, shares_of_heads(result, shares), "Shapley value")
         for figure in figures.values():  # laid out once, not for every format again
             figure.draw_without_rendering()
             figure.set_layout_engine("none")

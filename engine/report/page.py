@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -30,7 +31,7 @@ from headlapse.engine.tasks import Trials, align
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""
 
-OPTIONAL = {"heads", "training", "splits"}
+OPTIONAL = {"heads", "training", "splits", "shapley"}
 """Figures that only some runs have."""
 
 NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"}
@@ -59,17 +60,22 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
         result.table.to_csv(partial)
     with _appearing(out / "patched.csv") as partial:
         _write_patched(result, partial)
-    drawn = _write_figures(result, out)
     found = [*findings(result.run, result.settings), *_mechanism(store)]
+    drawn = _write_figures(result, _numbers(found).get("shapley"), out)
     _write_numbers(found, out)
     with _appearing(out / "index.html") as partial:
         partial.write_text(_page(store, result, drawn, found), encoding="utf-8")
     return out / "index.html"
 
 
-def _write_figures(result: Result, out: Path) -> dict[str, str]:
+def _numbers(found: Sequence[Told]) -> dict[str, pd.DataFrame]:
+    """What every finding rests on, by name."""
+    return {told.name: told.numbers for told in found if told.numbers is not None}
+
+
+def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> dict[str, str]:
     """Every figure as SVG and PNG; returns the SVG by stem."""
-    figures = draw(result)
+    figures = draw(result, shares)
     drawn = {stem: to_svg(figure) for stem, figure in figures.items()}
     for stem, figure in figures.items():
         with _appearing(out / f"{stem}.svg") as partial:
@@ -84,7 +90,7 @@ def _write_figures(result: Result, out: Path) -> dict[str, str]:
 
 def _write_numbers(found: Sequence[Told], out: Path) -> None:
     """What every finding rests on, as CSV."""
-    named = {told.name: told.numbers for told in found if told.numbers is not None}
+    named = _numbers(found)
     for name, numbers in named.items():
         with _appearing(out / f"{name}.csv") as partial:
             numbers.to_csv(partial)
