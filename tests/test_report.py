@@ -419,6 +419,9 @@ def test_a_run_without_a_finished_checkpoint_is_refused(store: Store, tmp_path: 
     some_run(store, done=lambda label: False)
     with pytest.raises(Refusal, match=r"patched run run of .* has no finished checkpoint"):
         write_report(store, tmp_path / "out")
+    some_run(store, name="earlier")
+    some_run(store, name="run-b", done=lambda label: False)
+    assert "run earlier" in text_of(write_report(store, tmp_path / "out")), "the newest that has something to show"
     some_run(store, name="broken", values=lambda values: values * np.float32("nan"))
     with pytest.raises(Refusal, match="only numbers that are not finite"):
         write_report(store, tmp_path / "out", "broken")

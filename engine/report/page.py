@@ -42,14 +42,17 @@ SHOWN_PROMPTS = 20
 
 
 def write_report(store: Store, out: Path, name: str | None = None) -> Path:
-    """Write page, figures and tables of a patched run (the newest unless named) into `out`; returns the page's path.
+    """Write page, figures and tables of a patched run (the newest with a finished checkpoint unless named) into `out`.
+
+    Returns the page's path.
 
     Every file appears whole, the page last.  Raises `Refusal` where there is nothing to show.
     """
     names = store.patch_names("corrected")
     if not names:
         raise Refusal(f"{store.path} has no patched run yet; make one with: python scripts/patch.py {store.path}")
-    result = read_result(store, name or names[-1])
+    begun = [name for name in names if store.patch(name).complete()]
+    result = read_result(store, name or (begun or names)[-1])
     if (out / "zarr.json").exists():
         raise Refusal(f"--out {out} is a store; name a directory of its own for the report")
     try:
