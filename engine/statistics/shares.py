@@ -101,7 +101,8 @@ def _best(found: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Datas
 def _largest(one: xr.Dataset) -> str:
     largest = np.argsort(-one.shapley.values, kind="stable")[:SHOWN]
     half = (one.shapley_high.values - one.shapley_low.values) / 2
-    return ", ".join(f"{head} {one.shapley.values[head]:+.2f} ±{half[head]:.2f}" for head in largest)
+    told = ["" if math.isnan(value) else f" ±{value:.2f}" for value in half]  # one prompt has no interval
+    return ", ".join(f"{head} {one.shapley.values[head]:+.2f}{told[head]}" for head in largest)
 
 
 def _strongest(one: xr.Dataset) -> str:

@@ -159,7 +159,8 @@ def tell_parity(run: xr.Dataset, correction: Correction = "bh") -> Told:
             "layer": shown["layer"].astype(str),
             "even - odd": [f"{value:+.2f}" for value in shown["strength"]],
             "95 % interval": [
-                f"{low:+.2f} .. {high:+.2f}" for low, high in zip(shown["low"], shown["high"], strict=True)
+                "-" if math.isnan(low) else f"{low:+.2f} .. {high:+.2f}"  # one prompt has no interval
+                for low, high in zip(shown["low"], shown["high"], strict=True)
             ],
             "p": [f"{value:.3f}{wide}" for value, wide in zip(shown["p"], error, strict=True)],
             "p adjusted": [f"{value:.3f}" for value in shown["p_adjusted"]],
