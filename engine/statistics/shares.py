@@ -28,13 +28,14 @@ def tell_coalitions(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]
     if found is None:
         return
     best = best_layer(done, settings["direction"]).astype(int)
-    yield _tell_shares(found, best)
+    unit = f"nats towards the {'clean' if settings['direction'] == 'denoise' else 'corrupt'} run"
+    yield _tell_shares(found, best, unit)
     if exact is not None:
-        yield _tell_sizes(exact, best)
-        yield _tell_pairs(exact, best)
+        yield _tell_sizes(exact, best, unit)
+        yield _tell_pairs(exact, best, unit)
 
 
-def _tell_shares(found: xr.Dataset, best: xr.DataArray) -> Told:
+def _tell_shares(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
     """Per checkpoint, at its best layer: the heads of the largest Shapley values, who is enough, who is needed."""
     rows = {}
     for label, one in _best(found, best):
@@ -46,11 +47,11 @@ def _tell_shares(found: xr.Dataset, best: xr.DataArray) -> Told:
             rows[label]["parity"] = _parity(one)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
     by_head = found[[name for name, values in found.items() if values.dims[-1:] == ("head",)]].to_dataframe()
-    return Told("Each head's share", table, (_how_to_read("shapley_error" not in found),), "shapley", by_head)
+    return Told("Each head's share", table, (_how_to_read("shapley_error" not in found, unit),), "shapley", by_head)
 
 
-def _how_to_read(exact: bool) -> str:
-    half = f"with half of their {LEVEL:.0%} interval over prompts"
+def _how_to_read(exact: bool, unit: str) -> str:
+    half = f"({unit}) with half of their {LEVEL:.0%} interval over prompts"
     if not exact:
         return (
             f"Shapley values of the row's best layer, sampled from random orders of its heads, {half}; their largest "
@@ -63,7 +64,7 @@ def _how_to_read(exact: bool) -> str:
     )
 
 
-def _tell_sizes(found: xr.Dataset, best: xr.DataArray) -> Told:
+def _tell_sizes(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
     """At the last checkpoint's best layer: what so many heads do at least and at most; even ones at least."""
     numbers = found.curve.to_dataset("quantile").rename({0.0: "least", 0.5: "median", 1.0: "most"})
     numbers = numbers.assign(least_of_even=found.worst_even, place=found.worst_even_p)
@@ -73,20 +74,20 @@ def _tell_sizes(found: xr.Dataset, best: xr.DataArray) -> Told:
     rows["p"] = ["-" if math.isnan(value) else f"{value:.2f}" for value in one.place.values]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=one["size"].values.astype(str))
     note = (
-        f"what patching so many heads of layer {int(one.layer)} does at {label} (nats): the least, the median and the "
-        "most of all sets of that size, and the least of those of even heads alone, with the share of all halves whose "
+        f"what patching so many heads of layer {int(one.layer)} does at {label} ({unit}): the least, the median and "
+        "the most of all sets of that size, and the least of those of even heads alone, with the share of all halves whose "
         "least is as good: any k even heads do it only where that row says so, and parity has to do with it only where "
         "p is small"
     )
     return Told("How many heads it takes", table.rename_axis(columns="heads"), (note,), "sizes", numbers.to_dataframe())
 
 
-def _tell_pairs(found: xr.Dataset, best: xr.DataArray) -> Told:
+def _tell_pairs(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
     """At the last checkpoint's best layer: the pairs of heads that do most more, or less, than one by one."""
     label, one = list(_best(found, best))[-1]
     note = (
         f"pairs of heads of layer {int(one.layer)} that at {label} do most more, or less, together than one by one "
-        f"(Shapley interaction, nats; below zero each does what the other does already): {_strongest(one)}"
+        f"(Shapley interaction, {unit}; below zero each does what the other does already): {_strongest(one)}"
     )
     numbers = found[["interaction"]].to_dataframe().query("head < other")
     return Told("Which heads work together", None, (note,), "pairs", numbers)
