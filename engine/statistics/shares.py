@@ -75,9 +75,9 @@ def _tell_sizes(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
     table = pd.DataFrame.from_dict(rows, orient="index", columns=one["size"].values.astype(str))
     note = (
         f"what patching so many heads of layer {int(one.layer)} does at {label} ({unit}): the least, the median and "
-        "the most of all sets of that size, and the least of those of even heads alone, with the share of all halves whose "
-        "least is as good: any k even heads do it only where that row says so, and parity has to do with it only where "
-        "p is small"
+        "the most of all sets of that size, and the least of those of even heads alone, with the share of all halves "
+        "whose least is as good: any k even heads do it only where that row says so, and parity has to do with it only "
+        "where p is small"
     )
     return Told("How many heads it takes", table.rename_axis(columns="heads"), (note,), "sizes", numbers.to_dataframe())
 
