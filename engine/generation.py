@@ -4,6 +4,7 @@ The patch here is the published study's hook.  What it overwrites is what leaves
 projection, cut into as many slices as there are heads.  These are not heads: each mixes all of them.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -178,10 +179,11 @@ def _generate(
     tokens = torch.tensor(prompts, device=device)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     is_near, made, cache = ended.clone(), [], None
+    cache_name = _cache_keyword(model)
     ends = torch.tensor(stop, dtype=torch.long, device=device)
     for _ in range(n_tokens):
-        output = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = output.past_key_values, output.logits[:, -1].float()
+        output = model(tokens, **{cache_name: cache}, use_cache=True, logits_to_keep=1)
+        cache, logits = output[cache_name], output.logits[:, -1].float()
         token, (best, second) = logits.argmax(1), logits.topk(2).values.unbind(1)
         is_near |= ~ended & (best - second <= _bound(skeleton, logits))
         made.append(token)
@@ -190,6 +192,11 @@ def _generate(
             break
         tokens = token[:, None]
     return torch.stack(made, dim=1), is_near
+
+
+def _cache_keyword(model: nn.Module) -> str:
+    """What this model calls its keys and values: transformers renamed `past_key_values` to `cache` in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _bound(skeleton: Skeleton, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:

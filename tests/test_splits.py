@@ -215,6 +215,13 @@ def test_the_interval_is_students_for_many_prompts_and_nothing_for_one() -> None
     assert np.isnan(low).all() and np.isnan(high).all()
 
 
+@pytest.mark.parametrize(("n_prompts", "least"), [(5, 0.89), (8, 0.925), (15, 0.935), (30, 0.935)])
+def test_intervals_of_few_prompts_cover_the_mean_as_often_as_they_say(n_prompts: int, least: float) -> None:
+    """Of 2,000 the standard error is 0.5 %; plain percentiles cover 83, 89, 93 and 94 %."""
+    low, high = interval(np.random.default_rng(6).standard_normal((2000, n_prompts)))
+    assert least < ((low <= 0) & (high >= 0)).mean() < 0.965
+
+
 def test_the_table_has_a_row_a_checkpoint_the_layer_least_given_by_chance_and_says_how_many_there_were() -> None:
     effects = np.random.default_rng(5).standard_normal((2, 3, 8))
     effects[1, 2] = [3, 0, 3, 0, 3, 0, 3, 0]
