@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from headlapse.kernels.mix import mix_heads
+from .mix import mix_heads
 
 
 def twin_for(device: torch.device) -> str:
@@ -36,7 +36,7 @@ def attend_shared_prefix(
     """
     tensors = (query_THSPD, key_TKSPD, value_TKSPV, prefix_key_TKND, prefix_value_TKNV, prefix_length_T)
     if twin_for(query_THSPD.device) == "triton":
-        from headlapse.kernels import attend_triton
+        from . import attend_triton
 
         return attend_triton.attend_shared_prefix(*tensors, scaling, source_TPHV, subsets_SH)
     z_TSPHV = _attend_eagerly(*tensors, scaling)

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from headlapse.engine.guard import DONE, guarded
-from headlapse.engine.study import ARITHMETICS
+from headlapse.engine.runtime.exit_status import DONE, guarded
+from headlapse.engine.study.study import ARITHMETICS
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -33,21 +33,21 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_args()
-    from headlapse.engine import machine
-    from headlapse.engine.bench import contest, shapes, table
+    from headlapse.engine.bench import contestants, random_models, table
+    from headlapse.engine.runtime import resources
 
-    shapes.pythia_config(args.shape)
+    random_models.pythia_config(args.shape)
     words = table.choose_workloads(args.workloads, args.shape)
-    device = machine.Machine.asked(args.device, dtype=args.dtype).device
+    device = resources.Machine.asked(args.device, dtype=args.dtype).device
     checkpoint = CACHE / "bench" / f"{args.shape}-{args.dtype}"
-    shapes.write_random(args.shape, checkpoint, args.dtype)
-    trials = shapes.some_trials(args.trials, *args.tokens)
+    random_models.write_random(args.shape, checkpoint, args.dtype)
+    trials = random_models.some_trials(args.trials, *args.tokens)
     print(
         f"{table.machine(device)}; {args.shape}, {args.dtype}, prompts of {args.tokens[0]} and {args.tokens[1]} tokens"
     )
-    tools = contest.choose_tools(args.tools or contest.installed(), args.dtype)
+    tools = contestants.choose_tools(args.tools or contestants.installed(), args.dtype)
     series = CACHE / "bench" / f"{args.shape}-series"
-    with contest.at_work(tools, checkpoint, trials, device) as contestants:
+    with contestants.at_work(tools, checkpoint, trials, device) as contestants:
         bench = table.Bench(
             args.shape, checkpoint, series, ROOT / "scripts", contestants, args.sample, args.trials, device
         )

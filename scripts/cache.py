@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headlapse.engine.contrasts.built_in import TASKS
-from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
-from headlapse.engine.study import DTYPES, Study
+from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, guarded, tell_problems
+from headlapse.engine.study.study import DTYPES, Study
+from headlapse.engine.study.tasks.registry import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -47,24 +47,27 @@ def main() -> int:
     args = parse_args()
     study = Study(args.model, args.task, args.trials, tuple(args.sites), args.dtype)
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, machine, series, sources, store
+    from headlapse.engine.capture import run
+    from headlapse.engine.checkpoints import resolve
+    from headlapse.engine.runtime import resources
+    from headlapse.engine.store import store, zarr_group
 
-    checkpoints = sources.resolve(study.model, args.checkpoints, CACHE)
-    path = args.store or CACHE / series.store_name(study)
-    where = machine.Machine.asked(args.device, args.memory)
+    checkpoints = resolve.resolve(study.model, args.checkpoints, CACHE)
+    path = args.store or CACHE / run.store_name(study)
+    where = resources.Machine.asked(args.device, args.memory)
     if args.plan:
-        from headlapse.engine import plan
+        from headlapse.engine.capture import estimate
 
-        print(plan.describe(study, checkpoints, CACHE, path, where.device))
+        print(estimate.describe(study, checkpoints, CACHE, path, where.device))
         return DONE
-    if not series.pending(study, checkpoints, path, args.overwrite):
+    if not run.pending(study, checkpoints, path, args.overwrite):
         print(f"nothing to do: {len(checkpoints)} of {len(checkpoints)} checkpoints are in {path} already")
         return DONE
-    with arrays.locked(path):
-        missing = series.pending(study, checkpoints, path, args.overwrite)
+    with zarr_group.locked(path):
+        missing = run.pending(study, checkpoints, path, args.overwrite)
         started = time.perf_counter()
         bar = tqdm(
-            series.cache_series(study, missing, path, CACHE, where, args.overwrite),
+            run.cache_series(study, missing, path, CACHE, where, args.overwrite),
             total=len(missing),
             desc="cache",
             unit="ckpt",
@@ -80,7 +83,7 @@ def main() -> int:
         print(f"warning: {warning}", file=sys.stderr)
     n_prompts = opened.trials().length.size
     caught = f"{done} checkpoint{'s' * (done != 1)} x {n_prompts} prompts"
-    peak = machine.told_bytes(machine.peak_memory(where.device))
+    peak = resources.told_bytes(resources.peak_memory(where.device))
     print(f"cached {caught} in {path} ({seconds:.1f} s on {where.device}, {study.dtype}, peak memory {peak})")
     return FAILED if problems else DONE
 

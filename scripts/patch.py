@@ -9,8 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headlapse.engine.guard import DONE, FAILED, REFUSED, guarded, tell_problems
-from headlapse.engine.study import ARITHMETICS, MEASURES, Refusal
+from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, guarded, tell_problems
+from headlapse.engine.study.study import ARITHMETICS, MEASURES, Refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -57,21 +57,24 @@ def main() -> int:
     if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
         raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine import arrays, machine, published, store, sweep
-    from headlapse.engine.statistics import findings
+    from headlapse.engine.replay import published_protocol
+    from headlapse.engine.replay import run as replay_run
+    from headlapse.engine.report.findings import all_findings
+    from headlapse.engine.runtime import resources
+    from headlapse.engine.store import store, zarr_group
 
-    protocol = {"corrected": sweep, "published": published}[args.protocol]
+    protocol = {"corrected": replay_run, "published": published_protocol}[args.protocol]
     subsets, layers = args.subsets or protocol.SUBSETS, args.layers or protocol.LAYERS
     how = (args.joint, args.positions, args.direction, args.dtype, tuple(args.measures), args.generate)
-    asked = sweep.Sweep(tuple(subsets), tuple(layers), *how)
+    asked = replay_run.Sweep(tuple(subsets), tuple(layers), *how)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
     plan = protocol.spell_out(asked, held)
     name = args.name or protocol.name_of(asked)
-    where = machine.Machine.asked(args.device, args.memory, plan.dtype)
-    with arrays.locked(path):
+    where = resources.Machine.asked(args.device, args.memory, plan.dtype)
+    with zarr_group.locked(path):
         if args.overwrite:
-            arrays.remove(path / "patches" / name)
+            zarr_group.remove(path / "patches" / name)
         run = protocol.open_run(held, plan, name, where.device)
         missing = [label for label in held.complete() if label not in run.complete()]
         started = time.perf_counter()
@@ -83,11 +86,11 @@ def main() -> int:
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
     done = run.dataset()
     if done.complete.any():
-        for told in findings.tell(done, plan.settings, held.study, args.correction):
+        for told in all_findings.tell(done, plan.settings, held.study, args.correction):
             print(told)
         n_runs = plan.n_runs * (len(missing) - len(problems))
         speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"
-        speed += f", peak memory {machine.told_bytes(machine.peak_memory(where.device))}"
+        speed += f", peak memory {resources.told_bytes(resources.peak_memory(where.device))}"
         print(f"{speed if missing else 'nothing to do'}; {name} is in {path}")
         if "self_check" in done:
             worst = float(done.self_check.max())

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from headlapse.engine.guard import DONE, guarded
+from headlapse.engine.runtime.exit_status import DONE, guarded
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -23,8 +23,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     # Torch, xarray and matplotlib take seconds to import: --help should not have to wait for them.
-    from headlapse.engine import store
     from headlapse.engine.report import page
+    from headlapse.engine.store import store
 
     path = (args.store or store.find_store(CACHE)).absolute()
     out = args.out or path.with_name(f"{path.name.removesuffix('.zarr')}-report")

@@ -41,8 +41,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.tasks import Trials
+from headlapse.engine.study.prompts import Trials
+from headlapse.engine.study.tasks.contrast import Contrast
 
 VOCAB = 48
 D_MODEL, D_MLP = 64, 96

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headlapse.engine.tasks import Trials
+from headlapse.engine.study.prompts import Trials
 
 Direction = Literal["denoise", "noise"]
 Z = dict[int, Tensor]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from headlapse.engine.anatomy import dissect
-from headlapse.engine.capture import capture
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.study import Refusal
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.checkpoints.architecture import dissect
+from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.study.study import Refusal
 from tests.models import D_MODEL, MAIN, N_HEADS, N_KV_HEADS, N_LAYERS, REFUSED, random_trials, tiny
 
 PROJECTIONS = {

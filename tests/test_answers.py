@@ -12,14 +12,14 @@ import xarray as xr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headlapse.engine import answers as room
-from headlapse.engine.answers import MOST_TEXTS, Graft, begins_with, by_definition, generate_grafted
-from headlapse.engine.machine import Machine
-from headlapse.engine.series import cache_series
-from headlapse.engine.sources import resolve
-from headlapse.engine.store import PatchedRun, Store
-from headlapse.engine.study import Inexact, Refusal, Study
-from headlapse.engine.sweep import Sweep, name_of, open_run, patch_series, spell_out
+from headlapse.engine.capture.run import cache_series
+from headlapse.engine.checkpoints.resolve import resolve
+from headlapse.engine.replay import patched_generation as room
+from headlapse.engine.replay.patched_generation import MOST_TEXTS, Graft, begins_with, by_definition, generate_grafted
+from headlapse.engine.replay.run import Sweep, name_of, open_run, patch_series, spell_out
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.store.store import PatchedRun, Store
+from headlapse.engine.study.study import Inexact, Refusal, Study
 from tests.models import MAIN, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION, aligned
 from tests.test_capture import dressed

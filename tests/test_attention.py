@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from headlapse.engine.attention import IMPLEMENTATION, attending, causal_attention, refuse_unknown
-from headlapse.engine.study import Refusal
+from headlapse.engine.checkpoints.attention_hook import IMPLEMENTATION, attending, causal_attention, refuse_unknown
+from headlapse.engine.study.study import Refusal
 
 LONGEST = 5
 SOME_TENSOR = torch.zeros(1)

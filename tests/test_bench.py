@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import nn
 
-from headlapse.engine.bench import contest, shapes
-from headlapse.engine.bench.contest import Workload, choose_tools, installed, multiplying
-from headlapse.engine.bench.growth import Growth
-from headlapse.engine.bench.pace import Pace, run_command
+from headlapse.engine.bench import contestants, random_models
+from headlapse.engine.bench.contestants import Workload, choose_tools, installed, multiplying
+from headlapse.engine.bench.end_to_end import Pace, run_command
 from headlapse.engine.bench.peers import Hooks, generate_published
+from headlapse.engine.bench.scaling import Growth
 from headlapse.engine.bench.table import WORKLOADS, choose_workloads, patch_workloads
-from headlapse.engine.capture import capture
-from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import align
-from headlapse.engine.verify import hooked_logit_diff
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.replay.reference import hooked_logit_diff
+from headlapse.engine.study.prompts import align
+from headlapse.engine.study.study import Refusal
 from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 
@@ -78,7 +78,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bench") / "checkpoint"
-    shapes.write_random("pythia-14m", directory, "float16")
+    random_models.write_random("pythia-14m", directory, "float16")
     return directory
 
 
@@ -86,10 +86,10 @@ def test_a_random_checkpoint_is_written_once_and_is_the_same_for_the_same_seed(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     before = (checkpoint / "model.safetensors").stat().st_mtime_ns
-    shapes.write_random("pythia-14m", checkpoint, "float16")
+    random_models.write_random("pythia-14m", checkpoint, "float16")
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
     for seed in (0, 1):
-        shapes.write_random("pythia-14m", tmp_path / str(seed), "float16", seed)
+        random_models.write_random("pythia-14m", tmp_path / str(seed), "float16", seed)
     held = [
         (directory / "model.safetensors").read_bytes() for directory in (checkpoint, tmp_path / "0", tmp_path / "1")
     ]
@@ -97,18 +97,18 @@ def test_a_random_checkpoint_is_written_once_and_is_the_same_for_the_same_seed(
 
 
 def test_random_prompts_are_right_padded_and_their_answers_differ() -> None:
-    trials = shapes.some_trials(5, 4, 7)
+    trials = random_models.some_trials(5, 4, 7)
     assert (trials.length == [[4] * 5, [7] * 5]).all()
     assert not trials.tokens[0, :, 4:].any() and trials.tokens[1].all()
     assert (trials.answer_tokens[:, 0] != trials.answer_tokens[:, 1]).all()
 
 
 def test_the_floor_counts_every_row_that_passes_a_layer_after_the_patch(checkpoint: Path) -> None:
-    skeleton, n_trials = contest._dressed(checkpoint, torch.float32, "cpu"), 7
-    worker = contest._Ours(skeleton, shapes.some_trials(n_trials, 4, 6))
+    skeleton, n_trials = contestants._dressed(checkpoint, torch.float32, "cpu"), 7
+    worker = contestants._Ours(skeleton, random_models.some_trials(n_trials, 4, 6))
     work = Workload("", (1, 4), ("each",))
-    worker.patch(shapes.some_trials(n_trials, 4, 6), work.conditions(4))
-    counts = contest._row_counts(skeleton, work, n_trials)
+    worker.patch(random_models.some_trials(n_trials, 4, 6), work.conditions(4))
+    counts = contestants._row_counts(skeleton, work, n_trials)
     n_layers, n_subsets = 6, 4
     passed = sum(n_layers - 1 - layer for layer in work.layers)
     assert sum(rows * times for rows, times in counts.items()) == passed * n_subsets * n_trials
@@ -160,7 +160,7 @@ def test_what_would_never_finish_is_left_out_and_refused_when_asked_for() -> Non
     with pytest.raises(Refusal, match="not a workload"):
         choose_workloads(["speed"], "pythia-160m")
     with pytest.raises(Refusal, match="known are pythia-14m"):
-        shapes.pythia_config("gpt-5")
+        random_models.pythia_config("gpt-5")
 
 
 def test_the_patch_workloads_are_the_ones_they_are_called() -> None:

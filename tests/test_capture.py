@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headlapse.engine.capture import capture
-from headlapse.engine.checkpoints import Skeleton
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.checkpoints.model import Skeleton
 from tests.models import MAIN, random_trials, tiny
 
 TRIALS = random_trials(n_trials=4)

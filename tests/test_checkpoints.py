@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from headlapse.engine.checkpoints import (
+from headlapse.engine.checkpoints.files import vocabulary_file
+from headlapse.engine.checkpoints.model import (
     Skeleton,
     Wardrobe,
     load_tokenizer,
@@ -15,17 +16,16 @@ from headlapse.engine.checkpoints import (
     read_weights,
     weight_bytes,
 )
-from headlapse.engine.layout import vocabulary_file
-from headlapse.engine.machine import Machine
-from headlapse.engine.sources import Checkpoint, Files, fetch
-from headlapse.engine.study import Refusal
+from headlapse.engine.checkpoints.resolve import Checkpoint, Files, fetch
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.study.study import Refusal
 from tests.models import FORMS, MAIN, MORE, Form, legacy_buffers, save, tiny, tiny_tokenizer
 
 TOKENS = torch.arange(2, 10)[None]
 
 
 def files_of(directory: Path) -> Files:
-    from headlapse.engine.sources import resolve
+    from headlapse.engine.checkpoints.resolve import resolve
 
     [checkpoint] = resolve(str(directory), [], directory / "cache")
     assert isinstance(checkpoint, Checkpoint)

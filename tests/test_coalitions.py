@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.statistics.coalitions import (
-    coalitions,
-    lattice_rows,
-    parity_share,
-    sampled,
-    worst_even,
-)
-from headlapse.engine.statistics.games import members, shapley
-from headlapse.engine.statistics.shares import tell_coalitions
-from headlapse.engine.subsets import parse_subsets
+from headlapse.engine.report.findings.shares import tell_coalitions
+from headlapse.engine.statistics.head_subsets import coalitions, lattice_rows, parity_share, sampled, worst_even
+from headlapse.engine.statistics.shapley import members, shapley
+from headlapse.engine.study.subsets import parse_subsets
 
 TARGET, SOURCE = -3.0, 4.0
 

@@ -13,13 +13,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from headlapse.engine import tasks
-from headlapse.engine.contrasts import drawing, names
-from headlapse.engine.contrasts.built_in import TASKS, Task
-from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.contrasts.decimals import CHAT, PLAIN
-from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import Trials, align, draw_trials
+from headlapse.engine.study import prompts
+from headlapse.engine.study.study import Refusal
+from headlapse.engine.study.prompts import Trials, align, draw_trials
+from headlapse.engine.study.tasks import names, sampling
+from headlapse.engine.study.tasks.contrast import Contrast
+from headlapse.engine.study.tasks.decimals import CHAT, PLAIN
+from headlapse.engine.study.tasks.registry import TASKS, Task
 
 CONTEXT = 64
 N = 200
@@ -163,7 +163,7 @@ def test_a_branching_token_that_begins_the_other_is_dropped_with_a_word(monkeypa
 
 @pytest.mark.parametrize("task", ["ioi", "agreement", "pronouns"])
 def test_a_tokenizer_without_the_words_is_refused(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "PATIENCE", 20)
+    monkeypatch.setattr(prompts, "PATIENCE", 20)
     found = f"--task {task} --trials 15: only 0 can be drawn, 35 were dropped .*; write a JSON Lines file"
     with pytest.raises(Refusal, match=found):
         draw_trials(task, None, word_level("the", "to", "year"), CONTEXT)
@@ -182,11 +182,11 @@ def test_help_names_every_task() -> None:
 
 
 def test_combinations_never_come_twice_and_all_come_where_there_are_few() -> None:
-    few = list(drawing.combinations(0, "abc", range(4)))
+    few = list(sampling.combinations(0, "abc", range(4)))
     assert sorted(few) == [(letter, number) for letter in "abc" for number in range(4)] != few
-    many = list(drawing.combinations(0, range(1000), range(1000)))
-    assert len(set(many)) == len(many) == drawing.MOST
-    assert list(drawing.combinations(0, "abc", "")) == []
+    many = list(sampling.combinations(0, range(1000), range(1000)))
+    assert len(set(many)) == len(many) == sampling.MOST
+    assert list(sampling.combinations(0, "abc", "")) == []
 
 
 # Decimals

@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from headlapse.engine.guard import guarded
+from headlapse.engine.runtime.exit_status import guarded
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headlapse.engine.statistics.corrections import CORRECTIONS, Correction, adjust
+from headlapse.engine.statistics.multiple_testing import CORRECTIONS, Correction, adjust
 
 
 def rejected_by_definition(p: np.ndarray, level: float, correction: Correction) -> set[int]:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from headlapse.engine.capture import capture
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.replay import replay
-from headlapse.engine.store import Store
-from headlapse.engine.tasks import align
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.replay.replay import replay
+from headlapse.engine.store.store import Store
+from headlapse.engine.study.prompts import align
 from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials, save, tiny, tiny_tokenizer
 from tests.reference import logit_diffs
 from tests.test_scripts import run

@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXForCausalLM
 
-from headlapse.engine import demo
-from headlapse.engine.demo import (
+from headlapse.engine.checkpoints import demo
+from headlapse.engine.checkpoints.demo import (
     CONTEXT,
     END,
     EXAM,
@@ -31,8 +31,8 @@ from headlapse.engine.demo import (
     make_tokenizer,
     numeric_share,
 )
-from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import draw_trials
+from headlapse.engine.study.prompts import draw_trials
+from headlapse.engine.study.study import Refusal
 
 TINY = Recipe(steps=(0, 3, 6, 8), n_layers=2, n_heads=2, d_model=16, batch=8, warmup=2, decay=4)
 PLAIN = Document(9, ("8", "11"), versions=False)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
-from headlapse.engine.report.evidence import heads_alone
 from headlapse.engine.report.figures import draw
-from headlapse.engine.report.looks import CHARACTER, COLOURS, choose_ticks, place_steps
+from headlapse.engine.report.head_figures import heads_alone
+from headlapse.engine.report.plot_style import CHARACTER, COLOURS, choose_ticks, place_steps
 from headlapse.engine.report.result import read_result
-from headlapse.engine.store import Store
+from headlapse.engine.store.store import Store
 from tests.test_report import HEADS, some_run, some_store
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.measures import format_timeline
-from headlapse.engine.statistics.findings import findings
-from headlapse.engine.subsets import parse_subsets
+from headlapse.engine.measures.logit_diff import format_timeline
+from headlapse.engine.report.findings.all_findings import findings
+from headlapse.engine.study.subsets import parse_subsets
 
 N_HEADS = 5
 ASKED: tuple[tuple[str, ...], ...] = (

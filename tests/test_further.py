@@ -14,17 +14,17 @@ from scipy.special import log_softmax, rel_entr
 from scipy.stats import rankdata
 from transformers import PreTrainedModel
 
-from headlapse.engine import further as room
-from headlapse.engine import sweep as sweeps
-from headlapse.engine.capture import capture
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.continuation import continued, lengthened
-from headlapse.engine.further import Further, Vocabulary, by_hook
-from headlapse.engine.measures import kl, log_probability, rank
-from headlapse.engine.replay import Site, replay
-from headlapse.engine.study import MEASURES, Refusal
-from headlapse.engine.sweep import Sweep
-from headlapse.engine.tasks import Trials, align
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.measures.logit_diff import kl, log_probability, rank
+from headlapse.engine.replay import run as sweeps
+from headlapse.engine.replay import vocabulary_measures as room
+from headlapse.engine.replay.replay import Site, replay
+from headlapse.engine.replay.run import Sweep
+from headlapse.engine.replay.vocabulary_measures import Further, Vocabulary, by_hook
+from headlapse.engine.study.answers import continued, lengthened
+from headlapse.engine.study.prompts import Trials, align
+from headlapse.engine.study.study import MEASURES, Refusal
 from tests.models import MAIN, N_LAYERS, VOCAB, Lengths, random_subsets, random_trials, save, tiny, tiny_tokenizer
 from tests.reference import CLEAN, CORRUPT, Direction, aligned, before_output_projection, prompt, source_z
 from tests.test_scripts import run

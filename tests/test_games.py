@@ -6,7 +6,7 @@ from math import factorial
 import numpy as np
 import pytest
 
-from headlapse.engine.statistics.games import (
+from headlapse.engine.statistics.shapley import (
     Smallest,
     banzhaf,
     banzhaf_interactions,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headlapse.engine.checkpoints import Skeleton, Wardrobe, open_skeleton
-from headlapse.engine.generation import Condition, by_definition, generate
-from headlapse.engine.machine import Machine
-from headlapse.engine.sources import fetch, resolve
-from headlapse.engine.study import Refusal
+from headlapse.engine.checkpoints.model import Skeleton, Wardrobe, open_skeleton
+from headlapse.engine.checkpoints.resolve import fetch, resolve
+from headlapse.engine.replay.greedy_decoding import Condition, by_definition, generate
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.study.study import Refusal
 from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION
 from tests.test_capture import dressed

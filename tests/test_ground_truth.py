@@ -18,23 +18,23 @@ import xarray as xr
 from scipy import stats
 from transformers import GPTNeoXConfig
 
-from headlapse.engine.capture import capture
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.machine import Machine
-from headlapse.engine.measures import finished
-from headlapse.engine.replay import replay
-from headlapse.engine.series import cache_series
-from headlapse.engine.sources import resolve
-from headlapse.engine.statistics.coalitions import coalitions
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.capture.run import cache_series
+from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.checkpoints.resolve import resolve
+from headlapse.engine.measures.logit_diff import finished
+from headlapse.engine.replay.replay import replay
+from headlapse.engine.replay.run import Sweep, open_run, patch_series, spell_out
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.statistics.head_subsets import coalitions
 from headlapse.engine.statistics.hypotheses import hypotheses
 from headlapse.engine.statistics.onset import onsets
+from headlapse.engine.statistics.permutation import ROUNDING, parity, place
 from headlapse.engine.statistics.rates import rates
-from headlapse.engine.statistics.splits import ROUNDING, parity, place
-from headlapse.engine.store import Store
-from headlapse.engine.study import Study
-from headlapse.engine.subsets import parse_subsets
-from headlapse.engine.sweep import Sweep, open_run, patch_series, spell_out
-from headlapse.engine.tasks import Trials, align, draw_trials
+from headlapse.engine.store.store import Store
+from headlapse.engine.study.prompts import Trials, align, draw_trials
+from headlapse.engine.study.study import Study
+from headlapse.engine.study.subsets import parse_subsets
 from tests.models import SHAPE, random_trials, randomised, save
 from tests.planted import LAYER, N_HEADS, N_LAYERS, permuted, planted, task, tokenizer
 from tests.test_scripts import run

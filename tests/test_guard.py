@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from headlapse.engine.guard import guarded, tell_problems
-from headlapse.engine.study import Inexact, Refusal
+from headlapse.engine.runtime.exit_status import guarded, tell_problems
+from headlapse.engine.study.study import Inexact, Refusal
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import psutil
 import pytest
 import torch
 
-from headlapse.engine import machine as room
-from headlapse.engine.machine import (
+from headlapse.engine.runtime import resources as room
+from headlapse.engine.runtime.resources import (
     Machine,
     as_many_as_fit,
     matmul_rate,
@@ -20,7 +20,7 @@ from headlapse.engine.machine import (
     told_bytes,
     told_time,
 )
-from headlapse.engine.study import Refusal
+from headlapse.engine.study.study import Refusal
 
 UNITS = {
     "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

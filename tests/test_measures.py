@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.measures import best_layer, effect, finished, format_timeline, recovered, success, timeline
+from headlapse.engine.measures.logit_diff import (
+    best_layer,
+    effect,
+    finished,
+    format_timeline,
+    recovered,
+    success,
+    timeline,
+)
 
 SETTINGS = {"direction": "denoise", "joint": False, "layers": [0, 1]}
 

@@ -16,22 +16,22 @@ from scipy.stats import pearsonr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from headlapse.engine.capture import capture
-from headlapse.engine.ground import Direction, Ground
-from headlapse.engine.machine import Machine
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.capture.run import cache_series
+from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.mechanism.attention import TO, attention, shares
-from headlapse.engine.mechanism.attribution import attribute
+from headlapse.engine.mechanism.attribution_patching import estimated_effect, gradient
 from headlapse.engine.mechanism.circuits import Circuit, circuits
-from headlapse.engine.mechanism.gradient import estimated_effect, gradient
-from headlapse.engine.mechanism.kept import MechanismRun, open_mechanism, place
-from headlapse.engine.mechanism.series import PARTS, Values, measure_series, spell_out, wanted
-from headlapse.engine.mechanism.told import approximation, tell_mechanism
-from headlapse.engine.series import cache_series
-from headlapse.engine.sources import resolve
-from headlapse.engine.steps import Steps
-from headlapse.engine.store import Store
-from headlapse.engine.study import Refusal, Study
-from headlapse.engine.tasks import align
+from headlapse.engine.mechanism.direct_logit_attribution import attribute
+from headlapse.engine.mechanism.run import PARTS, Values, measure_series, spell_out, wanted
+from headlapse.engine.mechanism.store import MechanismRun, open_mechanism, place
+from headlapse.engine.replay.layers import Steps
+from headlapse.engine.replay.patch_inputs import Direction, Ground
+from headlapse.engine.report.findings.mechanism import approximation, tell_mechanism
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.store.store import Store
+from headlapse.engine.study.prompts import align
+from headlapse.engine.study.study import Refusal, Study
 from tests import reference
 from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
 from tests.test_capture import dressed

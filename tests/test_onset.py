@@ -6,9 +6,9 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from headlapse.engine.statistics.corrections import adjust
+from headlapse.engine.statistics.bootstrap import noise_of_means, resampled_means
 from headlapse.engine.statistics.hypotheses import hypotheses, judge, tell_when
-from headlapse.engine.statistics.intervals import noise_of_means, resampled_means
+from headlapse.engine.statistics.multiple_testing import adjust
 from headlapse.engine.statistics.onset import (
     Order,
     Series,

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from headlapse.engine import plan as room
-from headlapse.engine.anatomy import dissect, read_config
-from headlapse.engine.checkpoints import load_tokenizer
-from headlapse.engine.machine import Machine
-from headlapse.engine.plan import describe, load_of
-from headlapse.engine.series import cache_series
-from headlapse.engine.sources import Checkpoint, Supply, resolve
-from headlapse.engine.store import Store
-from headlapse.engine.study import Study
-from headlapse.engine.tasks import draw_trials
+from headlapse.engine.capture import estimate as room
+from headlapse.engine.capture.estimate import describe, load_of
+from headlapse.engine.capture.run import cache_series
+from headlapse.engine.checkpoints.architecture import dissect, read_config
+from headlapse.engine.checkpoints.model import load_tokenizer
+from headlapse.engine.checkpoints.resolve import Checkpoint, Supply, resolve
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.store.store import Store
+from headlapse.engine.study.prompts import draw_trials
+from headlapse.engine.study.study import Study
 from tests.models import save, tiny, tiny_tokenizer
 
 Usage = namedtuple("Usage", "total used free")

@@ -10,11 +10,9 @@ import torch
 import xarray as xr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from headlapse.engine import published as room
-from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.generation import Condition
-from headlapse.engine.machine import Machine
-from headlapse.engine.published import (
+from headlapse.engine.replay import published_protocol as room
+from headlapse.engine.replay.greedy_decoding import Condition
+from headlapse.engine.replay.published_protocol import (
     LAYERS,
     SUBSETS,
     format_texts,
@@ -24,9 +22,11 @@ from headlapse.engine.published import (
     spell_out,
     succeeds,
 )
-from headlapse.engine.store import Store, TextRun
-from headlapse.engine.study import Inexact, Refusal
-from headlapse.engine.sweep import Sweep
+from headlapse.engine.replay.run import Sweep
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.store.store import Store, TextRun
+from headlapse.engine.study.study import Inexact, Refusal
+from headlapse.engine.study.tasks.contrast import Contrast
 from tests.models import N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_generation import reference
 from tests.test_scripts import run as script

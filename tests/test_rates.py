@@ -6,7 +6,7 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from headlapse.engine.statistics.intervals import interval
+from headlapse.engine.statistics.bootstrap import interval
 from headlapse.engine.statistics.rates import rates, share, tell_rates
 
 DENOISE, NOISE = ({"direction": direction, "joint": False, "layers": [0, 1]} for direction in ("denoise", "noise"))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, PreTrainedConfig, PreTrainedModel
 
-from headlapse.engine.tasks import draw_trials
+from headlapse.engine.study.prompts import draw_trials
 from tests.models import (
     FORMS,
     LEARNED_POSITIONS,

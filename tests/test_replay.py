@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from headlapse.engine.activations import Capture
-from headlapse.engine.attention import AttentionMode
-from headlapse.engine.capture import capture
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.replay import ROWS, Site, replay, runs_at_once, waves
-from headlapse.engine.steps import Steps
-from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import Trials, align
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.checkpoints.attention_hook import AttentionMode
+from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.replay.layers import Steps
+from headlapse.engine.replay.replay import ROWS, Site, replay, runs_at_once, waves
+from headlapse.engine.store.activations import Capture
+from headlapse.engine.study.prompts import Trials, align
+from headlapse.engine.study.study import Refusal
 from tests.models import (
     D_MODEL,
     LEARNED_POSITIONS,

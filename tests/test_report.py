@@ -15,20 +15,20 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from headlapse.engine.activations import Capture
-from headlapse.engine.arrays import Row
-from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.guard import guarded
-from headlapse.engine.measures import timeline
-from headlapse.engine.report.looks import INK
+from headlapse.engine.measures.logit_diff import timeline
+from headlapse.engine.report.caveats import threats
+from headlapse.engine.report.findings.all_findings import findings
 from headlapse.engine.report.page import _example, write_report
+from headlapse.engine.report.plot_style import INK
 from headlapse.engine.report.result import ranges, read_result, signed
-from headlapse.engine.report.threats import threats
-from headlapse.engine.statistics.findings import findings
-from headlapse.engine.store import PatchedRun, Store, create_store
-from headlapse.engine.study import Refusal
-from headlapse.engine.subsets import parse_subsets
-from headlapse.engine.tasks import Trials
+from headlapse.engine.runtime.exit_status import guarded
+from headlapse.engine.store.activations import Capture
+from headlapse.engine.store.store import PatchedRun, Store, create_store
+from headlapse.engine.store.zarr_group import Row
+from headlapse.engine.study.prompts import Trials
+from headlapse.engine.study.study import Refusal
+from headlapse.engine.study.subsets import parse_subsets
+from headlapse.engine.study.tasks.contrast import Contrast
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 TRIALS, LAYERS, HEADS, POSITIONS = 3, 3, 4, 6

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.store import Store
+from headlapse.engine.store.store import Store
 from tests.hub_server import HubServer
 from tests.models import N_LAYERS, Form, legacy_buffers, save, tiny, tiny_tokenizer
 

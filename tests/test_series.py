@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from headlapse.engine import series as room
-from headlapse.engine.machine import Machine
-from headlapse.engine.series import Outcome, _behind, cache_series, pending
-from headlapse.engine.sources import resolve
-from headlapse.engine.store import Store
-from headlapse.engine.study import Refusal, Study
+from headlapse.engine.capture import run as room
+from headlapse.engine.capture.run import Outcome, _behind, cache_series, pending
+from headlapse.engine.checkpoints.resolve import resolve
+from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.store.store import Store
+from headlapse.engine.study.study import Refusal, Study
 from tests.models import save, tiny, tiny_tokenizer
 from tests.test_scripts import store_files
 

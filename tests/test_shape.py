@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headlapse.engine.statistics.shape import changes, judge_shape, sampling_variance
+from headlapse.engine.statistics.changepoint import changes, judge_shape, sampling_variance
 
 DENSE = np.linspace(0, 1, 31)
 NAMES = ("constant", "step", "steep", "line", "slow")

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from headlapse.engine import layout
-from headlapse.engine.labels import step_of
-from headlapse.engine.sources import Checkpoint, Files, Supply, description, fetch, plan, resolve
-from headlapse.engine.study import Refusal
+from headlapse.engine.checkpoints import files
+from headlapse.engine.checkpoints.resolve import Checkpoint, Files, Supply, description, fetch, plan, resolve
+from headlapse.engine.checkpoints.revisions import step_of
+from headlapse.engine.study.study import Refusal
 from tests.hub_server import Cut, HubServer
 
 REPO = "owner/series"
@@ -85,7 +85,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         for step in DEMO_STEPS:
             written(directory / f"step{step}", COMMON, {"model.safetensors": weights(step)})
 
-    room = ModuleType("headlapse.engine.demo")
+    room = ModuleType("headlapse.engine.checkpoints.demo")
     monkeypatch.setattr(room, "STEPS", DEMO_STEPS, raising=False)
     monkeypatch.setattr(room, "grow", grow, raising=False)
     monkeypatch.setitem(sys.modules, room.__name__, room)
@@ -238,7 +238,7 @@ def test_a_directory_that_is_no_checkpoint_is_refused_with_what_was_found_there(
 
 
 def test_pythias_revisions_are_known_without_a_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headlapse.engine.hub.revisions", None)
+    monkeypatch.setattr("headlapse.engine.checkpoints.hub.revisions", None)
     for model in (PYTHIA, "EleutherAI/pythia-1.4b-deduped", "EleutherAI/pythia-14m-seed3"):
         every = resolve(model, ["all"], cache)
         assert len(every) == 154 and labels(every)[:4] == ["step0", "step1", "step2", "step4"]
@@ -318,7 +318,7 @@ def test_a_misspelt_label_is_refused_with_the_nearest_spelling(series: Path, cac
 
 
 def test_labels_of_an_unknown_repository_need_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headlapse.engine.hub.revisions", None)
+    monkeypatch.setattr("headlapse.engine.checkpoints.hub.revisions", None)
     commit = "0123456789abcdef0123456789abcdef01234567"
     checkpoints = resolve(REPO, ["main", commit, "stage1-step1000-tokens5B", "step500"], cache)
     assert labels(checkpoints) == ["step500", "stage1-step1000-tokens5B", commit, "main"]
@@ -369,19 +369,19 @@ def test_every_form_of_weights_is_found_and_hashed(form: str, tmp_path: Path, ca
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were hashed."""
     found: list[str] = []
-    digest = layout.sha256
+    digest = files.sha256
 
     def count(path: Path) -> str:
         found.append(path.name)
         return digest(path)
 
-    monkeypatch.setattr(layout, "sha256", count)
+    monkeypatch.setattr(files, "sha256", count)
     return found
 
 
 def recorded(files: Files) -> dict[str, object]:
     """What a store remembers of them."""
-    return {"sha256": files.sha256, "stamps": {path.name: layout.stamp(path) for path in files.weights}}
+    return {"sha256": files.sha256, "stamps": {path.name: files.stamp(path) for path in files.weights}}
 
 
 def test_only_files_that_were_touched_are_hashed_again(tmp_path: Path, cache: Path, hashed: list[str]) -> None:
@@ -712,7 +712,7 @@ def test_a_broken_config_on_the_hub_is_refused(hub: HubServer, cache: Path) -> N
 
 def test_the_environment_says_where_the_hub_and_the_cache_are(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from headlapse.engine.sources import fetch, resolve\n"
+        "import sys; from pathlib import Path; from headlapse.engine.checkpoints.resolve import fetch, resolve\n"
         f"[checkpoint] = resolve({REPO!r}, ['step2000'], Path('cache'))\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), 'slow to start'\n"
         "print(fetch(checkpoint, Path('cache')).directory)"

@@ -8,10 +8,10 @@ import pytest
 import xarray as xr
 from scipy import stats
 
-from headlapse.engine.statistics.corrections import CORRECTIONS, NAMES, adjust
-from headlapse.engine.statistics.intervals import interval
-from headlapse.engine.statistics.splits import find_halvings, half_and_rest, parity, place, tell_parity
-from headlapse.engine.subsets import parse_subsets
+from headlapse.engine.statistics.bootstrap import interval
+from headlapse.engine.statistics.multiple_testing import CORRECTIONS, NAMES, adjust
+from headlapse.engine.statistics.permutation import find_halvings, half_and_rest, parity, place, tell_parity
+from headlapse.engine.study.subsets import parse_subsets
 
 HALVINGS = {4: ("balanced",), 5: ("size:2", "size:3"), 6: ("balanced",), 8: ("balanced",)}
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 import xarray as xr
 
-from headlapse.engine import arrays
-from headlapse.engine.activations import KINDS, Capture
-from headlapse.engine.arrays import Row
-from headlapse.engine.contrasts.contrast import Contrast
-from headlapse.engine.store import Store, create_store, find_store, to_numpy, to_tensor
-from headlapse.engine.study import Refusal
-from headlapse.engine.subsets import parse_subsets
-from headlapse.engine.tasks import Trials
+from headlapse.engine.store.activations import KINDS, Capture
+from headlapse.engine.store.store import Store, create_store, find_store, to_numpy, to_tensor, zarr_group
+from headlapse.engine.store.zarr_group import Row
+from headlapse.engine.study.prompts import Trials
+from headlapse.engine.study.study import Refusal
+from headlapse.engine.study.subsets import parse_subsets
+from headlapse.engine.study.tasks.contrast import Contrast
 
 LAYERS, TRIALS, POSITIONS, HEADS, KV_HEADS, WIDTH = 3, 4, 5, 6, 2, 8
 STUDY = {"model": "m", "task": "decimal", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
@@ -64,7 +63,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_the_layout_on_disk_is_the_specified_one(store: Store) -> None:
-    dims = {name: arrays.dims_of(array) for name, array in store.group.arrays()}
+    dims = {name: zarr_group.dims_of(array) for name, array in store.group.arrays()}
     body = ("checkpoint", "layer", "run", "trial", "position")
     assert dims == {
         "checkpoint": ("checkpoint",), "step": ("checkpoint",), "complete": ("checkpoint",),
@@ -177,8 +176,8 @@ def test_only_the_layers_from_the_first_patched_one_on_are_kept(tmp_path: Path) 
 
 def test_a_store_appears_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    with pytest.raises(RuntimeError), arrays.appearing(path) as partial:
-        arrays.start(partial, ROWS)
+    with pytest.raises(RuntimeError), zarr_group.appearing(path) as partial:
+        zarr_group.start(partial, ROWS)
         raise RuntimeError("killed")
     assert not path.exists()
     assert some_store(path).rows() == ROWS, "what was left behind does not stand in the way"
@@ -194,16 +193,16 @@ def test_writing_the_same_again_gives_the_same_files(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused_while_the_first_holds_the_store(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    with arrays.locked(path), pytest.raises(Refusal, match="another run is writing"), arrays.locked(path):
+    with zarr_group.locked(path), pytest.raises(Refusal, match="another run is writing"), zarr_group.locked(path):
         pass
-    with arrays.locked(tmp_path / "s.zarr"):
+    with zarr_group.locked(tmp_path / "s.zarr"):
         pass
 
 
 def test_another_question_is_refused_with_the_difference() -> None:
     with pytest.raises(Refusal, match="trials is 4 there, 15 asked; use --store"):
-        arrays.refuse_difference(Path("s"), STUDY, {**STUDY, "trials": 15}, "use --store")
-    arrays.refuse_difference(Path("s"), STUDY, STUDY, "")
+        zarr_group.refuse_difference(Path("s"), STUDY, {**STUDY, "trials": 15}, "use --store")
+    zarr_group.refuse_difference(Path("s"), STUDY, STUDY, "")
 
 
 def test_what_is_no_store_is_refused_and_never_removed(tmp_path: Path) -> None:
@@ -212,7 +211,7 @@ def test_what_is_no_store_is_refused_and_never_removed(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match="is no store"):
         Store(tmp_path / "thesis")
     with pytest.raises(Refusal, match="left alone"):
-        arrays.remove(tmp_path / "thesis")
+        zarr_group.remove(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1").exists()
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from headlapse.engine.study import Refusal
-from headlapse.engine.subsets import (
+from headlapse.engine.study.study import Refusal
+from headlapse.engine.study.subsets import (
     count_halvings,
     count_subsets,
     draw_orders,

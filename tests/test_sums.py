@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from headlapse.engine import replay as room
-from headlapse.engine.capture import capture
-from headlapse.engine.ground import Ground
-from headlapse.engine.replay import replay
-from headlapse.engine.steps import Steps
-from headlapse.engine.sums import sums_of
-from headlapse.engine.tasks import align
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.replay.additive_layers import sums_of
+from headlapse.engine.replay.layers import Steps
+from headlapse.engine.replay.patch_inputs import Ground
+from headlapse.engine.replay.replay import replay
+from headlapse.engine.replay.replay import replay as room
+from headlapse.engine.study.prompts import align
 from tests.models import MAIN, MORE, N_LAYERS, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine import layout
-from headlapse.engine import sweep as room
-from headlapse.engine.machine import Machine, told_time
-from headlapse.engine.series import cache_series
-from headlapse.engine.sources import resolve
-from headlapse.engine.store import PatchedRun, Store
-from headlapse.engine.study import Inexact, Refusal, Study, tolerance
-from headlapse.engine.sweep import PAIRS, Plan, Sweep, name_of, open_run, patch_series, spell_out
-from headlapse.engine.verify import choose_pairs
+from headlapse.engine.capture.run import cache_series
+from headlapse.engine.checkpoints import files
+from headlapse.engine.checkpoints.resolve import resolve
+from headlapse.engine.replay import run as room
+from headlapse.engine.replay.reference import choose_pairs
+from headlapse.engine.replay.run import PAIRS, Plan, Sweep, name_of, open_run, patch_series, spell_out
+from headlapse.engine.runtime.resources import Machine, told_time
+from headlapse.engine.store.store import PatchedRun, Store
+from headlapse.engine.study.study import Inexact, Refusal, Study, tolerance
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_scripts import run, store_files, told
 
@@ -263,13 +263,13 @@ def test_the_time_told_is_that_of_the_rows_that_go_through_later_layers(
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Checkpoints whose weights were hashed."""
     found: list[str] = []
-    digest = layout.sha256
+    digest = files.sha256
 
     def count(path: Path) -> str:
         found.append(path.parent.name)
         return digest(path)
 
-    monkeypatch.setattr(layout, "sha256", count)
+    monkeypatch.setattr(files, "sha256", count)
     return found
 
 

@@ -13,10 +13,10 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from headlapse.engine.contrasts.built_in import TASKS
-from headlapse.engine.contrasts.contrast import FIELDS
-from headlapse.engine.study import Refusal
-from headlapse.engine.tasks import Trials, align, draw_trials, load_contrasts, same_tokens, task_digest
+from headlapse.engine.study.prompts import Trials, align, draw_trials, load_contrasts, same_tokens, task_digest
+from headlapse.engine.study.study import Refusal
+from headlapse.engine.study.tasks.contrast import FIELDS
+from headlapse.engine.study.tasks.registry import TASKS
 
 CONTEXT = 64
 UNKNOWN, BOS, EOS = "[UNK]", "<s>", "</s>"

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from headlapse.engine.capture import capture
-from headlapse.engine.replay import replay
-from headlapse.engine.study import Inexact, tolerance
-from headlapse.engine.tasks import align
-from headlapse.engine.verify import choose_pairs, hooked_logit_diff, require_exact
+from headlapse.engine.capture.forward import capture
+from headlapse.engine.replay.reference import choose_pairs, hooked_logit_diff, require_exact
+from headlapse.engine.replay.replay import replay
+from headlapse.engine.study.prompts import align
+from headlapse.engine.study.study import Inexact, tolerance
 from tests.models import MAIN, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 

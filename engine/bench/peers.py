@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headlapse.engine.anatomy import Anatomy, dissect
-from headlapse.engine.study import RUNS
-from headlapse.engine.tasks import Trials
+from ..checkpoints.architecture import Anatomy, dissect
+from ..study.prompts import Trials
+from ..study.study import RUNS
 
 Condition = tuple[int, Bool[np.ndarray, " head"]]
 """A layer and the heads that are patched in it."""

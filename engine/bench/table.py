@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from headlapse.engine.bench.contest import OURS, Contestant, Timing, Tool, Workload, fastest
-from headlapse.engine.bench.growth import growths
-from headlapse.engine.bench.pace import SUBSETS, pace, run_command
-from headlapse.engine.bench.shapes import SHAPES, write_series
-from headlapse.engine.machine import told_bytes
-from headlapse.engine.study import Refusal
+from ..runtime.resources import told_bytes
+from ..study.study import Refusal
+from .contestants import OURS, Contestant, Timing, Tool, Workload, fastest
+from .end_to_end import SUBSETS, pace, run_command
+from .random_models import SHAPES, write_series
+from .scaling import growths
 
 PATCHES = ("parity", "each", "splits", "lattice")
 WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth")

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from headlapse.engine.attention import AttentionMode
-from headlapse.engine.steps import Giving, Steps
+from ..checkpoints.attention_hook import AttentionMode
+from ..replay.layers import Giving, Steps
 
 TO = ("first", "previous", "itself", "digits")
 """Shares of a head's attention that are kept: to the prompt's first token, to the one before the read position, to the

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from headlapse.engine.attention import AttentionMode, attending
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.mechanism.readout import rounding
-from headlapse.engine.study import Refusal
-from headlapse.engine.sums import output_weight
+from ..checkpoints.attention_hook import AttentionMode, attending
+from ..checkpoints.model import Skeleton
+from ..replay.additive_layers import output_weight
+from ..study.study import Refusal
+from .readout import rounding
 
 CIRCUITS = ("QK", "OV")
 

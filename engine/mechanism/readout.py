@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from headlapse.engine.checkpoints import Skeleton
-from headlapse.engine.study import ROUNDING, Refusal
+from ..checkpoints.model import Skeleton
+from ..study.study import ROUNDING, Refusal
 
 ROUNDINGS = 64
 """What was found by trying holds within so many roundings of the largest value."""

@@ -10,9 +10,10 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from headlapse.engine.measures import NAMED
-from headlapse.engine.report.evidence import draw_over_training, draw_splits, heads_alone, shares_of_heads
-from headlapse.engine.report.looks import (
+from ..measures.logit_diff import NAMED
+from ..study.study import RUNS
+from .head_figures import draw_over_training, draw_splits, heads_alone, shares_of_heads
+from .plot_style import (
     COLOURS,
     FAINT,
     MARKERS,
@@ -25,8 +26,7 @@ from headlapse.engine.report.looks import (
     readable,
     step_labels,
 )
-from headlapse.engine.report.result import Result, heads_of, signed
-from headlapse.engine.study import RUNS
+from .result import Result, heads_of, signed
 
 
 def draw(result: Result, shares: pd.DataFrame | None = None) -> dict[str, Figure]:

@@ -13,20 +13,20 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from headlapse.engine.arrays import is_group
-from headlapse.engine.measures import each_checkpoint, finished
-from headlapse.engine.mechanism.kept import MechanismRun, place
-from headlapse.engine.mechanism.told import tell_mechanism
-from headlapse.engine.published import examples, success_table
-from headlapse.engine.report.figures import draw
-from headlapse.engine.report.looks import INK, PAPER, to_svg
-from headlapse.engine.report.result import Result, heads_of, listed, ranges, read_result, signed
-from headlapse.engine.report.threats import threats
-from headlapse.engine.statistics.findings import findings
-from headlapse.engine.statistics.told import Told
-from headlapse.engine.store import Store, twins
-from headlapse.engine.study import RUNS, Refusal, tolerance
-from headlapse.engine.tasks import Trials, align
+from ..measures.logit_diff import each_checkpoint, finished
+from ..mechanism.store import MechanismRun, place
+from ..replay.published_protocol import examples, success_table
+from ..store.store import Store, twins
+from ..store.zarr_group import is_group
+from ..study.prompts import Trials, align
+from ..study.study import RUNS, Refusal, tolerance
+from .caveats import threats
+from .figures import draw
+from .findings.all_findings import findings
+from .findings.finding import Told
+from .findings.mechanism import tell_mechanism
+from .plot_style import INK, PAPER, to_svg
+from .result import Result, heads_of, listed, ranges, read_result, signed
 
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from headlapse.engine.measures import NAMED, each_checkpoint, effect, finished, success, timeline
-from headlapse.engine.store import Store
-from headlapse.engine.study import Refusal
+from ..measures.logit_diff import NAMED, each_checkpoint, effect, finished, success, timeline
+from ..store.store import Store
+from ..study.study import Refusal
 
 STRONGEST = 3
 """So many of the strongest subsets stand in the timeline where none of `NAMED` was patched."""

@@ -9,21 +9,12 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Int
 
-from headlapse.engine.measures import best_layer
-from headlapse.engine.statistics.intervals import LEVEL
-from headlapse.engine.statistics.onset import (
-    Onset,
-    Series,
-    comes_first,
-    date,
-    known_steps,
-    onsets,
-    pick,
-    series_of,
-)
-from headlapse.engine.statistics.shape import GAP, Shape, judge_shape
-from headlapse.engine.statistics.splits import parity
-from headlapse.engine.statistics.told import Told
+from ..measures.logit_diff import best_layer
+from ..report.findings.finding import Told
+from .bootstrap import LEVEL
+from .changepoint import GAP, Shape, judge_shape
+from .onset import Onset, Series, comes_first, date, known_steps, onsets, pick, series_of
+from .permutation import parity
 
 THIRDS = {"H1 early": (0, 1), "H2 middle": (1, 2), "H3 late": (2, 3)}
 """Which third of the training something must start in."""

@@ -9,10 +9,10 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from headlapse.engine.measures import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
-from headlapse.engine.statistics.corrections import adjust
-from headlapse.engine.statistics.intervals import LEVEL, noise_of_means, resampled_means
-from headlapse.engine.statistics.shape import judge_shape
+from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
+from .bootstrap import LEVEL, noise_of_means, resampled_means
+from .changepoint import judge_shape
+from .multiple_testing import adjust
 
 HALF, PATTERN = 0.5, 0.3
 """Rates that count: half of the prompts, and what the published study calls a pattern (even rate minus odd rate)."""

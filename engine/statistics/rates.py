@@ -13,9 +13,9 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from headlapse.engine.measures import CLEAR_OF_ZERO, NAMED, best_layer, finished, recovered, success
-from headlapse.engine.statistics.intervals import LEVEL, interval
-from headlapse.engine.statistics.told import Told
+from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, best_layer, finished, recovered, success
+from ..report.findings.finding import Told
+from .bootstrap import LEVEL, interval
 
 LISTED = 5
 """Checkpoints, at most, that are listed by name."""

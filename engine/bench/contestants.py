@@ -1,0 +1,361 @@
+"""One tool in a process of its own, asked to do a piece of work and to say what it took.
+
+So a noisy machine is noisy to all, one tool's imports do not disturb another's, and each has a peak memory.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from ..capture.forward import capture
+from ..checkpoints.architecture import dissect, read_config
+from ..checkpoints.files import config_file, weight_files
+from ..checkpoints.model import Skeleton, Weights, read_weights
+from ..checkpoints.resolve import Files
+from ..replay.greedy_decoding import Condition as Prompted
+from ..replay.greedy_decoding import generate
+from ..replay.published_protocol import N_TOKENS
+from ..replay.replay import replay, runs_at_once, waves
+from ..runtime.resources import allow_tf32, peak_memory
+from ..store.activations import Capture
+from ..study.prompts import Trials, align
+from ..study.study import ARITHMETICS, Arithmetic, Refusal
+from ..study.subsets import parse_subsets
+from .peers import PEERS, Condition, generate_published
+
+OURS = "headlapse"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Patched runs: every subset of the words at every one of the layers."""
+
+    name: str
+    layers: tuple[int, ...]
+    words: tuple[str, ...]
+
+    def mask(self, n_heads: int) -> Bool[np.ndarray, "subset head"]:
+        return parse_subsets(self.words, n_heads).mask
+
+    def conditions(self, n_heads: int) -> list[Condition]:
+        return list(product(self.layers, self.mask(n_heads)))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one tool took for one piece of work."""
+
+    seconds: float
+
+    goes: int = 1
+    """So many were made, of which this is the fastest."""
+
+    values: Float[np.ndarray, "condition trial"] | None = None
+    """Logit differences in nats."""
+
+    every: int = 1
+    """One in so many conditions was timed; the others are reckoned in."""
+
+    share: float | None = None
+    """What the matrix products alone take of the time, on the same shapes with the same weights: the median go's."""
+
+    flops: float | None = None
+    """Floating-point operations of these matrix products."""
+
+    peak: int = 0
+    """Bytes that the process has held at most, so far."""
+
+
+def fastest(goes: Sequence[Timing]) -> Timing:
+    """The fastest of them, with what the others tell."""
+    best = min(goes, key=lambda go: go.seconds)
+    share = median(go.share for go in goes if go.share is not None) if best.share is not None else None
+    return replace(best, goes=len(goes), share=share, peak=max(go.peak for go in goes))
+
+
+@dataclass(frozen=True)
+class Tool:
+    """Whom to time, and in which arithmetic."""
+
+    name: str
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        kept: torch.dtype = getattr(torch, "float32" if self.dtype == "tf32" else self.dtype)
+        return kept
+
+    @property
+    def is_ours(self) -> bool:
+        return self.name == OURS
+
+
+def choose_tools(words: Sequence[str], dtype: Arithmetic) -> dict[str, Tool]:
+    """Tools by the words that ask for them: `hooks`, or `headlapse@bfloat16` with an arithmetic of its own.
+
+    Raises `Refusal` for one that is not known or not installed.
+    """
+    tools = {}
+    for word in words:
+        name, _, own = word.partition("@")
+        if name not in installed():
+            raise Refusal(f"--tools {word}: not a tool that is installed; there are {', '.join(installed())}")
+        if own not in ("", "float64", *ARITHMETICS):
+            raise Refusal(f"--tools {word}: not an arithmetic; there are {', '.join(ARITHMETICS)} and float64")
+        tools[word] = Tool(name, own or dtype)
+    return tools
+
+
+def installed() -> list[str]:
+    """Every tool that can be imported here."""
+    packages = {"lens": "transformer_lens", "nnsight": "nnsight"}
+    return [OURS, *(tool for tool in PEERS if find_spec(packages.get(tool.partition("-")[0], "torch")))]
+
+
+@contextmanager
+def at_work(
+    tools: Mapping[str, Tool], directory: Path, trials: Trials, device: str
+) -> Iterator[dict[str, "Contestant"]]:
+    """All of them ready, each in its process, while the body runs."""
+    with ExitStack() as stack:
+        contestants = {}
+        for word, tool in tools.items():
+            contestants[word] = Contestant(tool, directory, trials, device)
+            stack.callback(contestants[word].close)
+        yield contestants
+
+
+class Contestant:
+    """A tool at work in a process of its own, on one checkpoint and the same prompts as all."""
+
+    def __init__(self, tool: Tool, directory: Path, trials: Trials, device: str) -> None:
+        self.tool = tool
+        self._process = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        self._do(_prepare, tool, directory, trials, device)
+
+    def patch(self, workload: Workload, sample: int | None = None) -> Timing:
+        """Time the workload's patched runs; of a slow tool a sample, as if it had done all."""
+        return self._do(_time_patch, workload, sample)
+
+    def capture(self) -> Timing:
+        """Time one capture of z, for all prompts."""
+        return self._do(_time_capture)
+
+    def load(self) -> Timing:
+        """Time a checkpoint's way from its files into the model."""
+        return self._do(_time_load)
+
+    def generate(self) -> Timing:
+        """Time the published study's 45 generations."""
+        return self._do(_time_generation)
+
+    def close(self) -> None:
+        self._process.shutdown()
+
+    def _do(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        return self._process.submit(work, *arguments).result()
+
+
+class _Ours:
+    """headlapse, with the same face as its peers."""
+
+    def __init__(self, skeleton: Skeleton, trials: Trials) -> None:
+        self.skeleton, self.alignment = skeleton, align(trials, "last")
+        self.activations: Capture = self.capture(trials)
+
+    def capture(self, trials: Trials) -> Capture:
+        return capture(self.skeleton, trials, 2**33)
+
+    def patch(self, trials: Trials, conditions: Sequence[Condition]) -> Float[np.ndarray, "condition trial"]:
+        """Conditions come layer by layer, with the same subsets at each."""
+        layers = dict.fromkeys(layer for layer, _ in conditions)
+        mask = np.array([heads for _, heads in conditions[: len(conditions) // len(layers)]])
+        sites = [(layer,) for layer in layers]
+        found = replay(self.skeleton, self.activations, trials, self.alignment, "denoise", sites, mask)
+        return found.reshape(-1, trials.n_trials)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """What a contestant's process holds."""
+
+    tool: Tool
+    worker: Any
+    n_heads: int
+    directory: Path
+    trials: Trials
+    device: str
+
+
+_here: _Here
+_buffers: Weights = {}
+
+
+def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
+    global _here
+    logging.disable_progress_bar()
+    allow_tf32(tool.dtype == "tf32")
+    n_heads = dissect(read_config(directory)).n_heads
+    worker: Any = (
+        _Ours(_dressed(directory, tool.torch_dtype, device), trials)
+        if tool.is_ours
+        else PEERS[tool.name](_stock(directory, tool.torch_dtype, device))
+    )
+    _here = _Here(tool, worker, n_heads, directory, trials, device)
+    if tool.is_ours:  # what is learned once per architecture: whether heads add up
+        worker.patch(
+            trials, [(layer, np.ones(n_heads, dtype=bool)) for layer in range(worker.skeleton.anatomy.n_layers)]
+        )
+
+
+def _dressed(directory: Path, dtype: torch.dtype, device: str) -> Skeleton:
+    skeleton = Skeleton(read_config(directory), dtype, device)
+    skeleton.wear(read_weights(_files(directory), dtype, device))
+    return skeleton
+
+
+def _files(directory: Path) -> Files:
+    return Files(directory, weight_files(directory), config_file(directory), sha256={}, commit=None)
+
+
+def _stock(directory: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    stock: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    return stock
+
+
+def _time_patch(workload: Workload, sample: int | None) -> Timing:
+    worker, trials = _here.worker, _here.trials
+    conditions = workload.conditions(_here.n_heads)
+    if not _here.tool.is_ours:
+        every = max(1, len(conditions) // sample) if sample else 1
+        chosen = conditions[::every]
+        timing = _once(lambda: worker.patch(trials, chosen))
+        return replace(timing, seconds=timing.seconds * len(conditions) / len(chosen), every=every)
+    timing = _once(lambda: worker.patch(trials, conditions))
+    multiply, flops = _products(worker.skeleton, workload, trials)
+    return replace(timing, share=_once(multiply).seconds / timing.seconds, flops=flops)
+
+
+def _time_capture() -> Timing:
+    timing = _once(lambda: _here.worker.capture(_here.trials))
+    if not _here.tool.is_ours:
+        return timing
+    with multiplying() as spent:
+        _here.worker.capture(_here.trials)
+    return replace(timing, share=spent.seconds / timing.seconds)
+
+
+def _time_load() -> Timing:
+    """A checkpoint's weights into a resident model, or a model anew where the tool cannot do that."""
+    if _here.tool.is_ours:
+        dtype, files = _here.tool.torch_dtype, _files(_here.directory)
+        return _once(lambda: _here.worker.skeleton.wear(read_weights(files, dtype, _here.device, _buffers)))
+    return _once(lambda: _stock(_here.directory, _here.tool.torch_dtype, _here.device))
+
+
+def _time_generation() -> Timing:
+    """The published study's texts; ours are its three conditions, as identical trials are one."""
+    clean, corrupt = (_here.trials.tokens[run, 0, : _here.trials.length[run, 0]] for run in (0, 1))
+    parity = [tuple(head % 2 == which for head in range(_here.n_heads)) for which in (0, 1)]
+    if _here.tool.is_ours:
+        layer = _here.worker.skeleton.anatomy.n_layers // 2
+        slices = [(False,) * _here.n_heads, *parity]
+        asked = [Prompted(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
+        return _once(lambda: _rows(generate(_here.worker.skeleton, asked, N_TOKENS, len(asked)).tokens))
+    model, layer = _here.worker.model, len(_here.worker.projections) // 2
+    prompts = torch.from_numpy(clean), torch.from_numpy(corrupt)
+    return _once(lambda: _rows([trials[0].tolist() for trials in generate_published(model, *prompts, layer)]))
+
+
+def _rows(texts: Sequence[Sequence[int]]) -> Float[np.ndarray, "text token"]:
+    """Tokens side by side, to be compared."""
+    return np.array([[*text, *[-1] * (N_TOKENS - len(text))] for text in texts], dtype=float)
+
+
+def _once(work: Callable[[], Any]) -> Timing:
+    started = time.perf_counter()
+    values = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return Timing(seconds, 1, values if isinstance(values, np.ndarray) else None, peak=peak_memory(_here.device))
+
+
+LINEAR = (nn.Linear, Conv1D)
+
+
+@dataclass
+class Spent:
+    """Seconds that went into linear layers."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def multiplying() -> Iterator[Spent]:
+    """Add up, on a processor, what all linear layers take while the body runs."""
+    spent, began = Spent(), [0.0]
+
+    def before(module: nn.Module, _args: Any) -> None:
+        began[0] = time.perf_counter()
+
+    def after(module: nn.Module, _args: Any, _output: Any) -> None:
+        if isinstance(module, LINEAR):
+            spent.seconds += time.perf_counter() - began[0]
+
+    with ExitStack() as stack:
+        stack.callback(nn.modules.module.register_module_forward_pre_hook(before).remove)
+        stack.callback(nn.modules.module.register_module_forward_hook(after).remove)
+        yield spent
+
+
+def _products(skeleton: Skeleton, workload: Workload, trials: Trials) -> tuple[Callable[[], None], float]:
+    """The replay's matrix products alone, and their operations: the same modules on as many rows as often.
+
+    Those of the layers after the patch, at the patched position; attention and the unembedding are left out.
+    """
+    modules = [module for module in skeleton.layer_modules()[0].modules() if isinstance(module, LINEAR)]
+    counts = _row_counts(skeleton, workload, trials.n_trials)
+    n_in = {module: module.weight.shape[0 if isinstance(module, Conv1D) else 1] for module in modules}
+    rows = {n: torch.randn(max(counts), n, device=skeleton.device).to(skeleton.dtype) for n in n_in.values()}
+
+    @torch.inference_mode()
+    def multiply() -> None:
+        for n_rows, times in counts.items():
+            for _ in range(times):
+                for module in modules:
+                    module(rows[n_in[module]][:n_rows])
+
+    flops = sum(2 * n_rows * times * module.weight.numel() for n_rows, times in counts.items() for module in modules)
+    return multiply, float(flops)
+
+
+def _row_counts(skeleton: Skeleton, workload: Workload, n_trials: int) -> Counter[int]:
+    """How many rows go through a layer together, and how often."""
+    sites = [(layer,) for layer in workload.layers]
+    counts: Counter[int] = Counter()
+    for wave in waves(sites, len(workload.mask(skeleton.anatomy.n_heads)), runs_at_once(skeleton, n_trials)):
+        for layer in range(skeleton.anatomy.n_layers):
+            counts[n_trials * sum(group.n_runs for group in wave if group.site[0] < layer)] += 1
+            if not skeleton.heads_add_up.get(layer):
+                counts.update(n_trials * group.n_runs for group in wave if group.site[0] == layer)
+    del counts[0]
+    return counts

@@ -1,0 +1,105 @@
+"""A whole study, from files to patched runs: how long it takes, where the time goes, and how much memory it holds."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from ..capture.run import cache_series
+from ..checkpoints.model import TORCH_DTYPES, Weights, read_weights
+from ..checkpoints.resolve import Checkpoint, fetch, resolve
+from ..replay.run import Sweep, open_run, patch_series, spell_out
+from ..runtime.resources import Machine, peak_memory
+from ..store.store import Store
+from ..study.study import Refusal, Study
+from .contestants import multiplying
+
+SUBSETS = ("even", "odd", "each")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What capturing and patching so many checkpoints took, start-up aside."""
+
+    n_checkpoints: int
+    seconds: float
+
+    reading: float
+    """Seconds that hashing and reading the files and the store take alone."""
+
+    products: float
+    """Seconds that went into linear layers."""
+
+    peak: int
+    """Bytes."""
+
+    @property
+    def rest(self) -> float:
+        """Share of the time that is neither; what was read while something was computed counts as read."""
+        return max(0.0, 1 - (self.reading + self.products) / self.seconds)
+
+
+def pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pace:
+    """Capture and patch the first checkpoints of a series, in a process of its own and a store that is not kept."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(_pace, directory, n_checkpoints, n_trials, device).result()
+
+
+def run_command(script: Path, *arguments: object) -> tuple[float, int]:
+    """Seconds and peak bytes of a whole command, its output unseen.  Raises `Refusal` when it fails."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise Refusal(f"{' '.join(command)} failed: {said.strip().splitlines()[-1]}")
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pace:
+    machine, study = Machine.asked(device), Study(str(directory), trials=n_trials)
+    with TemporaryDirectory(dir=directory.parent) as scratch:
+        checkpoints = resolve(study.model, [], Path(scratch))[:n_checkpoints]
+        started = time.perf_counter()
+        with multiplying() as spent:
+            store = _run(study, checkpoints, Path(scratch), machine)
+        seconds = time.perf_counter() - started
+        peak = peak_memory(device)
+        reading = _reading(study, checkpoints, store, Path(scratch), device)
+    return Pace(len(checkpoints), seconds, reading, spent.seconds, peak)
+
+
+def _run(study: Study, checkpoints: Sequence[Checkpoint], scratch: Path, machine: Machine) -> Store:
+    path = scratch / "pace.zarr"
+    outcomes = list(cache_series(study, checkpoints, path, scratch, machine))
+    store = Store(path)
+    plan = spell_out(Sweep(SUBSETS), store)
+    run = open_run(store, plan, "pace", machine.device)
+    labels = [checkpoint.label for checkpoint in checkpoints]
+    outcomes += patch_series(store, plan, run, labels, scratch, machine, lambda _runs: None)
+    assert not any(outcome.problem for outcome in outcomes)
+    return store
+
+
+def _reading(study: Study, checkpoints: Sequence[Checkpoint], store: Store, scratch: Path, device: str) -> float:
+    """Seconds to read once more, with nothing beside it, all that `_run` had to read."""
+    started = time.perf_counter()
+    buffers: Weights = {}
+    for index, checkpoint in enumerate(checkpoints):
+        read_weights(fetch(checkpoint, scratch), TORCH_DTYPES[study.dtype], device, buffers)
+        read_weights(
+            fetch(checkpoint, scratch, store.provenance(checkpoint.label)), TORCH_DTYPES[study.dtype], device, buffers
+        )
+        store.activations(index).read_all(0)
+    return time.perf_counter() - started

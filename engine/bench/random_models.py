@@ -1,0 +1,83 @@
+"""What is timed: random weights of Pythia's shapes, in the files that a trained checkpoint has, and random prompts."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from ..checkpoints.demo import make_tokenizer
+from ..checkpoints.files import CONFIG
+from ..checkpoints.model import TORCH_DTYPES
+from ..checkpoints.revisions import STUDY
+from ..study.prompts import Trials
+from ..study.study import Arithmetic, Refusal
+from ..study.tasks.contrast import Contrast
+
+SHAPES = {
+    "pythia-14m": (6, 128, 4),
+    "pythia-70m": (6, 512, 8),
+    "pythia-160m": (12, 768, 12),
+    "pythia-410m": (24, 1024, 16),
+    "pythia-1b": (16, 2048, 8),
+    "pythia-1.4b": (24, 2048, 16),
+    "pythia-2.8b": (32, 2560, 32),
+}
+"""Layers, d_model, heads."""
+
+N_VOCAB = 50_304
+
+
+def pythia_config(shape: str) -> GPTNeoXConfig:
+    """Raises `Refusal` for a shape that is none of Pythia's."""
+    if shape not in SHAPES:
+        raise Refusal(f"--shape {shape}: not a shape that is known; known are {', '.join(SHAPES)}")
+    n_layers, d_model, n_heads = SHAPES[shape]
+    return GPTNeoXConfig(
+        vocab_size=N_VOCAB,
+        hidden_size=d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        intermediate_size=4 * d_model,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+    )
+
+
+def write_random(shape: str, directory: Path, dtype: Arithmetic, seed: int = 0) -> None:
+    """A checkpoint of random weights, drawn as GPT-NeoX's are, where there is none."""
+    if (directory / CONFIG).exists():
+        return
+    config = pythia_config(shape)
+    with torch.device("meta"):
+        names = AutoModelForCausalLM.from_config(config).state_dict()
+    draw = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, like in names.items():
+        drawn = torch.empty(like.shape).normal_(0, 0.02, generator=draw)
+        gain = "norm.weight" in name or "layernorm.weight" in name
+        weights[name] = (1 + drawn if gain else drawn).to(TORCH_DTYPES[dtype])
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(directory)
+    config.save_pretrained(directory)
+
+
+def write_series(shape: str, directory: Path) -> None:
+    """As many float16 checkpoints as the published study took, at the same steps; `main` goes by its step."""
+    for seed, step in enumerate(STUDY):
+        write_random(shape, directory / f"step{step}", "float16", seed)
+
+
+def some_trials(n_trials: int, clean: int, corrupt: int, seed: int = 0) -> Trials:
+    """Random prompts of `clean` and `corrupt` tokens."""
+    draw = np.random.default_rng(seed)
+    length = np.array([[clean] * n_trials, [corrupt] * n_trials])
+    tokens = draw.integers(2, 50_000, (2, n_trials, max(clean, corrupt)))
+    tokens[np.arange(tokens.shape[2]) >= length[..., None]] = 0
+    answers = draw.permuted(np.tile(np.arange(2, 50_000), (n_trials, 1)), axis=1)[:, :2]
+    contrasts = tuple(Contrast(str(n), str(n), "right", "wrong", f"random {n}") for n in range(n_trials))
+    return Trials(tokens, length, answers, tokens.astype(str), contrasts, notes=())

@@ -1,0 +1,172 @@
+"""What a model is made of, found by a dry run without weights: no table of module names per architecture."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ..study.study import Refusal
+from .attention_hook import IMPLEMENTATION, attending, causal_attention
+
+_PROBE_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Shapes of one architecture and the places where it is read and patched."""
+
+    architecture: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+
+    d_embedding: int
+    """Width of a token's embedding; mostly d_model."""
+
+    head_dim: int
+    """Width of a query and key."""
+
+    value_dim: int
+    """Width of a value, and so of z."""
+
+    layers: tuple[str, ...]
+    """Module path of every decoder layer."""
+
+    out_proj: tuple[str, ...]
+    """Module path of every layer's output projection W_O, whose input is z."""
+
+    layer_returns_tuple: bool
+    """Whether decoder layers return `(resid_post, ...)` rather than `resid_post`."""
+
+    context: int
+    """Longest prompt in tokens."""
+
+    n_parameters: int
+
+    def layer_of(self, parameter: str) -> int | None:
+        """The layer a parameter belongs to, None outside the layers."""
+        for layer, path in enumerate(self.layers):
+            if parameter.startswith(path + "."):
+                return layer
+        return None
+
+
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The checkpoint's own config.  Raises `Refusal` when transformers does not know the model."""
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except (ValueError, KeyError, OSError) as error:
+        raise Refusal(
+            f"{directory / 'config.json'} is no config of a model transformers knows: {_line(error)}"
+        ) from error
+
+
+def dissect(config: PreTrainedConfig) -> Anatomy:
+    """The anatomy of the model `config` describes.  Raises `Refusal`, naming it, for one that cannot be patched."""
+    model = _weightless(copy.deepcopy(config))  # choosing an attention implementation writes into it
+    name = type(model).__name__
+    record = _DryRun()
+    try:
+        with torch.no_grad(), attending(record), record.watching(model):
+            model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=False)
+    except Refusal as refusal:
+        raise Refusal(f"{name}: {refusal}") from None
+    except (RuntimeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+        raise Refusal(f"{name} cannot be run through transformers' attention interface: {_line(error)}") from error
+    return record.anatomy(model, config)
+
+
+class _DryRun:
+    """An attention mode that notes who attends, with what shapes, and which module receives z next."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, int, int]] = {}
+        self.out_proj: dict[int, str] = {}
+        self.outputs: dict[str, bool] = {}
+        self.longest = _PROBE_TOKENS
+        self._waiting: int | None = None
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        self.shapes[layer] = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        self._waiting = layer
+        return causal_attention(query, key, value, scaling)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Note which module with weights runs right after each attention, and what every module returns."""
+
+        def before(path: str):
+            def hook(module: nn.Module, _args: Any) -> None:
+                if self._waiting is not None and next(module.parameters(recurse=False), None) is not None:
+                    self.out_proj[self._waiting], self._waiting = path, None
+
+            return hook
+
+        def after(path: str):
+            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+                self.outputs[path] = isinstance(output, tuple)
+
+            return hook
+
+        handles = [module.register_forward_pre_hook(before(path)) for path, module in model.named_modules()]
+        handles += [module.register_forward_hook(after(path)) for path, module in model.named_modules()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def anatomy(self, model: PreTrainedModel, config: PreTrainedConfig) -> Anatomy:
+        name, n_layers = type(model).__name__, int(config.num_hidden_layers)
+        if sorted(self.shapes) != list(range(n_layers)) or len(set(self.shapes.values())) != 1:
+            raise Refusal(
+                f"{name} has {n_layers} layers, of which {len(self.shapes)} attend through transformers' attention "
+                "interface with equal shapes; headlapse needs all of them and does not support this model"
+            )
+        n_heads, n_kv_heads, head_dim, value_dim = self.shapes[0]
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
+        layers = tuple(_layer_path(self.out_proj[layer], layer) for layer in range(n_layers))
+        return Anatomy(
+            architecture=name,
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_model=int(config.hidden_size),
+            d_embedding=int(embedding.weight.shape[1]),
+            head_dim=head_dim,
+            value_dim=value_dim,
+            layers=layers,
+            out_proj=tuple(self.out_proj[layer] for layer in range(n_layers)),
+            layer_returns_tuple=self.outputs[layers[0]],
+            context=int(config.max_position_embeddings),
+            n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        )
+
+
+def _weightless(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
+    except (ValueError, KeyError, ImportError, AttributeError) as error:
+        raise Refusal(
+            f"model type {config.model_type!r} cannot be built on transformers' attention interface "
+            f"({_line(error)}); not supported"
+        ) from error
+
+
+def _layer_path(module_path: str, layer: int) -> str:
+    """`gpt_neox.layers.3` of `gpt_neox.layers.3.attention.dense`."""
+    parts = module_path.split(".")
+    return ".".join(parts[: parts.index(str(layer)) + 1])
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

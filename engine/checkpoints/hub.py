@@ -1,0 +1,249 @@
+"""Hugging Face's hub through its own client: what a repository holds, and its files brought into the client's cache.
+
+The client reads HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.  What goes wrong is a `Refusal` of one line.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..study.study import Refusal
+
+_KEPT = "run it again, files that are complete are kept"
+
+
+class Unreachable(Refusal):
+    """The hub gave no usable answer; what is in the cache may do."""
+
+
+class NoRevision(LookupError):
+    """The repository is there, the revision is not."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What the hub says about one file."""
+
+    size: int | None
+    """Bytes."""
+
+    blob: str | None
+    """Its name in the client's cache: the sha256 of a large (LFS) file, the git hash of a small one."""
+
+    sha256: str | None
+    """Told of large files only."""
+
+
+@dataclass(frozen=True)
+class Revision:
+    """One revision of a repository, as the hub described it."""
+
+    repo: str
+
+    name: str
+    """As asked for: a branch, a tag or a commit."""
+
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+
+def look_up(repo: str, name: str) -> Revision:
+    """Ask the hub what a revision holds: one request.
+
+    Raises `NoRevision`, `Unreachable`, or `Refusal` when the repository is missing or closed to the user.
+    """
+    from huggingface_hub import HfApi, constants
+
+    with _explaining(repo, name):
+        info = HfApi().model_info(repo, revision=name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        files = {
+            sibling.rfilename: RemoteFile(
+                size=sibling.size,
+                blob=sibling.lfs.sha256 if sibling.lfs else sibling.blob_id,
+                sha256=sibling.lfs.sha256 if sibling.lfs else None,
+            )
+            for sibling in info.siblings or ()
+        }
+        return Revision(repo, name, str(info.sha), files)
+
+
+def revisions(repo: str) -> list[str]:
+    """Every branch and tag.  Raises as `look_up` does."""
+    from huggingface_hub import HfApi
+
+    with _explaining(repo):
+        refs = HfApi().list_repo_refs(repo)
+        return list(dict.fromkeys(ref.name for ref in [*refs.branches, *refs.tags]))
+
+
+def cached(repo: str, name: str) -> Path | None:
+    """The folder of a revision in the client's cache, perhaps an incomplete one; no network is used."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        # Of the patterns only `config.json` has to be there: which weights there are is for the caller to see.
+        folder = snapshot_download(repo, revision=name, allow_patterns=["config.json"], local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Path(folder)
+
+
+def download(revision: Revision, names: Collection[str]) -> Path:
+    """Bring the named files into the client's cache, complete, and return their folder.
+
+    What is there already is not fetched again.  Raises `Refusal` when the download is cut off, the disk is full, or
+    a file is not of the size that the hub told.
+    """
+    from huggingface_hub import snapshot_download
+
+    repo, name = revision.repo, revision.name
+    with _explaining(repo, name, downloading=True), _one_bar() as bar:
+        # By name, not by commit: so the client notes in its cache which commit the name stands for, and the name is
+        # found again without a network.
+        directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=bar))
+    if directory.name != revision.commit:
+        raise Refusal(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
+    for file in names:
+        _require_size(directory / file, revision.files[file].size)
+    return directory
+
+
+def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]:
+    """Bytes to fetch by blob: those of the named files that are not in the client's cache yet."""
+    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub.file_download import repo_folder_name
+
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=revision.repo, repo_type="model") / "blobs"
+    absent = {}
+    for name in names:
+        file = revision.files[name]
+        at_hand = try_to_load_from_cache(revision.repo, name, revision=revision.commit)
+        if not isinstance(at_hand, str) and not (file.blob and (blobs / file.blob).exists()):
+            absent[file.blob or f"{revision.commit}/{name}"] = file.size
+    return absent
+
+
+def sha256_of_blob(path: Path) -> str | None:
+    """The sha256 of a cached large file, which is its blob's name; None where the cache does not tell."""
+    # One link only: further ones lead to a store that is named by other hashes.
+    blob = _blob(path)
+    return blob.name if blob != path and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+
+
+def _blob(path: Path) -> Path:
+    """Where the cache keeps a file's bytes."""
+    if not path.is_symlink():
+        return path
+    blob = path.parent / os.readlink(path)
+    return Path(os.path.normpath(blob)) if blob.parent.name == "blobs" else path
+
+
+def _require_size(path: Path, size: int | None) -> None:
+    if not path.is_file():
+        raise Refusal(f"{path.name} did not arrive at {path.parent}; {_KEPT}")
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise Refusal(f"{path.name} has {found} bytes, the hub says {size}; delete {_blob(path)} and run it again")
+
+
+@contextmanager
+def _explaining(repo: str, name: str | None = None, downloading: bool = False) -> Iterator[None]:
+    """Turn what the client raises into one line that says what was asked, what was found and what to do."""
+    import httpx
+    from huggingface_hub import constants, errors
+
+    hub = constants.ENDPOINT
+    asked = repo if name is None else f"{repo} revision {name}"
+    failed = f"the download of {asked} from {hub} broke off" if downloading else f"{hub} cannot be reached for {asked}"
+    mend = _KEPT if downloading else "check the network and HF_ENDPOINT, and run it again"
+    try:
+        yield
+    except errors.RevisionNotFoundError as error:
+        raise NoRevision(name) from error
+    except errors.GatedRepoError as error:
+        raise Refusal(
+            f"{repo} is gated: accept its terms at {hub}/{repo}, then let `hf auth login` store your token"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise Refusal(
+            f"{repo} is neither a directory here nor a model at {hub} that may be read; "
+            "check the name, or run `hf auth login` if it is private"
+        ) from error
+    except errors.DisabledRepoError as error:
+        raise Refusal(f"{repo} was disabled at {hub}; ask its authors") from error
+    except errors.HFValidationError as error:
+        raise Refusal(f"{repo} is neither a directory here nor a hub id ({_line(error)}); write owner/name") from error
+    except errors.HfHubHTTPError as error:
+        raise _told(error.response.status_code, hub, asked) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise Unreachable(f"{asked} is not asked for: HF_HUB_OFFLINE is set; unset it to use the network") from error
+    except OSError as error:
+        told = _unwritten(error, asked, constants.HF_HUB_CACHE)
+        raise told or Unreachable(f"{failed} ({_line(error)}); {mend}") from error
+    except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
+        # The client's Xet transfers raise RuntimeError for whatever goes wrong on the way.
+        raise Unreachable(f"{failed} ({_line(error)}); {mend}") from error
+    except (ValueError, KeyError) as error:
+        raise Unreachable(
+            f"{hub} does not answer {asked} as a hub does ({_line(error)}); check HF_ENDPOINT and the network"
+        ) from error
+
+
+def _told(status: int, hub: str, asked: str) -> Refusal:
+    """What a status of the hub means that has no exception of its own."""
+    if status in (401, 403):
+        return Refusal(
+            f"{hub} refuses access to {asked} (status {status}): private, or the token is not valid; "
+            "run `hf auth login` with one that may read it"
+        )
+    if status == 429:
+        return Unreachable(
+            f"{hub} answers {asked} with status 429, too many requests; wait some minutes, "
+            "or run `hf auth login` for a higher limit"
+        )
+    return Unreachable(f"{hub} answers {asked} with status {status}; run it again later, or check HF_ENDPOINT")
+
+
+def _unwritten(error: OSError, asked: str, cache: str) -> Refusal | None:
+    """What an error of the disk means; None for one of the network."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Refusal(f"no room for {asked} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return Refusal(f"{asked} cannot be kept in {cache}: {error.strerror}; set HF_HOME to a place to write to")
+    return None
+
+
+def _line(error: BaseException) -> str:
+    """The first cause in one short line: the client wraps it in paragraphs."""
+    while isinstance(error.__cause__, BaseException):
+        error = error.__cause__
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+
+
+@contextmanager
+def _one_bar() -> Iterator[type[tqdm]]:
+    """The client's bars while it downloads: bytes as they come in, on a terminal, gone afterwards.
+
+    By itself it shows three, does not close them, and shows one wherever its output goes.
+    """
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            shown = str(kwargs.get("desc", "")).startswith("Downloading bytes")
+            super().__init__(*args, **{**kwargs, "leave": False, "disable": None if shown else True})
+            bars.append(self)
+
+    try:
+        yield Bar
+    finally:
+        for bar in bars:
+            bar.close()

@@ -1,0 +1,105 @@
+"""One layer at a time: the patched positions of many runs, side by side, through a layer of the skeleton."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ...kernels.attend import attend_shared_prefix
+from ...kernels.mix import mix_heads
+from ..checkpoints.attention_hook import AttentionMode, attending
+from ..checkpoints.model import Skeleton
+from .patch_inputs import Ground
+
+Resid = Float[Tensor, "trial run patched d_model"]
+
+
+class Steps:
+    """The layers of a skeleton on one checkpoint's ground, a step each.
+
+    What the model hands its layers besides the residual stream (rotary angles, say) is recorded once, for `most` runs;
+    fewer runs get as much of it as they have rows.
+    """
+
+    def __init__(self, skeleton: Skeleton, ground: Ground, most: int = 1) -> None:
+        self.skeleton, self.ground = skeleton, ground
+        self._modules = skeleton.layer_modules()
+        positions = ground.positions[ground.target].repeat(1, most)
+        self._calls, self._n_rows = skeleton.layer_calls(positions), positions.shape[1]
+
+    def through(self, layer: int, resid_pre: Resid, mode: AttentionMode) -> Resid:
+        """The residual stream after `layer`, whose attention does as `mode` says."""
+        rows = resid_pre.flatten(1, 2)
+        args, kwargs = self._first(rows.shape[1], self._calls[layer])
+        with attending(mode):
+            output = self._modules[layer](rows, *args, **kwargs)
+        resid_post: Tensor = output[0] if isinstance(output, tuple) else output
+        return resid_post.unflatten(1, resid_pre.shape[1:3])
+
+    def logit_diff(self, resid: Resid) -> Float[Tensor, "run trial"]:
+        """Right minus wrong, in nats, of residual streams that left the last layer."""
+        right, wrong = self.skeleton.answer_logits(self.read(resid), self.ground.answers).float().unbind(-1)
+        return (right - wrong).T
+
+    def read(self, resid: Resid, ahead: int = 0) -> Float[Tensor, "trial run d_model"]:
+        """At the position that is read, or some positions `ahead` of it."""
+        if resid.shape[2] == 1:
+            return resid[:, :, 0]
+        trial = torch.arange(len(resid), device=resid.device)
+        return resid[trial, :, self.ground.read + ahead]
+
+    def _first(self, n_rows: int, given: Any) -> Any:
+        """Of everything that has as many rows as were recorded, (batch, row, ...) or (row), the first."""
+        if isinstance(given, dict):
+            return {name: self._first(n_rows, value) for name, value in given.items()}
+        if isinstance(given, tuple):
+            return tuple(self._first(n_rows, value) for value in given)
+        if not isinstance(given, Tensor) or not given.ndim:
+            return given
+        axis = min(1, given.ndim - 1)
+        return given.narrow(axis, 0, n_rows) if given.shape[axis] == self._n_rows else given
+
+
+@dataclass(frozen=True)
+class Giving:
+    """An attention mode whose heads give a fixed z."""
+
+    z: Float[Tensor, "trial run patched head head_dim"]
+    longest: int
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        return self.z.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class Replaying:
+    """An attention mode in which every run attends to the target run's prefix and to itself."""
+
+    ground: Ground
+    patched: Bool[Tensor, "run head"] | None
+    """The heads that take their z from the source run, where the layer is patched in any run."""
+
+    @property
+    def longest(self) -> int:
+        return self.ground.longest
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        ground, n_patched = self.ground, self.ground.positions.shape[2]
+        query, key, value = (x.unflatten(2, (-1, n_patched)) for x in (query, key, value))
+        source = None if self.patched is None else ground.patched("z", layer, ground.source)
+        z = attend_shared_prefix(
+            query,
+            key,
+            value,
+            ground.prefix("key", layer),
+            ground.prefix("value", layer),
+            ground.prefix_length,
+            scaling,
+            source if ground.all_valid else None,
+            self.patched if ground.all_valid else None,
+        )
+        if source is not None and self.patched is not None and not ground.all_valid:
+            z = torch.where(ground.valid[:, None, :, None, None], mix_heads(z, source, self.patched), z)
+        return z.flatten(1, 2)

@@ -1,0 +1,340 @@
+"""Measures beside the logit difference, read off patched runs, off unpatched ones and off full hooked forwards.
+
+They need the whole unembedding and not two rows of it, multiplied for a block of rows at a time: exact, at the price of
+the product.  Rows that belong to no token of the tokenizer were never trained; they are left out of softmax, rank and
+divergence alike.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..capture.forward import capture
+from ..checkpoints.model import Skeleton
+from ..measures.logit_diff import kl, log_probability, rank
+from ..store.activations import Activations
+from ..study.answers import answer, continued, lengthened
+from ..study.prompts import Alignment, Trials
+from ..study.study import RUNS, Measure
+from .additive_layers import layer_output
+from .layers import Resid, Steps
+from .patch_inputs import Direction, Ground, Site
+from .reference import hooked, stock_logits
+from .replay import Reading, read_off, runs_at_once
+
+BLOCK = {"cpu": 2**28, "cuda": 2**32}
+"""Bytes that a block of rows of the whole vocabulary takes, by kind of device."""
+
+BELOW = -1e30
+"""A logit that has probability 0.  Finite: where both of two runs have it, their difference must not be NaN."""
+
+RIGHT, WRONG = 0, 1
+
+Patches = Sequence[tuple[Site, Bool[np.ndarray, " head"]]]
+
+
+def known_tokens(tokenizer: Any) -> Int[np.ndarray, " token"]:
+    """Every token that the tokenizer has."""
+    return np.unique(list(tokenizer.get_vocab().values()))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The logits of all tokens, for a block of rows at a time."""
+
+    skeleton: Skeleton
+
+    unknown: Int[Tensor, " token"]
+    """Rows of the unembedding that belong to no token."""
+
+    most: int
+    """Rows of a block."""
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, known: Int[np.ndarray, " token"], memory: int) -> "Vocabulary":
+        """Blocks that take at most a quarter of `memory` (bytes)."""
+        weight = skeleton.model.get_output_embeddings().weight
+        assert isinstance(weight, Tensor)
+        unknown = torch.from_numpy(np.setdiff1d(np.arange(len(weight)), known)).to(skeleton.device)
+        # The logits as they come, and three times in float32: converted, normalised and compared.
+        bytes_per_row = len(weight) * (skeleton.dtype.itemsize + 3 * 4)
+        block = min(BLOCK.get(torch.device(skeleton.device).type, BLOCK["cpu"]), memory // 4)
+        return cls(skeleton, unknown, max(1, block // bytes_per_row))
+
+    def only_known(self, logits: Float[Tensor, "*run vocab"]) -> Float[Tensor, "*run vocab"]:
+        """In float32, without the rows that belong to no token.  Logits that are float32 already are written into."""
+        return logits.float().index_fill_(-1, self.unknown, BELOW)
+
+    def blocks(
+        self, resid: Float[Tensor, "trial run d_model"]
+    ) -> Iterator[tuple[slice, slice, Float[Tensor, "some_trial some_run vocab"]]]:
+        """Trials, runs, and the logits that these residual streams come to."""
+        n_trials, n_runs, _ = resid.shape
+        by_trial = min(n_trials, self.most)
+        by_run = max(1, self.most // by_trial)
+        for trial in range(0, n_trials, by_trial):
+            for run in range(0, n_runs, by_run):
+                trials, runs = slice(trial, trial + by_trial), slice(run, run + by_run)
+                yield trials, runs, self.only_known(self.skeleton.logits(resid[trials, runs]))
+
+
+def of_logits(
+    measures: Sequence[Measure],
+    logits: Float[Tensor, "trial run vocab"],
+    right: Int[Tensor, " trial"],
+    clean: Float[Tensor, "trial vocab"] | None,
+) -> Float[Tensor, "measure trial run"]:
+    """The measures of one position; `clean` is the clean run's log-probabilities there, which the divergence needs."""
+    token = right[:, None].expand(logits.shape[:-1])
+    found = {}
+    if "probability" in measures:
+        found["probability"] = log_probability(logits, token).exp()
+    if "rank" in measures:
+        found["rank"] = rank(logits, token)
+    if "kl" in measures:
+        assert clean is not None
+        found["kl"] = kl(clean[:, None], logits.log_softmax(-1))
+    return torch.stack([found[name] for name in measures])
+
+
+@dataclass(frozen=True)
+class Told:
+    """Prompts behind which an answer is told, token by token."""
+
+    ground: Ground
+    reverse: Ground
+    """The same with source and target exchanged."""
+
+    tokens: Int[Tensor, "trial token"]
+    """The answer from the branching token on, padded with -1."""
+
+
+@dataclass(frozen=True)
+class Further:
+    """Reads some measures, and the logit difference with them, at one checkpoint."""
+
+    vocabulary: Vocabulary
+    ground: Ground
+    reverse: Ground
+    """The same with source and target exchanged."""
+
+    measures: tuple[Measure, ...]
+    """Those of one position."""
+
+    sequence: bool
+    """Whether the whole answers are scored besides."""
+
+    told: tuple[Told, ...]
+    """Right and wrong; nothing where answers are their branching tokens, or are not scored."""
+
+    clean: Float[Tensor, "trial vocab"] | None
+    """Log-probabilities of the clean run at the branching position, where they are needed."""
+
+    memory: int
+
+    @classmethod
+    @torch.inference_mode()
+    def prepare(
+        cls,
+        skeleton: Skeleton,
+        activations: Activations,
+        trials: Trials,
+        alignment: Alignment,
+        direction: Direction,
+        measures: Sequence[Measure],
+        known: Int[np.ndarray, " token"],
+        memory: int = 2**33,
+    ) -> "Further":
+        """Run what no store holds: the prompts with their answers, where the answers go on, and the last layer."""
+        vocabulary = Vocabulary.of(skeleton, known, memory)
+        grounds = _both_ways(skeleton, activations, trials, alignment, direction)
+        sequence = "sequence" in measures
+        tokens = [answer(trials, which) for which in (RIGHT, WRONG)] if sequence else []
+        told: tuple[Told, ...] = ()
+        if any(part.shape[1] > 1 for part in tokens):
+            told = tuple(
+                Told(
+                    *_told(skeleton, trials, alignment, direction, which, memory),
+                    torch.from_numpy(tokens[which]).to(skeleton.device),
+                )
+                for which in (RIGHT, WRONG)
+            )
+        clean = _clean_log_probs(vocabulary, _into(grounds, "clean")) if "kl" in measures else None
+        at_once = tuple(name for name in measures if name != "sequence")
+        return cls(vocabulary, *grounds, at_once, sequence, told, clean, memory)
+
+    def patched(
+        self, sites: Sequence[Site], mask: Bool[np.ndarray, "subset head"], done: Any = lambda _runs: None
+    ) -> dict[str, Float[np.ndarray, "site subset trial"]]:
+        """Every measure of every patched run, and `logit_diff`; `done` hears as in `replay`."""
+        skeleton = self.vocabulary.skeleton
+
+        def read(ground: Ground, reading: Reading, n_readings: int, done: Any) -> np.ndarray:
+            runs = runs_at_once(skeleton, ground.valid.numel(), self.memory)
+            return read_off(skeleton, ground, sites, mask, reading, done, runs, n_readings)
+
+        names = ("logit_diff", *self.measures)
+        found = dict(zip(names, read(self.ground, self._read, len(names), done), strict=True))
+        if self.told:
+            right, wrong = (read(one.ground, self._reads(one), 1, lambda _runs: None)[0] for one in self.told)
+            found["sequence"] = right - wrong
+        elif self.sequence:
+            found["sequence"] = found["logit_diff"]
+        return found
+
+    @torch.inference_mode()
+    def unpatched(self) -> dict[str, Float[np.ndarray, "run trial"]]:
+        """The same of the runs as they were captured."""
+        names = ("logit_diff", *self.measures)
+        by_run = [self._unpatched(_into((self.ground, self.reverse), run), self._read) for run in RUNS]
+        found = dict(zip(names, np.stack(by_run, axis=1), strict=True))
+        if self.told:
+            right, wrong = (
+                np.stack([self._unpatched(_into((one.ground, one.reverse), run), self._reads(one))[0] for run in RUNS])
+                for one in self.told
+            )
+            found["sequence"] = right - wrong
+        elif self.sequence:
+            found["sequence"] = found["logit_diff"]
+        return found
+
+    def _unpatched(self, ground: Ground, reading: Reading) -> Float[np.ndarray, "reading trial"]:
+        steps = Steps(self.vocabulary.skeleton, ground)
+        return reading(steps, _left(steps))[:, 0].cpu().numpy()
+
+    def _read(self, steps: Steps, resid: Resid) -> Float[Tensor, "reading run trial"]:
+        """The logit difference, and the measures of one position."""
+        logit_diff = steps.logit_diff(resid)
+        if not self.measures:
+            return logit_diff[None]
+        found = logit_diff.new_empty(len(self.measures), *resid.shape[:2])
+        for trials, runs, logits in self.vocabulary.blocks(steps.read(resid)):
+            right = steps.ground.answers[trials, RIGHT]
+            clean = None if self.clean is None else self.clean[trials]
+            found[:, trials, runs] = of_logits(self.measures, logits, right, clean)
+        return torch.cat([logit_diff[None], found.transpose(1, 2)])
+
+    def _reads(self, told: Told) -> Reading:
+        """The log-probability of an answer, token by token."""
+
+        def read(steps: Steps, resid: Resid) -> Float[Tensor, "reading run trial"]:
+            total = torch.zeros(resid.shape[:2], device=resid.device)
+            for ahead, token in enumerate(told.tokens.T):
+                for trials, runs, logits in self.vocabulary.blocks(steps.read(resid, ahead)):
+                    total[trials, runs] += _counted(logits, token[trials, None].expand(logits.shape[:-1]))
+            return total.T[None]
+
+        return read
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """The measures of a few patched runs by full hooked forwards of stock transformers."""
+
+    values: Mapping[str, Float[np.ndarray, "patch trial"]]
+
+    allowed: Mapping[str, Float[np.ndarray, "patch trial"]]
+    """How far off each may be for rounding alone."""
+
+
+@torch.inference_mode()
+def by_hook(
+    vocabulary: Vocabulary,
+    trials: Trials,
+    alignment: Alignment,
+    direction: Direction,
+    patches: Patches,
+    measures: Sequence[Measure],
+    tolerance: float,
+) -> Hooked:
+    """What `Further` should read.  `tolerance` is that of a logit difference, in nats.
+
+    A probability may be off by as much, the divergence by as much and as large a part of itself, an answer by as much
+    a token; a rank by the tokens whose logits are within it.
+    """
+    skeleton = vocabulary.skeleton
+    last = trials.length[..., None] - 1
+    right = torch.from_numpy(trials.answer_tokens[:, RIGHT]).to(skeleton.device)
+    at_once = [name for name in measures if name != "sequence"]
+    with skeleton.stock():
+        clean = vocabulary.only_known(stock_logits(skeleton, trials, RUNS.index("clean"), last)[:, 0]).log_softmax(-1)
+
+    def read(logits: Float[Tensor, "trial read vocab"]) -> Float[Tensor, "trial measure"]:
+        logits = vocabulary.only_known(logits)
+        near = (logits[:, 0] - logits[:, 0].gather(1, right[:, None])).abs() <= tolerance
+        found = of_logits(at_once, logits, right, clean)[..., 0].T if at_once else logits.new_empty(len(logits), 0)
+        return torch.cat([found, near.sum(1, keepdim=True) - 1], dim=1)
+
+    found = hooked(skeleton, trials, alignment, direction, patches, last, read).cpu().numpy()
+    values: dict[str, np.ndarray] = {name: found[..., place] for place, name in enumerate(at_once)}
+    allowed: dict[str, np.ndarray] = {name: np.full_like(found[..., 0], tolerance) for name in measures}
+    if "rank" in measures:
+        allowed["rank"] = found[..., -1]
+    if "kl" in measures:
+        allowed["kl"] = tolerance * (1 + values["kl"])
+    if "sequence" in measures:
+        right_answer, wrong_answer = (
+            _answer_by_hook(vocabulary, trials, alignment, direction, patches, which) for which in (RIGHT, WRONG)
+        )
+        values["sequence"] = right_answer - wrong_answer
+        allowed["sequence"] *= trials.continuation.shape[2] if trials.continuation is not None else 1
+    return Hooked(values, allowed)
+
+
+def _answer_by_hook(
+    vocabulary: Vocabulary, trials: Trials, alignment: Alignment, direction: Direction, patches: Patches, which: int
+) -> Float[np.ndarray, "patch trial"]:
+    """The log-probability of an answer, in nats."""
+    skeleton, tokens = vocabulary.skeleton, answer(trials, which)
+    longer = continued(trials, which, skeleton.anatomy.context)
+    read = np.minimum(trials.length[..., None] - 1 + np.arange(tokens.shape[1]), longer.tokens.shape[2] - 1)
+    token = torch.from_numpy(tokens).to(skeleton.device)
+
+    def score(logits: Float[Tensor, "trial read vocab"]) -> Float[Tensor, " trial"]:
+        return _counted(vocabulary.only_known(logits), token).sum(1)
+
+    return hooked(skeleton, longer, alignment, direction, patches, read, score).cpu().numpy()
+
+
+def _counted(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
+    """Log-probability of a token; 0 for the -1 behind an answer's end."""
+    return torch.where(token >= 0, log_probability(logits, token.clamp(min=0)), 0)
+
+
+def _both_ways(
+    skeleton: Skeleton, activations: Activations, trials: Trials, alignment: Alignment, direction: Direction
+) -> tuple[Ground, Ground]:
+    reverse: Direction = "noise" if direction == "denoise" else "denoise"
+    there, back = (Ground.lay(skeleton, activations, trials, alignment, way) for way in (direction, reverse))
+    return there, back
+
+
+def _into(grounds: tuple[Ground, Ground], run: str) -> Ground:
+    """The one of both whose target is `run`."""
+    return next(ground for ground in grounds if ground.target == RUNS.index(run))
+
+
+def _told(
+    skeleton: Skeleton, trials: Trials, alignment: Alignment, direction: Direction, which: int, memory: int
+) -> tuple[Ground, Ground]:
+    longer = continued(trials, which, skeleton.anatomy.context)
+    further = answer(trials, which).shape[1] - 1
+    rows = lengthened(alignment, further, longer.tokens.shape[2])
+    return _both_ways(skeleton, capture(skeleton, longer, memory), longer, rows, direction)
+
+
+def _left(steps: Steps) -> Resid:
+    """What left the last layer of the target run, as captured."""
+    last = steps.skeleton.anatomy.n_layers - 1
+    return layer_output(steps, last, steps.ground.patched("z", last, steps.ground.target))[:, None]
+
+
+def _clean_log_probs(vocabulary: Vocabulary, ground: Ground) -> Float[Tensor, "trial vocab"]:
+    steps = Steps(vocabulary.skeleton, ground)
+    parts = [logits[:, 0].log_softmax(-1) for _, _, logits in vocabulary.blocks(steps.read(_left(steps)))]
+    return torch.cat(parts)

@@ -1,0 +1,102 @@
+"""How figures look: colours, sizes, where checkpoints stand and which of their labels fit."""
+
+from collections.abc import Sequence
+from io import StringIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .result import Result
+
+INK, PAPER, FAINT = "#22262b", "#fefefe", "#8d949c"
+"""Lines and words of a figure, its background, its grid.  On the page ink and paper become the page's own."""
+
+COLOURS = {"clean": "#265cfc", "corrupt": "#fc6626", "even": "#9674d4", "odd": "#6e613c", "all": "#359696"}
+MARKERS = {"clean": "^", "corrupt": "v", "even": "s", "odd": "D", "all": "o"}
+SPARE = ("all", "even", "odd")
+"""Whose looks other subsets take, strongest first.  The colours stay at least 30 apart (CIELAB) under simulated
+protanopia and deuteranopia (Machado et al. 2009) and stand out from a light and a dark page."""
+
+STYLE: Any = {
+    "axes.titlelocation": "left",
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    **dict.fromkeys(["font.size", "axes.titlesize"], 9),
+    **dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6),
+    **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
+    **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
+    # The same run gives the same file: no random ids, no date.
+    "svg.hashsalt": "headlapse",
+}
+
+WIDTH, CHARACTER = 7.6, 0.075
+"""Inches: a full figure, and about one digit of a tick label."""
+
+
+def to_svg(figure: Figure) -> str:
+    text = StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    return text.getvalue()
+
+
+def place_steps(steps: Int[np.ndarray, " checkpoint"]) -> tuple[Float[np.ndarray, " checkpoint"], bool]:
+    """Where checkpoints stand on the x axis, and whether that is logarithmic.
+
+    Logarithmic once steps span a factor of ten; step 0 and unknown steps (-1) then stand apart at the ends.
+    """
+    x = steps.astype(float)
+    positive = steps[steps > 0]
+    is_log = len(positive) > 0 and bool(positive.max() >= 10 * positive.min())
+    if is_log:
+        x[steps > 0] = np.log10(positive)
+        x[steps == 0] = x[steps > 0].min() - max(0.3, np.ptp(x[steps > 0]) / 16)
+    known = x[steps >= 0]
+    last, gap = (known.max(), np.ptp(known) / 12 or 1.0) if len(known) else (0.0, 1.0)
+    x[steps < 0] = last + gap * np.arange(1, 1 + (steps < 0).sum())
+    return x, is_log
+
+
+def choose_ticks(
+    x: Float[np.ndarray, " checkpoint"], labels: Sequence[str], inches: float, order: Sequence[int]
+) -> list[int]:
+    """Checkpoints whose labels fit side by side on an axis of that width: the ends first, then in the order given."""
+    scale = inches / (np.ptp(x) or 1.0)
+    widths = [len(label) * CHARACTER + 0.1 for label in labels]
+    chosen: list[int] = []
+    for index in dict.fromkeys([0, len(x) - 1, *order]):
+        if all(abs(x[index] - x[other]) * scale > (widths[index] + widths[other]) / 2 for other in chosen):
+            chosen.append(index)
+    return sorted(chosen)
+
+
+def label_steps(axes: Axes, result: Result) -> list[int]:
+    """Steps below a panel that is as wide as the page, the roundest first; returns who has a label."""
+    labels, steps = step_labels(result), result.table["step"]
+    x, is_log = place_steps(steps.to_numpy())
+    zeros = [len(step) - len(step.rstrip("0")) for step in steps.astype(str)]
+    roundest = sorted(range(len(zeros)), key=lambda index: -zeros[index])
+    ticks = choose_ticks(x, labels, WIDTH - 1.1, roundest)
+    axes.set_xticks(x[ticks], [labels[tick] for tick in ticks])
+    axes.set_xlabel(f"training step{' (logarithmic)' if is_log else ''}")
+    return ticks
+
+
+def step_labels(result: Result) -> list[str]:
+    """Steps as short as they can be written; an unknown step's place goes by its label."""
+    labels = []
+    for label, step in result.table["step"].items():
+        short = str(label) if len(str(label)) <= 12 else f"{str(label)[:11]}…"
+        labels.append(short if step < 0 else str(step) if step < 10_000 else f"{step / 1000:g}k")
+    return labels
+
+
+def readable(shade: Float[np.ndarray, " rgba"]) -> str:
+    """Black or white, whichever stands out more against a colour (relative luminance, WCAG 2)."""
+    rgb = shade[:3]
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return "#ffffff" if linear @ [0.2126, 0.7152, 0.0722] < 0.18 else "#111111"

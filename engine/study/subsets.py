@@ -1,0 +1,219 @@
+"""Head subsets as boolean rows, and the little language that names them."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool
+
+from .study import Refusal
+
+LANGUAGE = (
+    "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, halvings:N, orders:N, or heads such as 0,2,4"
+)
+
+LARGEST_SWEEP = 2**22
+"""More subsets than this are refused: at a million patched runs a minute they would still take hours."""
+
+
+@dataclass(frozen=True)
+class Subsets:
+    """Distinct subsets of one layer's heads, in the order asked for."""
+
+    labels: tuple[str, ...]
+    """`none`, `all`, `even`, `odd`, or the heads: `0,2,4`."""
+
+    mask: Bool[np.ndarray, "subset head"]
+    """True where a head is patched."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def parse_subsets(
+    words: Sequence[str], n_heads: int, seed: int = 0, estimate: Callable[[int], str] = lambda _n: ""
+) -> Subsets:
+    """The subsets that `words` name, each once.
+
+    Raises `Refusal` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells what
+    so many would take.
+    """
+    asked = sum(count_subsets(word, n_heads) for word in words)
+    if asked > LARGEST_SWEEP:
+        raise Refusal(
+            f"--subsets {' '.join(words)}: {asked:,} subsets of {n_heads} heads is more than {LARGEST_SWEEP:,}; "
+            f"{estimate(asked)}take balanced, size:K or a sample such as random:100000"
+        )
+    rows: dict[frozenset[int], None] = {}
+    for word in words:
+        rows.update(dict.fromkeys(_subsets_of(word, n_heads, seed)))
+    mask = np.zeros((len(rows), n_heads), dtype=bool)
+    for row, heads in enumerate(rows):
+        mask[row, list(heads)] = True
+    return Subsets(labels=tuple(label_of(heads, n_heads) for heads in rows), mask=mask)
+
+
+def label_of(heads: Iterable[int], n_heads: int) -> str:
+    """A subset's name: `none`, `all`, `even`, `odd`, or its heads."""
+    heads = frozenset(heads)
+    named = {
+        frozenset[int](): "none",
+        frozenset(range(n_heads)): "all",
+        frozenset(range(0, n_heads, 2)): "even",
+        frozenset(range(1, n_heads, 2)): "odd",
+    }
+    plain = ",".join(map(str, sorted(heads)))
+    # With one or two heads `even` would hide which single head is meant.
+    return named.get(heads, plain) if n_heads > 2 or len(heads) != 1 else plain
+
+
+def count_subsets(word: str, n_heads: int) -> int:
+    """How many subsets a word names, without listing them."""
+    match word.partition(":"):
+        case ("even" | "odd" | "none" | "all", "", ""):
+            return 1
+        case ("each" | "but", "", ""):
+            return n_heads
+        case ("balanced", "", ""):
+            return math.comb(n_heads, n_heads // 2)
+        case ("lattice", "", ""):
+            return 2**n_heads
+        case ("size", ":", k):
+            return math.comb(n_heads, _whole(word, k, low=0, high=n_heads))
+        case ("random", ":", n):
+            return min(_whole(word, n, low=1), 2**n_heads)
+        case ("halvings", ":", n):
+            return 2 * min(_whole(word, n, low=1) + 1, count_halvings(n_heads))
+        case ("orders", ":", n):
+            return min(2 * _whole(word, n, low=1) * (n_heads + 1), 2**n_heads)
+        case _:
+            _heads(word, n_heads)
+            return 1
+
+
+def count_halvings(n_heads: int) -> int:
+    """Ways to part the heads into two halves (of an odd number one is larger by one)."""
+    return math.comb(n_heads, n_heads // 2) // (1 if n_heads % 2 else 2)
+
+
+def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+    everyone = frozenset(range(n_heads))
+    name, _, number = word.partition(":")
+    match name:
+        case "none":
+            yield frozenset()
+        case "all":
+            yield everyone
+        case "even" | "odd":
+            yield frozenset(range(name == "odd", n_heads, 2))
+        case "each":
+            yield from (frozenset({head}) for head in range(n_heads))
+        case "but":
+            yield from (everyone - {head} for head in range(n_heads))
+        case "balanced":
+            yield from map(frozenset, combinations(range(n_heads), n_heads // 2))
+        case "lattice":
+            yield from (_from_bits(bits, n_heads) for bits in range(2**n_heads))
+        case "size":
+            yield from map(frozenset, combinations(range(n_heads), int(number)))
+        case "random":
+            yield from _sample(count_subsets(word, n_heads), n_heads, seed)
+        case "halvings":
+            for half in _sample_halvings(count_subsets(word, n_heads) // 2, n_heads, seed):
+                yield from (half, everyone - half)
+        case "orders":
+            for order in draw_orders(int(number), n_heads, seed):
+                yield from (frozenset(order[:k]) for k in range(n_heads + 1))
+        case _:
+            yield _heads(word, n_heads)
+
+
+def _sample(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+    """`n` distinct subsets, uniform over all of them."""
+    draw = random.Random(seed)
+    if n > 2 ** (n_heads - 1):
+        yield from (_from_bits(bits, n_heads) for bits in draw.sample(range(2**n_heads), n))
+        return
+    seen: set[int] = set()
+    while len(seen) < n:
+        bits = draw.getrandbits(n_heads)
+        if bits not in seen:
+            seen.add(bits)
+            yield _from_bits(bits, n_heads)
+
+
+def _sample_halvings(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+    """Even against odd heads and `n - 1` random others: distinct halvings, uniform over the others.
+
+    Each by its larger half, or by the one with head 0.
+    """
+    draw = random.Random(seed)
+    size = n_heads - n_heads // 2
+    even = frozenset(range(0, n_heads, 2))
+    yield even
+    if n > count_halvings(n_heads) // 2:
+        every = (frozenset(heads) for heads in combinations(range(n_heads), size) if n_heads % 2 or 0 in heads)
+        yield from draw.sample([half for half in every if half != even], n - 1)
+        return
+    seen = {even}
+    while len(seen) < n:
+        half = frozenset(draw.sample(range(n_heads), size))
+        if n_heads % 2 == 0 and 0 not in half:
+            half = frozenset(range(n_heads)) - half
+        if half not in seen:
+            seen.add(half)
+            yield half
+
+
+def draw_orders(n: int, n_heads: int, seed: int = 0) -> list[tuple[int, ...]]:
+    """`n` random orders of the heads, each followed by its reverse.
+
+    A head joins early in the one and late in the other, which takes noise out of a sampled Shapley value
+    (antithetic orders: Mitchell et al. 2022, arXiv:2104.12199).
+    """
+    draw = random.Random(seed)
+    orders = [tuple(draw.sample(range(n_heads), n_heads)) for _ in range(n)]
+    return [way for order in orders for way in (order, order[::-1])]
+
+
+def _from_bits(bits: int, n_heads: int) -> frozenset[int]:
+    return frozenset(head for head in range(n_heads) if bits >> head & 1)
+
+
+def _heads(word: str, n_heads: int) -> frozenset[int]:
+    try:
+        heads = [int(part) for part in word.split(",")]
+    except ValueError:
+        raise Refusal(f"--subsets {word}: not a subset; write {LANGUAGE}") from None
+    if not all(0 <= head < n_heads for head in heads):
+        raise Refusal(f"--subsets {word}: this model's heads are 0 to {n_heads - 1}")
+    return frozenset(heads)
+
+
+def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
+    value = int(number) if number.isdecimal() else None
+    if value is None or value < low or (high is not None and value > high):
+        bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise Refusal(f"--subsets {word}: needs a whole number {bound} after the colon")
+    return value
+
+
+def parse_layers(words: Sequence[str], held: Sequence[int], flag: str = "--layers") -> list[int]:
+    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `Refusal` for one that is not in `held`."""
+    layers: set[int] = set()
+    for word in words:
+        first, dash, last = word.partition("-")
+        if word == "all":
+            layers.update(held)
+        elif first.isdecimal() and (last.isdecimal() if dash else True):
+            layers.update(range(int(first), int(last or first) + 1))
+        else:
+            raise Refusal(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
+    if absent := sorted(layers - set(held)):
+        raise Refusal(f"{flag}: layer {absent[0]} is not there; the layers are {held[0]} to {held[-1]}")
+    if not layers:
+        raise Refusal(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
+    return sorted(layers)
