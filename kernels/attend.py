@@ -12,7 +12,7 @@ from torch import Tensor
 from .mix import mix_heads
 
 
-def twin_for(device: torch.device) -> str:
+def kernel_for(device: torch.device) -> str:
     """Which twin computes there: `triton` on a CUDA device where Triton is installed, else `eager`."""
     return "triton" if device.type == "cuda" and find_spec("triton") else "eager"
 
@@ -35,7 +35,7 @@ def attend_shared_prefix(
     Where subsets are given, the heads they name take the source's z instead.
     """
     tensors = (query_THSPD, key_TKSPD, value_TKSPV, prefix_key_TKND, prefix_value_TKNV, prefix_length_T)
-    if twin_for(query_THSPD.device) == "triton":
+    if kernel_for(query_THSPD.device) == "triton":
         from . import attend_triton
 
         return attend_triton.attend_shared_prefix(*tensors, scaling, source_TPHV, subsets_SH)

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from headlapse.engine.runtime.exit_status import DONE, guarded
+from headlapse.engine.runtime.exit_status import DONE, exit_status_of
 from headlapse.engine.study.study import ARITHMETICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def main() -> int:
 
     random_models.pythia_config(args.shape)
     words = table.choose_workloads(args.workloads, args.shape)
-    device = resources.Machine.asked(args.device, dtype=args.dtype).device
+    device = resources.Machine.from_options(args.device, dtype=args.dtype).device
     checkpoint = CACHE / "bench" / f"{args.shape}-{args.dtype}"
     random_models.write_random(args.shape, checkpoint, args.dtype)
     trials = random_models.some_trials(args.trials, *args.tokens)
@@ -57,4 +57,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

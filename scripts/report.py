@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from headlapse.engine.runtime.exit_status import DONE, guarded
+from headlapse.engine.runtime.exit_status import DONE, exit_status_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
@@ -33,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    sys.exit(exit_status_of(main))

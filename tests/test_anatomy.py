@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from headlapse.engine.capture.forward import capture
-from headlapse.engine.checkpoints.architecture import dissect
-from headlapse.engine.checkpoints.model import Skeleton
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.checkpoints.architecture import inspect_architecture
+from headlapse.engine.checkpoints.model import ResidentModel
+from headlapse.engine.runtime.errors import UserError
 from tests.models import D_MODEL, MAIN, N_HEADS, N_KV_HEADS, N_LAYERS, REFUSED, random_trials, tiny
 
 PROJECTIONS = {
@@ -19,7 +19,7 @@ PROJECTIONS = {
 
 @pytest.mark.parametrize("name", MAIN)
 def test_shapes_and_output_projections_are_found_without_weights(name: str) -> None:
-    body = dissect(MAIN[name]())
+    body = inspect_architecture(MAIN[name]())
     assert (body.n_layers, body.n_heads, body.d_model) == (N_LAYERS, N_HEADS, D_MODEL)
     assert body.n_kv_heads == (N_KV_HEADS if name == "llama-gqa" else N_HEADS)
     assert body.head_dim == body.value_dim == D_MODEL // N_HEADS
@@ -29,7 +29,7 @@ def test_shapes_and_output_projections_are_found_without_weights(name: str) -> N
 
 
 def test_a_layer_is_not_taken_for_another_whose_number_begins_alike() -> None:
-    body = dissect(MAIN["gpt2"]().__class__(n_layer=12, n_embd=16, n_head=2, vocab_size=10, n_positions=8))
+    body = inspect_architecture(MAIN["gpt2"]().__class__(n_layer=12, n_embd=16, n_head=2, vocab_size=10, n_positions=8))
     assert body.layer_of("transformer.h.11.mlp.c_fc.weight") == 11
 
 
@@ -37,8 +37,8 @@ def test_a_layer_is_not_taken_for_another_whose_number_begins_alike() -> None:
 def test_what_plain_causal_attention_cannot_reproduce_is_refused_by_name(name: str) -> None:
     """At the dry run or, where it depends on the prompts, at the capture; never computed wrongly."""
     model = tiny(name)
-    with pytest.raises(Refusal) as refused:
-        skeleton = Skeleton(model.config, torch.float32, "cpu")
-        skeleton.wear(model.state_dict())
-        capture(skeleton, random_trials(), 2**30)
+    with pytest.raises(UserError) as refused:
+        resident = ResidentModel(model.config, torch.float32, "cpu")
+        resident.load_weights(model.state_dict())
+        capture(resident, random_trials(), 2**30)
     assert model.config.model_type.replace("_", "") in str(refused.value).lower().replace("_", "")

@@ -15,11 +15,19 @@ from transformers import PreTrainedModel
 from headlapse.engine.capture.run import cache_series
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.replay import patched_generation as room
-from headlapse.engine.replay.patched_generation import MOST_TEXTS, Graft, begins_with, by_definition, generate_grafted
-from headlapse.engine.replay.run import Sweep, name_of, open_run, patch_series, spell_out
+from headlapse.engine.replay.patched_generation import (
+    MOST_TEXTS,
+    PatchedGeneration,
+    begins_with,
+    generate_grafted,
+    reference_generate,
+)
+from headlapse.engine.replay.run import make_plan, name_of, open_run, patch_series
+from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import PatchedRun, Store
-from headlapse.engine.study.study import Inexact, Refusal, Study
+from headlapse.engine.study.patch_settings import PatchRequest
+from headlapse.engine.study.study import Study
 from tests.models import MAIN, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION, aligned
 from tests.test_capture import dressed
@@ -50,7 +58,7 @@ def z_hooked(model: PreTrainedModel, layers: tuple[int, ...], see: Any) -> Itera
             handle.remove()
 
 
-def reference(model: PreTrainedModel, graft: Graft, n_tokens: int = N_TOKENS) -> list[int]:
+def reference(model: PreTrainedModel, graft: PatchedGeneration, n_tokens: int = N_TOKENS) -> list[int]:
     """Spelled out.  Only the prompt has more than one position at a time."""
     kept: dict[int, Tensor] = {}
     with z_hooked(model, graft.site, kept.__setitem__):
@@ -73,7 +81,7 @@ def reference(model: PreTrainedModel, graft: Graft, n_tokens: int = N_TOKENS) ->
     return made[0, len(graft.target) :].tolist()
 
 
-def grafts(n: int = 4, seed: int = 0) -> list[Graft]:
+def grafts(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
     """Prompts of several lengths, one layer and joint ones, one position and several."""
     rng = np.random.default_rng(seed)
     some = (NONE, EVEN, ODD, ALL, tuple((rng.random(N_HEADS) < 0.5).tolist()))
@@ -83,7 +91,7 @@ def grafts(n: int = 4, seed: int = 0) -> list[Graft]:
         for site in ((0,), (2,), (0, 1)):
             pairs = aligned(("last", "end:3")[index % 2], len(source), len(target))
             out_of, into = zip(*pairs, strict=True)
-            made += [Graft(target, source, site, heads, into, out_of) for heads in some]
+            made += [PatchedGeneration(target, source, site, heads, into, out_of) for heads in some]
     return made
 
 
@@ -91,9 +99,9 @@ def grafts(n: int = 4, seed: int = 0) -> list[Graft]:
 @pytest.mark.parametrize("name", MAIN)
 @torch.inference_mode()
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
-    model, skeleton = in_precision(tiny(name), dtype)
+    model, resident = in_precision(tiny(name), dtype)
     asked = grafts()
-    made = generate_grafted(skeleton, asked, N_TOKENS, most=11)
+    made = generate_grafted(resident, asked, N_TOKENS, most=11)
     assert made.tokens == [reference(model, graft) for graft in asked]
     assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "most are decided in the batch"
     assert any(a != b for a, b in zip(made.tokens[0::5], made.tokens[3::5], strict=True)), "patching tells"
@@ -102,36 +110,36 @@ def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", MAIN)
 @torch.inference_mode()
 def test_the_definition_is_the_reference(name: str) -> None:
-    model, skeleton = in_precision(tiny(name), torch.float32)
+    model, resident = in_precision(tiny(name), torch.float32)
     for graft in grafts(1, seed=1)[::3]:
-        assert by_definition(skeleton, graft, N_TOKENS) == reference(model, graft)
+        assert reference_generate(resident, graft, N_TOKENS) == reference(model, graft)
 
 
 @torch.inference_mode()
 def test_the_prompts_patch_is_gone_when_the_model_goes_on() -> None:
     """All heads from the prompt itself: nothing changes, though decoding steps have other z."""
-    skeleton = dressed(tiny("neox-parallel"))
+    resident = dressed(tiny("neox-parallel"))
     for graft in grafts(3):
         target = graft.target
         here = tuple(range(len(target)))
-        own = Graft(target, target, graft.site, ALL, here, here)
-        made = generate_grafted(skeleton, [own, Graft(target)], N_TOKENS, most=2).tokens
+        own = PatchedGeneration(target, target, graft.site, ALL, here, here)
+        made = generate_grafted(resident, [own, PatchedGeneration(target)], N_TOKENS, most=2).tokens
         assert made[0] == made[1]
 
 
 @torch.inference_mode()
 def test_generation_leaves_no_hook_behind() -> None:
-    skeleton = dressed(tiny("gpt2"))
-    generate_grafted(skeleton, grafts(1), 3, most=4)
-    by_definition(skeleton, grafts(1)[1], 3)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in skeleton.model.modules())
+    resident = dressed(tiny("gpt2"))
+    generate_grafted(resident, grafts(1), 3, most=4)
+    reference_generate(resident, grafts(1)[1], 3)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in resident.model.modules())
 
 
 @torch.inference_mode()
 def test_texts_longer_than_the_context_are_refused() -> None:
-    skeleton = dressed(tiny("gpt2"))
-    with pytest.raises(Refusal, match="60 tokens after a prompt of 7 are more than the model's context of 64 holds"):
-        generate_grafted(skeleton, grafts(2), 60, most=4)
+    resident = dressed(tiny("gpt2"))
+    with pytest.raises(UserError, match="60 tokens after a prompt of 7 are more than the model's context of 64 holds"):
+        generate_grafted(resident, grafts(2), 60, most=4)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +182,9 @@ def cache(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache
 
 
-def generated(cache: Path, sweep: Sweep, name: str, labels: list[str] = LABELS) -> PatchedRun:
+def generated(cache: Path, sweep: PatchRequest, name: str, labels: list[str] = LABELS) -> PatchedRun:
     store = Store(cache / "s.zarr")
-    plan = spell_out(sweep, store)
+    plan = make_plan(sweep, store)
     run = open_run(store, plan, name, "cpu")
     outcomes = list(patch_series(store, plan, run, labels, cache, Machine(), lambda _n: None))
     assert [outcome.problem for outcome in outcomes] == [None] * len(labels)
@@ -186,7 +194,7 @@ def generated(cache: Path, sweep: Sweep, name: str, labels: list[str] = LABELS) 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("joint", [False, True], ids=["single", "joint"])
 def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: Any, joint: bool) -> None:
-    asked = Sweep(("none", "even", "0,3"), ("0", "2"), joint, "end:2", direction, None, generate=N_TOKENS)
+    asked = PatchRequest(("none", "even", "0,3"), ("0", "2"), joint, "end:2", direction, None, generate=N_TOKENS)
     run = generated(cache, asked, f"all-{direction}-{joint}").dataset()
     store, tokenizer = Store(cache / "s.zarr"), tiny_tokenizer()
     trials = store.trials()
@@ -202,7 +210,9 @@ def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: A
             right = tokenizer.decode(tokenizer(prompt + contrast.answer)["input_ids"][given:])
             for layer in run.layer.values.tolist():
                 for subset, heads in zip(run.subset.values.tolist(), run["mask"].values.tolist(), strict=True):
-                    graft = Graft(rows[target], rows[source], (0, 2) if joint else (layer,), tuple(heads), into, out_of)
+                    graft = PatchedGeneration(
+                        rows[target], rows[source], (0, 2) if joint else (layer,), tuple(heads), into, out_of
+                    )
                     with torch.inference_mode():
                         expected = reference(stock, graft)
                     at = run.sel(checkpoint=label, layer=layer, subset=subset).isel(trial=trial)
@@ -215,7 +225,7 @@ def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: A
 
 
 def test_a_text_that_begins_with_the_right_token_has_it_ahead(cache: Path) -> None:
-    run = generated(cache, Sweep(("even", "odd", "all", "each"), generate=1), "first").dataset().load()
+    run = generated(cache, PatchRequest(("even", "odd", "all", "each"), generate=1), "first").dataset().load()
     trials = Store(cache / "s.zarr").trials()
     first = run.token.isel(token=0)
     right, wrong = (xr.DataArray(trials.answer_tokens[:, answer], dims="trial") for answer in (0, 1))
@@ -224,14 +234,14 @@ def test_a_text_that_begins_with_the_right_token_has_it_ahead(cache: Path) -> No
 
 
 def test_a_text_that_differs_from_the_definition_stops_everything(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "by_definition", lambda *_: [1, 2, 3])
-    with pytest.raises(Inexact, match="by transformers' own generate"):
-        generated(cache, Sweep(("even",), ("1",), generate=3), "wrong", ["step0"])
+    monkeypatch.setattr(room, "reference_generate", lambda *_: [1, 2, 3])
+    with pytest.raises(VerificationError, match="by transformers' own generate"):
+        generated(cache, PatchRequest(("even",), ("1",), generate=3), "wrong", ["step0"])
     assert not PatchedRun(cache / "s.zarr" / "patches" / "wrong").complete()
 
 
 def test_checkpoints_that_are_done_are_not_generated_again(cache: Path) -> None:
-    asked = Sweep(("even",), ("1",), generate=3)
+    asked = PatchRequest(("even",), ("1",), generate=3)
     first = generated(cache, asked, "grown", ["step0"]).dataset().text.values[0].tolist()
     run = generated(cache, asked, "grown", ["step10"])
     assert run.complete() == {"step0": 0, "step10": 1}
@@ -240,20 +250,20 @@ def test_checkpoints_that_are_done_are_not_generated_again(cache: Path) -> None:
 
 def test_more_texts_than_anyone_waits_for_are_refused_with_the_count(cache: Path) -> None:
     store = Store(cache / "s.zarr")
-    lattice = Sweep(("lattice",), generate=20)
+    lattice = PatchRequest(("lattice",), generate=20)
     n_texts = len(store.layers) * 2**N_HEADS * 3
-    assert n_texts < MOST_TEXTS and spell_out(lattice, store).n_tokens == 20
+    assert n_texts < MOST_TEXTS and make_plan(lattice, store).n_tokens == 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "MOST_TEXTS", 1000)
-        with pytest.raises(Refusal, match=f"256 subsets x 3 prompts are {n_texts:,} texts a checkpoint, more than"):
-            spell_out(lattice, store)
-    with pytest.raises(Refusal, match="--generate -1: give a number of tokens"):
-        spell_out(Sweep(generate=-1), store)
+        with pytest.raises(UserError, match=f"256 subsets x 3 prompts are {n_texts:,} texts a checkpoint, more than"):
+            make_plan(lattice, store)
+    with pytest.raises(UserError, match="--generate -1: give a number of tokens"):
+        make_plan(PatchRequest(generate=-1), store)
 
 
 def test_other_numbers_of_tokens_have_other_names() -> None:
-    assert len({name_of(Sweep(generate=n)) for n in (0, 3, 20)}) == 3
-    assert name_of(Sweep()) == name_of(Sweep(generate=0))
+    assert len({name_of(PatchRequest(generate=n)) for n in (0, 3, 20)}) == 3
+    assert name_of(PatchRequest()) == name_of(PatchRequest(generate=0))
 
 
 def test_the_command_shows_texts_beside_the_logit_differences(cache: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from headlapse.engine.checkpoints.attention_hook import IMPLEMENTATION, attending, causal_attention, refuse_unknown
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.runtime.errors import UserError
 
 LONGEST = 5
 SOME_TENSOR = torch.zeros(1)
@@ -116,7 +116,7 @@ def test_what_plain_attention_gets_wrong_is_refused_by_name_and_attends_not(
     asked: dict[str, Any], complaint: str
 ) -> None:
     mode = Recording()
-    with attending(mode), pytest.raises(Refusal, match=f"^SelfAttention .*{complaint}") as refused:
+    with attending(mode), pytest.raises(UserError, match=f"^SelfAttention .*{complaint}") as refused:
         attend(**asked)
     assert "\n" not in str(refused.value)
     assert not mode.heard
@@ -144,7 +144,7 @@ def test_what_says_nothing_about_the_scores_passes(asked: dict[str, Any]) -> Non
 def test_a_window_is_judged_by_the_longest_prompt() -> None:
     given = SelfAttention(), None
     refuse_unknown(*given, longest=7, scaling=0.5, kwargs={"sliding_window": 7})
-    with pytest.raises(Refusal, match="window of 7 tokens, the prompts have 8"):
+    with pytest.raises(UserError, match="window of 7 tokens, the prompts have 8"):
         refuse_unknown(*given, longest=8, scaling=0.5, kwargs={"sliding_window": 7})
 
 

@@ -21,8 +21,8 @@ from headlapse.engine.bench.scaling import Growth
 from headlapse.engine.bench.table import WORKLOADS, choose_workloads, patch_workloads
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.replay.reference import hooked_logit_diff
-from headlapse.engine.study.prompts import align
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.study.alignment import align
 from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 
@@ -104,11 +104,11 @@ def test_random_prompts_are_right_padded_and_their_answers_differ() -> None:
 
 
 def test_the_floor_counts_every_row_that_passes_a_layer_after_the_patch(checkpoint: Path) -> None:
-    skeleton, n_trials = contestants._dressed(checkpoint, torch.float32, "cpu"), 7
-    worker = contestants._Ours(skeleton, random_models.some_trials(n_trials, 4, 6))
+    resident, n_trials = contestants._dressed(checkpoint, torch.float32, "cpu"), 7
+    worker = contestants._Ours(resident, random_models.some_trials(n_trials, 4, 6))
     work = Workload("", (1, 4), ("each",))
     worker.patch(random_models.some_trials(n_trials, 4, 6), work.conditions(4))
-    counts = contestants._row_counts(skeleton, work, n_trials)
+    counts = contestants._row_counts(resident, work, n_trials)
     n_layers, n_subsets = 6, 4
     passed = sum(n_layers - 1 - layer for layer in work.layers)
     assert sum(rows * times for rows, times in counts.items()) == passed * n_subsets * n_trials
@@ -138,7 +138,7 @@ def test_the_rest_of_a_checkpoints_time_is_what_neither_reading_nor_products_tak
 
 
 def test_a_command_that_fails_is_refused_with_its_last_line() -> None:
-    with pytest.raises(Refusal, match="no such directory"):
+    with pytest.raises(UserError, match="no such directory"):
         run_command(ROOT / "scripts" / "cache.py", "--model", "./nowhere")
 
 
@@ -146,20 +146,20 @@ def test_tools_take_an_arithmetic_of_their_own() -> None:
     tools = choose_tools(["headlapse@bfloat16", "hooks"], "float16")
     assert [tool.dtype for tool in tools.values()] == ["bfloat16", "float16"]
     assert "headlapse" in installed() and "hooks" in installed()
-    with pytest.raises(Refusal, match="not a tool that is installed"):
+    with pytest.raises(UserError, match="not a tool that is installed"):
         choose_tools(["scissors"], "float32")
-    with pytest.raises(Refusal, match="not an arithmetic"):
+    with pytest.raises(UserError, match="not an arithmetic"):
         choose_tools(["hooks@int8"], "float32")
 
 
 def test_what_would_never_finish_is_left_out_and_refused_when_asked_for() -> None:
     assert choose_workloads([], "pythia-160m") == list(WORKLOADS)
     assert "splits" not in choose_workloads([], "pythia-2.8b")
-    with pytest.raises(Refusal, match="32 heads"):
+    with pytest.raises(UserError, match="32 heads"):
         choose_workloads(["parity", "splits"], "pythia-2.8b")
-    with pytest.raises(Refusal, match="not a workload"):
+    with pytest.raises(UserError, match="not a workload"):
         choose_workloads(["speed"], "pythia-160m")
-    with pytest.raises(Refusal, match="known are pythia-14m"):
+    with pytest.raises(UserError, match="known are pythia-14m"):
         random_models.pythia_config("gpt-5")
 
 

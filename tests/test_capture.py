@@ -9,16 +9,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from headlapse.engine.capture.forward import capture
-from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.checkpoints.model import ResidentModel
 from tests.models import MAIN, random_trials, tiny
 
 TRIALS = random_trials(n_trials=4)
 
 
-def dressed(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Skeleton:
-    skeleton = Skeleton(model.config, dtype, "cpu")
-    skeleton.wear({name: weight.to(dtype) for name, weight in model.state_dict().items()})
-    return skeleton
+def dressed(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> ResidentModel:
+    resident = ResidentModel(model.config, dtype, "cpu")
+    resident.load_weights({name: weight.to(dtype) for name, weight in model.state_dict().items()})
+    return resident
 
 
 @contextmanager
@@ -36,14 +36,14 @@ def inputs_of(model: PreTrainedModel, path: str) -> Iterator[list[Tensor]]:
 @pytest.mark.parametrize("name", MAIN)
 def test_one_padded_batch_keeps_what_each_prompt_alone_shows(name: str) -> None:
     model = tiny(name)
-    skeleton = dressed(model)
-    captured = capture(skeleton, TRIALS, 2**30)
+    resident = dressed(model)
+    captured = capture(resident, TRIALS, 2**30)
     for run in range(2):
         for trial in range(4):
             n = TRIALS.length[run, trial]
             tokens = torch.from_numpy(TRIALS.tokens[run, trial, :n])[None]
-            for layer in range(skeleton.anatomy.n_layers):
-                paths = skeleton.anatomy.out_proj[layer], skeleton.anatomy.layers[layer]
+            for layer in range(resident.architecture.n_layers):
+                paths = resident.architecture.out_proj[layer], resident.architecture.layers[layer]
                 with torch.no_grad(), inputs_of(model, paths[0]) as z, inputs_of(model, paths[1]) as resid:
                     logits = model(tokens).logits[0, -1]
                 kept = captured.read("z", layer)[run, trial, :n].flatten(-2)
@@ -64,17 +64,17 @@ def test_what_is_kept_has_the_specified_shapes() -> None:
 
 
 def test_a_batch_split_for_memory_keeps_the_same() -> None:
-    skeleton = dressed(tiny("neox-parallel"))
-    whole, split = capture(skeleton, TRIALS, 2**30), capture(skeleton, TRIALS, 1)
+    resident = dressed(tiny("neox-parallel"))
+    whole, split = capture(resident, TRIALS, 2**30), capture(resident, TRIALS, 1)
     for kind in whole.kept:
-        for layer in range(skeleton.anatomy.n_layers):
+        for layer in range(resident.architecture.n_layers):
             torch.testing.assert_close(whole.read(kind, layer), split.read(kind, layer), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole.answer_logits, split.answer_logits, atol=1e-5, rtol=1e-5)
 
 
 def test_the_same_capture_twice_is_the_same_bit_for_bit() -> None:
-    skeleton = dressed(tiny("neox-parallel"))
-    first, again = capture(skeleton, TRIALS, 2**30), capture(skeleton, TRIALS, 2**30)
+    resident = dressed(tiny("neox-parallel"))
+    first, again = capture(resident, TRIALS, 2**30), capture(resident, TRIALS, 2**30)
     assert all(
         torch.equal(a, b) for kind in first.kept for a, b in zip(first.kept[kind], again.kept[kind], strict=True)
     )
@@ -82,9 +82,9 @@ def test_the_same_capture_twice_is_the_same_bit_for_bit() -> None:
 
 def test_capture_leaves_the_model_as_it_was() -> None:
     model = tiny("gpt2")
-    skeleton = dressed(model)
-    capture(skeleton, TRIALS, 2**30)
+    resident = dressed(model)
+    capture(resident, TRIALS, 2**30)
     tokens = torch.from_numpy(TRIALS.tokens[0])
-    with torch.no_grad(), skeleton.stock() as stock:
+    with torch.no_grad(), resident.stock() as stock:
         torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
-    assert not any(module._forward_pre_hooks for module in skeleton.model.modules())
+    assert not any(module._forward_pre_hooks for module in resident.model.modules())

@@ -7,18 +7,12 @@ import pytest
 import torch
 
 from headlapse.engine.checkpoints.files import vocabulary_file
-from headlapse.engine.checkpoints.model import (
-    Skeleton,
-    Wardrobe,
-    load_tokenizer,
-    open_skeleton,
-    prefetch,
-    read_weights,
-    weight_bytes,
-)
+from headlapse.engine.checkpoints.model import ModelLoader, ResidentModel, load_tokenizer, open_resident_model
+from headlapse.engine.checkpoints.prefetch import prefetch
 from headlapse.engine.checkpoints.resolve import Checkpoint, Files, fetch
+from headlapse.engine.checkpoints.weights import read_weights, weight_bytes
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
-from headlapse.engine.study.study import Refusal
 from tests.models import FORMS, MAIN, MORE, Form, legacy_buffers, save, tiny, tiny_tokenizer
 
 TOKENS = torch.arange(2, 10)[None]
@@ -38,28 +32,28 @@ def test_every_weight_form_gives_the_stock_models_logits(tmp_path: Path, name: s
     model = tiny(name)
     extra = legacy_buffers(model) if name.startswith("neox") and form.endswith("bin") else None
     files = files_of(save(model, tmp_path, form, extra=extra))
-    skeleton = open_skeleton(files, "float32", "cpu")
-    skeleton.wear(read_weights(files, torch.float32, "cpu"))
-    with torch.no_grad(), skeleton.stock() as stock:
+    resident = open_resident_model(files, "float32", "cpu")
+    resident.load_weights(read_weights(files, torch.float32, "cpu"))
+    with torch.no_grad(), resident.stock() as stock:
         assert torch.equal(stock(TOKENS).logits, model(TOKENS).logits)
 
 
 @pytest.mark.parametrize("name", [*MAIN, *MORE])
 def test_one_skeleton_wears_one_checkpoint_after_the_other(name: str) -> None:
     first, second = tiny(name, seed=1), tiny(name, seed=2)
-    skeleton = Skeleton(first.config, torch.float32, "cpu")
+    resident = ResidentModel(first.config, torch.float32, "cpu")
     for model in (first, second, first):
-        skeleton.wear(model.state_dict())
-        with torch.no_grad(), skeleton.stock() as stock:
+        resident.load_weights(model.state_dict())
+        with torch.no_grad(), resident.stock() as stock:
             torch.testing.assert_close(stock(TOKENS).logits, model(TOKENS).logits, atol=1e-6, rtol=0)
 
 
 def test_the_resident_skeleton_is_kept_while_the_config_is_the_same(tmp_path: Path) -> None:
     files = files_of(save(tiny("gpt2"), tmp_path / "a"))
     other = files_of(save(tiny("neox-parallel"), tmp_path / "b"))
-    skeleton = open_skeleton(files, "float32", "cpu")
-    assert open_skeleton(files, "float32", "cpu", skeleton) is skeleton
-    assert open_skeleton(other, "float32", "cpu", skeleton) is not skeleton
+    resident = open_resident_model(files, "float32", "cpu")
+    assert open_resident_model(files, "float32", "cpu", resident) is resident
+    assert open_resident_model(other, "float32", "cpu", resident) is not resident
 
 
 def test_the_dtype_is_the_one_asked_for_whatever_the_file_holds(tmp_path: Path) -> None:
@@ -89,54 +83,54 @@ def test_a_checkpoint_is_read_ahead_only_where_two_find_room(tmp_path: Path, dty
     models = [tiny("neox-parallel", seed) for seed in (1, 2, 3)]
     held = {"float16": torch.float16, "float32": torch.float32}[dtype]
     files = [files_of(save(model.to(held), tmp_path / str(n))) for n, model in enumerate(models)]
-    wardrobe = Wardrobe("float32", room_for(files[0], times))
-    for (_, loaded), model in zip(prefetch(files, wardrobe.ahead), models, strict=True):
+    loader = ModelLoader("float32", room_for(files[0], times))
+    for (_, loaded), model in zip(prefetch(files, loader.ahead), models, strict=True):
         assert not isinstance(loaded, Exception)
         assert (loaded[1] is not None) == (times == 2)
-        skeleton, left = wardrobe.wear(loaded)
+        resident, left = loader.load_weights(loaded)
         assert 0 < left <= room_for(files[0], times).memory - weight_bytes(files[0], torch.float32)
-        with torch.no_grad(), skeleton.stock() as stock:
+        with torch.no_grad(), resident.stock() as stock:
             assert torch.equal(stock(TOKENS).logits, model.float()(TOKENS).logits)
 
 
 def test_weights_that_the_memory_does_not_hold_are_refused_with_what_would(tmp_path: Path) -> None:
     files = files_of(save(tiny("neox-parallel"), tmp_path))
-    wardrobe = Wardrobe("float32", room_for(files, 0.5))
-    with pytest.raises(Refusal, match=r"in float32.*allowed.*--memory"):
-        wardrobe.wear(wardrobe.ahead(files))
+    loader = ModelLoader("float32", room_for(files, 0.5))
+    with pytest.raises(UserError, match=r"in float32.*allowed.*--memory"):
+        loader.load_weights(loader.prefetch(files))
 
 
 def test_a_file_without_the_base_models_prefix_is_worn_too() -> None:
     model = tiny("gpt2")
-    skeleton = Skeleton(model.config, torch.float32, "cpu")
-    skeleton.wear(
+    resident = ResidentModel(model.config, torch.float32, "cpu")
+    resident.load_weights(
         {name.removeprefix("transformer."): t for name, t in model.state_dict().items() if name != "lm_head.weight"}
     )
-    with torch.no_grad(), skeleton.stock() as stock:
+    with torch.no_grad(), resident.stock() as stock:
         assert torch.equal(stock(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_missing_unknown_and_misshapen_keys_are_refused_by_name_and_nothing_is_worn() -> None:
     model = tiny("neox-parallel")
-    skeleton = Skeleton(model.config, torch.float32, "cpu")
+    resident = ResidentModel(model.config, torch.float32, "cpu")
     good = model.state_dict()
-    skeleton.wear(good)
+    resident.load_weights(good)
     missing = {name: t for name, t in good.items() if name != "lm_head.weight"}
-    with pytest.raises(Refusal, match=r"1 key missing \(lm_head.weight\)"):
-        skeleton.wear(missing)
-    with pytest.raises(Refusal, match=r"1 key unknown \(gpt_neox.layers.0.adapter\)"):
-        skeleton.wear({**good, "gpt_neox.layers.0.adapter": torch.zeros(1)})
-    with pytest.raises(Refusal, match=r"lm_head.weight has shape \[3, 4\]"):
-        skeleton.wear({**good, "lm_head.weight": torch.zeros(3, 4)})
-    with torch.no_grad(), skeleton.stock() as stock:
+    with pytest.raises(UserError, match=r"1 key missing \(lm_head.weight\)"):
+        resident.load_weights(missing)
+    with pytest.raises(UserError, match=r"1 key unknown \(gpt_neox.layers.0.adapter\)"):
+        resident.load_weights({**good, "gpt_neox.layers.0.adapter": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"lm_head.weight has shape \[3, 4\]"):
+        resident.load_weights({**good, "lm_head.weight": torch.zeros(3, 4)})
+    with torch.no_grad(), resident.stock() as stock:
         assert torch.equal(stock(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_tied_embeddings_that_differ_in_the_file_are_refused() -> None:
     model = tiny("gpt2")
-    skeleton = Skeleton(model.config, torch.float32, "cpu")
-    with pytest.raises(Refusal, match="configured to tie"):
-        skeleton.wear({**model.state_dict(), "lm_head.weight": torch.zeros_like(model.lm_head.weight)})
+    resident = ResidentModel(model.config, torch.float32, "cpu")
+    with pytest.raises(UserError, match="configured to tie"):
+        resident.load_weights({**model.state_dict(), "lm_head.weight": torch.zeros_like(model.lm_head.weight)})
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -144,14 +138,14 @@ def test_a_cut_off_weight_file_is_refused_by_name(tmp_path: Path, form: Form) ->
     files = files_of(save(tiny("neox-parallel"), tmp_path, form))
     whole = files.weights[-1].read_bytes()
     files.weights[-1].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Refusal, match=files.weights[-1].name):
+    with pytest.raises(UserError, match=files.weights[-1].name):
         read_weights(files, torch.float32, "cpu")
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     files = files_of(save(tiny("neox-parallel"), tmp_path, "bin"))
     torch.save({"a": threading.Lock}, files.weights[0])
-    with pytest.raises(Refusal, match="not unpickled"):
+    with pytest.raises(UserError, match="not unpickled"):
         read_weights(files, torch.float32, "cpu")
 
 
@@ -159,7 +153,7 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     save(tiny("neox-parallel"), tmp_path / "without" / "step1")
     save(tiny("neox-parallel"), tmp_path / "with", tokenizer=tiny_tokenizer())
     assert load_tokenizer(vocabulary_file(tmp_path / "with").parent)("Answer").input_ids
-    with pytest.raises(Refusal, match="no tokenizer"):
+    with pytest.raises(UserError, match="no tokenizer"):
         vocabulary_file(tmp_path / "without" / "step1")
 
 
@@ -186,8 +180,8 @@ def test_the_next_item_loads_while_this_one_is_used() -> None:
 def test_an_item_that_cannot_be_loaded_comes_as_its_error_and_the_others_go_on() -> None:
     def load(item: int) -> int:
         if item == 1:
-            raise Refusal("bad")
+            raise UserError("bad")
         return item
 
     values = [value for _, value in prefetch([0, 1, 2], load)]
-    assert values[0] == 0 and isinstance(values[1], Refusal) and values[2] == 2
+    assert values[0] == 0 and isinstance(values[1], UserError) and values[2] == 2

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.report.findings.shares import tell_coalitions
-from headlapse.engine.statistics.head_subsets import coalitions, lattice_rows, parity_share, sampled, worst_even
+from headlapse.engine.report.findings.shares import head_subset_findings
+from headlapse.engine.statistics.head_subsets import (
+    all_subset_rows,
+    head_subset_statistics,
+    parity_share,
+    sampled,
+    worst_even,
+)
 from headlapse.engine.statistics.shapley import members, shapley
 from headlapse.engine.study.subsets import parse_subsets
 
@@ -45,14 +51,14 @@ def settings(*words: str) -> dict[str, Any]:
 
 def test_coalitions_stand_in_the_order_of_their_bits_however_they_were_asked_for() -> None:
     mask = parse_subsets(("all", "each", "lattice"), 5).mask
-    rows = lattice_rows(mask)
+    rows = all_subset_rows(mask)
     assert rows is not None and (mask[rows] == members(5)).all()
-    assert lattice_rows(mask[:-1]) is None and lattice_rows(parse_subsets(("balanced",), 4).mask) is None
+    assert all_subset_rows(mask[:-1]) is None and all_subset_rows(parse_subsets(("balanced",), 4).mask) is None
 
 
 def test_planted_heads_are_found_by_checkpoint_and_layer() -> None:
     effects = np.random.default_rng(0).uniform(0.1, 2, (2, 3, 4))
-    found = coalitions(run_of(effects @ members(4).T), "denoise")
+    found = head_subset_statistics(run_of(effects @ members(4).T), "denoise")
     assert found is not None
     assert np.abs(found.shapley.values - effects).max() < 1e-5 and np.abs(found.banzhaf.values - effects).max() < 1e-5
     assert np.abs(found.interaction.values).max() < 1e-5
@@ -65,9 +71,9 @@ def test_planted_heads_are_found_by_checkpoint_and_layer() -> None:
 def test_shapley_values_of_every_prompt_average_to_those_of_the_mean_and_lie_in_their_interval() -> None:
     worth = np.random.default_rng(2).standard_normal((1, 1, 32))
     run = run_of(worth, noise=0.5)
-    found = coalitions(run, "denoise")
+    found = head_subset_statistics(run, "denoise")
     assert found is not None
-    rows = lattice_rows(run.mask.values)
+    rows = all_subset_rows(run.mask.values)
     mean = (run.logit_diff - run.corrupt_logit_diff).mean("trial").values[0, 0, rows]
     assert np.allclose(found.shapley.values[0, 0], shapley(mean.astype(float)), atol=1e-6)
     assert (found.shapley_low < found.shapley).all() and (found.shapley < found.shapley_high).all()
@@ -75,7 +81,7 @@ def test_shapley_values_of_every_prompt_average_to_those_of_the_mean_and_lie_in_
 
 def test_noise_patches_are_worth_what_they_break() -> None:
     run = run_of(np.array([[[0.0, 1.0]]]), words=("lattice",))
-    found = coalitions(run, "noise")
+    found = head_subset_statistics(run, "noise")
     assert found is not None and found.shapley.item() == pytest.approx(-1.0)
 
 
@@ -83,7 +89,7 @@ def test_the_smallest_sets_are_named_and_counted() -> None:
     """Heads 0 and 3 are only good together; head 1 does a little."""
     inside = members(4)
     worth = 4.0 * (inside[:, 0] & inside[:, 3]) + 0.4 * inside[:, 1]
-    found = coalitions(run_of(worth[None, None]), "denoise")
+    found = head_subset_statistics(run_of(worth[None, None]), "denoise")
     assert found is not None
     one = found.isel(checkpoint=0, layer=0)
     assert (one.sufficient.item(), one.sufficient_count.item(), one.sufficient_set.item()) == (2, 1, "0,3")
@@ -92,7 +98,7 @@ def test_the_smallest_sets_are_named_and_counted() -> None:
 
 
 def test_nothing_is_enough_or_needed_where_all_heads_do_next_to_nothing() -> None:
-    found = coalitions(run_of(np.full((1, 1, 16), 0.01) * members(4).sum(1)), "denoise")
+    found = head_subset_statistics(run_of(np.full((1, 1, 16), 0.01) * members(4).sum(1)), "denoise")
     assert found is not None
     assert (found.sufficient.item(), found.necessary.item(), found.sufficient_set.item()) == (-1, -1, "")
 
@@ -134,7 +140,7 @@ def test_sampled_values_are_close_to_exact_ones_and_say_how_close() -> None:
     worth = np.random.default_rng(4).standard_normal((1, 2, 256))
     words = ("lattice", "orders:200")
     run = run_of(worth, words)
-    exact, estimate = coalitions(run, "denoise"), sampled(run, settings(*words))
+    exact, estimate = head_subset_statistics(run, "denoise"), sampled(run, settings(*words))
     assert exact is not None and estimate is not None
     off = abs(exact.shapley - estimate.shapley) / estimate.shapley_error
     assert float(off.max()) < 4 and 0.01 < float(estimate.shapley_error.mean()) < 0.1
@@ -146,26 +152,26 @@ def test_orders_alone_are_enough_for_a_sample_of_many_heads() -> None:
     run = run_of((members(12) @ effects)[None, None], ("orders:5",))
     found = sampled(run, settings("orders:5"))
     assert found is not None and np.allclose(found.shapley.values[0, 0], effects, atol=1e-5)
-    assert coalitions(run, "denoise") is None and run.sizes["subset"] < 2 * 5 * 13
+    assert head_subset_statistics(run, "denoise") is None and run.sizes["subset"] < 2 * 5 * 13
 
 
 def test_the_table_names_heads_sets_and_what_it_rests_on() -> None:
     inside = members(4)
     worth = 4.0 * (inside[:, 0] & inside[:, 3]) + 0.4 * inside[:, 1]
-    shares, *_ = tell_coalitions(run_of(worth[None, None]), settings("lattice"))
+    shares, *_ = head_subset_findings(run_of(worth[None, None]), settings("lattice"))
     row = str(shares).splitlines()[2]
     assert row.startswith("step0") and "0 +2.00 ±0.00, 3 +2.00 ±0.00, 1 +0.40 ±0.00" in row and "0,3 (1)" in row
     assert "exact Shapley values" in str(shares)
-    (some,) = tell_coalitions(run_of(worth[None, None], ("orders:3",)), settings("orders:3"))
+    (some,) = head_subset_findings(run_of(worth[None, None], ("orders:3",)), settings("orders:3"))
     assert "sampled from random orders" in str(some) and "enough" not in str(some)
-    assert not list(tell_coalitions(run_of(worth[None, None], ("each",)), settings("each")))
+    assert not list(head_subset_findings(run_of(worth[None, None], ("each",)), settings("each")))
 
 
 def test_how_many_heads_it_takes_says_what_any_k_heads_and_any_k_even_heads_do_at_least() -> None:
     """By hand: 0 and 2 are worth 3 each and either is enough for both; 1 and 3 are worth 1 each."""
     inside = members(4)
     worth = 3.0 * (inside[:, 0] | inside[:, 2]) + inside[:, 1] + inside[:, 3]
-    _, sizes, pairs = tell_coalitions(run_of(worth[None, None]), settings("lattice"))
+    _, sizes, pairs = head_subset_findings(run_of(worth[None, None]), settings("lattice"))
     assert sizes.table is not None and sizes.numbers is not None and pairs.numbers is not None
     assert sizes.table.loc["least"].tolist() == ["+0.00", "+1.00", "+2.00", "+4.00", "+5.00"]
     assert sizes.table.loc["most"].tolist() == ["+0.00", "+3.00", "+4.00", "+5.00", "+5.00"]

@@ -13,9 +13,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study import prompts
-from headlapse.engine.study.study import Refusal
-from headlapse.engine.study.prompts import Trials, align, draw_trials
+from headlapse.engine.study.alignment import align
+from headlapse.engine.study.prompts import Trials, draw_trials
 from headlapse.engine.study.tasks import names, sampling
 from headlapse.engine.study.tasks.contrast import Contrast
 from headlapse.engine.study.tasks.decimals import CHAT, PLAIN
@@ -157,7 +158,7 @@ def test_a_branching_token_that_begins_the_other_is_dropped_with_a_word(monkeypa
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     contrast = Contrast("from the year 1739", "from the year 1701", " 1759", " 1719", "mine")
     monkeypatch.setitem(TASKS, "mine", Task(lambda *_: iter([contrast]), "", replaces=True))
-    with pytest.raises(Refusal, match="the answers part at ' 175' against ' 17', its beginning"):
+    with pytest.raises(UserError, match="the answers part at ' 175' against ' 17', its beginning"):
         draw_trials("mine", 1, PreTrainedTokenizerFast(tokenizer_object=made), CONTEXT)
 
 
@@ -165,13 +166,13 @@ def test_a_branching_token_that_begins_the_other_is_dropped_with_a_word(monkeypa
 def test_a_tokenizer_without_the_words_is_refused(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompts, "PATIENCE", 20)
     found = f"--task {task} --trials 15: only 0 can be drawn, 35 were dropped .*; write a JSON Lines file"
-    with pytest.raises(Refusal, match=found):
+    with pytest.raises(UserError, match=found):
         draw_trials(task, None, word_level("the", "to", "year"), CONTEXT)
 
 
 def test_a_tokenizer_with_too_few_words_for_a_random_sequence_is_refused() -> None:
     found = "--task induction: 12 words in small letters are needed, the tokenizer holds 2; write a JSON Lines file"
-    with pytest.raises(Refusal, match=found):
+    with pytest.raises(UserError, match=found):
         draw_trials("induction", None, word_level("a", "to", "the", "year", "Which"), CONTEXT)
 
 

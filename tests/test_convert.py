@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from headlapse.engine.runtime.exit_status import guarded
+from headlapse.engine.runtime.exit_status import exit_status_of
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")
@@ -48,7 +48,7 @@ def convert(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
 
     def run(*words: str | Path) -> int:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
-        return guarded(script.main)
+        return exit_status_of(script.main)
 
     return run
 

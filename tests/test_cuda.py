@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from headlapse.engine.capture.forward import capture
-from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.checkpoints.model import ResidentModel
 from headlapse.engine.replay.replay import replay
 from headlapse.engine.store.store import Store
-from headlapse.engine.study.prompts import align
+from headlapse.engine.study.alignment import align
 from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials, save, tiny, tiny_tokenizer
 from tests.reference import logit_diffs
 from tests.test_scripts import run
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.mark.parametrize("name", MAIN)
 def test_replay_on_the_device_equals_a_full_hooked_forward_on_the_processor(name: str, positions: str) -> None:
     model, trials = tiny(name), random_trials(lengths="paired" if positions == "all" else "unequal")
-    skeleton = Skeleton(model.config, torch.float32, "cuda")
-    skeleton.wear({key: tensor.to("cuda") for key, tensor in model.state_dict().items()})
+    resident = ResidentModel(model.config, torch.float32, "cuda")
+    resident.load_weights({key: tensor.to("cuda") for key, tensor in model.state_dict().items()})
     mask, sites = random_subsets(50, N_HEADS), [(layer,) for layer in range(N_LAYERS)]
-    kept = capture(skeleton, trials, 2**30)
-    found = replay(skeleton, kept, trials, align(trials, positions), "denoise", sites, mask)
+    kept = capture(resident, trials, 2**30)
+    found = replay(resident, kept, trials, align(trials, positions), "denoise", sites, mask)
     expected = np.stack([logit_diffs(model, trials, positions, site, mask, "denoise") for site in sites])
     assert np.abs(found - expected).max() <= 1e-4
 

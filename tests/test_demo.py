@@ -27,12 +27,12 @@ from headlapse.engine.checkpoints.demo import (
     Recipe,
     documents,
     encode,
-    grow,
     make_tokenizer,
     numeric_share,
+    train,
 )
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.prompts import draw_trials
-from headlapse.engine.study.study import Refusal
 
 TINY = Recipe(steps=(0, 3, 6, 8), n_layers=2, n_heads=2, d_model=16, batch=8, warmup=2, decay=4)
 PLAIN = Document(9, ("8", "11"), versions=False)
@@ -51,7 +51,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("series") / "demo"
-    grow(directory, TINY)
+    train(directory, TINY)
     return directory
 
 
@@ -115,7 +115,7 @@ def test_no_batch_holds_what_the_exam_may_ask(tmp_path: Path, monkeypatch: pytes
         return encode(tokenizer, batch)
 
     monkeypatch.setattr(demo, "encode", overheard)
-    grow(tmp_path, TINY)
+    train(tmp_path, TINY)
     trained = [document for batch in batches if len(batch) == TINY.batch for document in batch]
     asked = [document for batch in batches if len(batch) == EXAM for document in batch]
     assert len(trained) == TINY.batch * TINY.steps[-1]
@@ -213,7 +213,7 @@ def test_the_embedded_series_has_eleven_checkpoints_from_the_start_on() -> None:
 
 
 def test_the_loss_falls(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    grow(tmp_path, replace(TINY, steps=(0, 60), batch=32, decay=10, learning_rate=1e-2))
+    train(tmp_path, replace(TINY, steps=(0, 60), batch=32, decay=10, learning_rate=1e-2))
     out, err = capfd.readouterr()
     losses = [float(part.split(",")[0]) for part in err.split("loss ")[1:]]
     assert losses[-1] < losses[0] / 1.5
@@ -223,14 +223,14 @@ def test_the_loss_falls(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 
 def test_another_seed_is_another_series(undisturbed: Path, tmp_path: Path) -> None:
-    grow(tmp_path, replace(TINY, seed=1, steps=(0,)))
+    train(tmp_path, replace(TINY, seed=1, steps=(0,)))
     weights = "step0/model.safetensors"
     assert (tmp_path / weights).read_bytes() != (undisturbed / weights).read_bytes()
 
 
 def test_training_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    grow(tmp_path, replace(TINY, threads=threads + 1))
+    train(tmp_path, replace(TINY, threads=threads + 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
 
@@ -250,11 +250,11 @@ def last_words(recipe, step, *rest):
         os.kill(os.getpid(), {signal.SIGKILL:d})
     return learn(recipe, step, *rest)
 demo._learn = last_words
-demo.grow(pathlib.Path({str(killed)!r}), demo.{TINY!r})
+demo.train(pathlib.Path({str(killed)!r}), demo.{TINY!r})
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
     assert named_steps(killed) == {"step0", "step3"}
-    grow(killed, TINY)
+    train(killed, TINY)
     assert contents(killed) == contents(undisturbed)
 
 
@@ -280,10 +280,10 @@ def test_killed_at_any_renaming_it_goes_on_to_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(Path, "replace", dying)
             with pytest.raises(Killed):
-                grow(directory, TINY)
+                train(directory, TINY)
         left = named_steps(directory)
         assert all(contents(directory / name) == contents(undisturbed / name) for name in left)
-        grow(directory, TINY)
+        train(directory, TINY)
         assert contents(directory) == contents(undisturbed)
 
 
@@ -296,7 +296,7 @@ def test_a_half_written_checkpoint_is_swept_up_and_written_again(undisturbed: Pa
     (directory / ".training-state.safetensors.partial").write_bytes(b"half")
     for step in (3, 6):
         shutil.rmtree(directory / f"step{step}")
-    grow(directory, TINY)
+    train(directory, TINY)
     assert contents(directory) == contents(undisturbed)
 
 
@@ -308,7 +308,7 @@ def test_a_complete_series_is_left_alone_and_torch_not_imported(undisturbed: Pat
     program = f"""
 import pathlib, sys
 from headlapse.engine import demo
-demo.grow(pathlib.Path({str(undisturbed)!r}), demo.{TINY!r})
+demo.train(pathlib.Path({str(undisturbed)!r}), demo.{TINY!r})
 print("torch" in sys.modules or "transformers" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -319,7 +319,7 @@ print("torch" in sys.modules or "transformers" in sys.modules)
 def test_a_state_left_at_the_very_end_is_removed(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, tmp_path / "demo")
     (tmp_path / "demo" / demo.STATE).write_bytes(b"of no use any more")
-    grow(tmp_path / "demo", TINY)
+    train(tmp_path / "demo", TINY)
     assert contents(tmp_path / "demo") == contents(undisturbed)
 
 
@@ -328,8 +328,8 @@ def test_a_state_left_at_the_very_end_is_removed(undisturbed: Path, tmp_path: Pa
 
 def refused(directory: Path, recipe: Recipe = TINY) -> str:
     before = contents(directory)
-    with pytest.raises(Refusal) as refusal:
-        grow(directory, recipe)
+    with pytest.raises(UserError) as refusal:
+        train(directory, recipe)
     assert contents(directory) == before
     assert str(directory) in str(refusal.value)
     assert "\n" not in str(refusal.value)
@@ -370,4 +370,4 @@ def test_a_second_run_at_the_same_time_is_refused(undisturbed: Path) -> None:
         assert "another run" in refused(undisturbed)
     finally:
         os.close(descriptor)
-    grow(undisturbed, TINY)
+    train(undisturbed, TINY)

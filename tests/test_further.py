@@ -15,16 +15,18 @@ from scipy.stats import rankdata
 from transformers import PreTrainedModel
 
 from headlapse.engine.capture.forward import capture
-from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.checkpoints.model import ResidentModel
 from headlapse.engine.measures.logit_diff import kl, log_probability, rank
 from headlapse.engine.replay import run as sweeps
 from headlapse.engine.replay import vocabulary_measures as room
 from headlapse.engine.replay.replay import Site, replay
-from headlapse.engine.replay.run import Sweep
-from headlapse.engine.replay.vocabulary_measures import Further, Vocabulary, by_hook
+from headlapse.engine.replay.vocabulary_measures import Vocabulary, VocabularyMeasures, hooked_measures
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.study.alignment import align
 from headlapse.engine.study.answers import continued, lengthened
-from headlapse.engine.study.prompts import Trials, align
-from headlapse.engine.study.study import MEASURES, Refusal
+from headlapse.engine.study.patch_settings import PatchRequest
+from headlapse.engine.study.prompts import Trials
+from headlapse.engine.study.study import MEASURES
 from tests.models import MAIN, N_LAYERS, VOCAB, Lengths, random_subsets, random_trials, save, tiny, tiny_tokenizer
 from tests.reference import CLEAN, CORRUPT, Direction, aligned, before_output_projection, prompt, source_z
 from tests.test_scripts import run
@@ -51,11 +53,11 @@ def trials_with_answers(lengths: Lengths = "unequal", seed: int = 0) -> Trials:
 
 
 @cache
-def dressed(name: str) -> tuple[PreTrainedModel, Skeleton]:
+def dressed(name: str) -> tuple[PreTrainedModel, ResidentModel]:
     model = tiny(name)
-    skeleton = Skeleton(model.config, torch.float32, "cpu")
-    skeleton.wear(model.state_dict())
-    return model, skeleton
+    resident = ResidentModel(model.config, torch.float32, "cpu")
+    resident.load_weights(model.state_dict())
+    return model, resident
 
 
 def prepared(
@@ -66,11 +68,11 @@ def prepared(
     measures: Sequence[str] = MEASURES,
     known: np.ndarray = KNOWN,
     memory: int = 2**30,
-) -> Further:
-    _, skeleton = dressed(name)
-    kept = capture(skeleton, trials, 2**30)
+) -> VocabularyMeasures:
+    _, resident = dressed(name)
+    kept = capture(resident, trials, 2**30)
     alignment = align(trials, positions)
-    return Further.prepare(skeleton, kept, trials, alignment, direction, measures, known, memory)
+    return VocabularyMeasures.prepare(resident, kept, trials, alignment, direction, measures, known, memory)
 
 
 # The definition: one trial and one condition at a time, a stock model with plain hooks, everything in float64
@@ -181,11 +183,11 @@ def test_the_clean_run_does_not_diverge_from_itself_and_the_corrupt_one_does() -
 
 
 def test_the_logit_difference_is_that_of_replay() -> None:
-    _, skeleton = dressed("gpt2")
+    _, resident = dressed("gpt2")
     trials, mask = trials_with_answers(), random_subsets(9, 8)
     found = prepared("gpt2", trials).patched(SITES, mask)["logit_diff"]
-    kept = capture(skeleton, trials, 2**30)
-    assert (found == replay(skeleton, kept, trials, align(trials, "last"), "denoise", SITES, mask)).all()
+    kept = capture(resident, trials, 2**30)
+    assert (found == replay(resident, kept, trials, align(trials, "last"), "denoise", SITES, mask)).all()
 
 
 def test_answers_of_one_token_score_as_the_logit_difference() -> None:
@@ -204,10 +206,10 @@ def test_rows_of_no_token_change_nothing_however_large_their_logits() -> None:
         unlike.get_output_embeddings().weight[unknown] = 100 * torch.randn(len(unknown), 64)
     trials, mask, found = trials_with_answers(), random_subsets(5, 8), []
     for one in (model, unlike):
-        skeleton = Skeleton(one.config, torch.float32, "cpu")
-        skeleton.wear(one.state_dict())
-        kept, alignment = capture(skeleton, trials, 2**30), align(trials, "last")
-        further = Further.prepare(skeleton, kept, trials, alignment, "denoise", MEASURES, KNOWN)
+        resident = ResidentModel(one.config, torch.float32, "cpu")
+        resident.load_weights(one.state_dict())
+        kept, alignment = capture(resident, trials, 2**30), align(trials, "last")
+        further = VocabularyMeasures.prepare(resident, kept, trials, alignment, "denoise", MEASURES, KNOWN)
         found.append(further.patched([(1,)], mask))
     for name, values in found[0].items():
         np.testing.assert_allclose(values, found[1][name], rtol=0, atol=1e-5)
@@ -224,11 +226,11 @@ def test_blocks_of_any_size_give_the_same_numbers() -> None:
 
 
 def test_a_block_is_as_large_as_memory_allows() -> None:
-    _, skeleton = dressed("gpt2")
+    _, resident = dressed("gpt2")
     per_row = VOCAB * 16
-    assert Vocabulary.of(skeleton, KNOWN, 4 * 10 * per_row).most == 10
-    assert Vocabulary.of(skeleton, KNOWN, 1).most == 1
-    assert Vocabulary.of(skeleton, KNOWN, 2**50).most == room.BLOCK["cpu"] // per_row
+    assert Vocabulary.of(resident, KNOWN, 4 * 10 * per_row).most == 10
+    assert Vocabulary.of(resident, KNOWN, 1).most == 1
+    assert Vocabulary.of(resident, KNOWN, 2**50).most == room.BLOCK["cpu"] // per_row
 
 
 def test_progress_counts_a_run_once_though_its_answers_are_scored_besides() -> None:
@@ -274,7 +276,7 @@ def test_all_but_the_last_token_of_an_answer_is_appended() -> None:
     for direction in range(2):
         kept = longer.tokens[direction, 1, : longer.length[direction, 1]].tolist()
         assert kept == [*prompt(trials, direction, 1).tolist(), *trials.continuation[1, 0, :2].tolist()]
-    with pytest.raises(Refusal, match=r"sequence: prompt and answer take \d+ tokens, the model's context is 9"):
+    with pytest.raises(UserError, match=r"sequence: prompt and answer take \d+ tokens, the model's context is 9"):
         continued(trials, 0, 9)
 
 
@@ -297,7 +299,7 @@ def test_a_hooked_forward_says_the_same_and_what_rounding_may_do(measure: str) -
     trials, mask, alignment = trials_with_answers(), random_subsets(5, 8), align(trials_with_answers(), "end:2")
     further = prepared("llama-gqa", trials, "end:2", measures=[measure])
     patches = [(site, heads) for site in SITES for heads in mask]
-    hooked = by_hook(further.vocabulary, trials, alignment, "denoise", patches, [measure], 1e-4)
+    hooked = hooked_measures(further.vocabulary, trials, alignment, "denoise", patches, [measure], 1e-4)
     found = further.patched(SITES, mask)[measure].reshape(-1, 3)
     assert list(hooked.values) == [measure]
     assert (np.abs(found - hooked.values[measure]) <= hooked.allowed[measure]).all()
@@ -353,14 +355,14 @@ def test_a_run_of_the_same_name_with_other_measures_is_refused_until_it_is_overw
 
 
 def test_an_interrupted_run_goes_on_where_it_was(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hooked, seen = sweeps.by_hook, []
+    hooked, seen = sweeps.hooked_measures, []
 
     def off(*given: object) -> room.Hooked:
         seen.append(given)
         found = hooked(*given)  # type: ignore[arg-type]
         return replace(found, values={name: values + (len(seen) == 2) for name, values in found.values.items()})
 
-    monkeypatch.setattr(sweeps, "by_hook", off)
+    monkeypatch.setattr(sweeps, "hooked_measures", off)
     failed = run("patch", *ASKED, "kl", cache=cached.parent)
     assert failed.returncode == 1 and "error: step10, kl: replay differs" in failed.stderr
     kept = xr.open_zarr(cached, group="patches/r", consolidated=False)
@@ -385,6 +387,8 @@ def test_the_published_protocol_scores_texts(cached: Path) -> None:
 
 
 def test_measures_belong_to_the_name_of_a_run() -> None:
-    names = {sweeps.name_of(Sweep(measures=measures)) for measures in ((), ("kl",), ("kl", "rank"), ("rank",))}
+    names = {sweeps.name_of(PatchRequest(measures=measures)) for measures in ((), ("kl",), ("kl", "rank"), ("rank",))}
     assert len(names) == 4
-    assert sweeps.name_of(Sweep(measures=("kl", "rank"))) == sweeps.name_of(Sweep(measures=("rank", "kl", "kl")))
+    assert sweeps.name_of(PatchRequest(measures=("kl", "rank"))) == sweeps.name_of(
+        PatchRequest(measures=("rank", "kl", "kl"))
+    )

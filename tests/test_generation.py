@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from headlapse.engine.checkpoints.model import Skeleton, Wardrobe, open_skeleton
+from headlapse.engine.checkpoints.model import ModelLoader, ResidentModel, open_resident_model
 from headlapse.engine.checkpoints.resolve import fetch, resolve
-from headlapse.engine.replay.greedy_decoding import Condition, by_definition, generate
+from headlapse.engine.replay.greedy_decoding import Condition, generate, reference_generate
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
-from headlapse.engine.study.study import Refusal
 from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION
 from tests.test_capture import dressed
@@ -46,12 +46,12 @@ def conditions(n: int = 6, seed: int = 0) -> list[Condition]:
     ]
 
 
-def in_precision(model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, Skeleton]:
-    """A stock model with transformers' default attention, and a skeleton in the same weights."""
-    skeleton = dressed(model, dtype)
+def in_precision(model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedModel, ResidentModel]:
+    """A stock model with transformers' default attention, and a resident in the same weights."""
+    resident = dressed(model, dtype)
     model = model.to(dtype)
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    return model, skeleton
+    return model, resident
 
 
 def reference(model: PreTrainedModel, condition: Condition, n_tokens: int = N_TOKENS) -> list[int]:
@@ -96,9 +96,9 @@ def hooked(
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
-    model, skeleton = in_precision(tiny(name), dtype)
+    model, resident = in_precision(tiny(name), dtype)
     asked = conditions(3)
-    made = generate(skeleton, asked, N_TOKENS, most=7)
+    made = generate(resident, asked, N_TOKENS, most=7)
     assert made.tokens == [reference(model, condition) for condition in asked]
     assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "most are decided in the batch"
     changed = [a != b for a, b in zip(made.tokens[0::5], made.tokens[3::5], strict=True)]
@@ -108,17 +108,17 @@ def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_the_definition_is_the_reference(name: str) -> None:
-    model, skeleton = in_precision(tiny(name), torch.float32)
+    model, resident = in_precision(tiny(name), torch.float32)
     for condition in conditions(2, seed=1)[:6]:
-        assert by_definition(skeleton, condition, N_TOKENS) == reference(model, condition)
+        assert reference_generate(resident, condition, N_TOKENS) == reference(model, condition)
 
 
 @torch.inference_mode()
 def test_a_text_ends_with_the_token_that_ends_texts() -> None:
     plain = generate(dressed(tiny("neox-parallel", eos_token_id=None)), conditions(3), N_TOKENS, most=100).tokens
     stop = plain[0][3]
-    model, skeleton = in_precision(tiny("neox-parallel", eos_token_id=stop), torch.float32)
-    made = generate(skeleton, conditions(3), N_TOKENS, most=100).tokens
+    model, resident = in_precision(tiny("neox-parallel", eos_token_id=stop), torch.float32)
+    made = generate(resident, conditions(3), N_TOKENS, most=100).tokens
     assert made[0] == plain[0][: plain[0].index(stop) + 1]
     assert made == [row[: row.index(stop) + 1] if stop in row else row for row in plain]
     assert made == [reference(model, condition) for condition in conditions(3)]
@@ -135,13 +135,13 @@ def test_of_the_checkpoints_own_settings_for_texts_only_their_end_is_heard(tmp_p
     own.write_text(json.dumps({"eos_token_id": ends, "repetition_penalty": 5.0, "num_beams": 3, "do_sample": True}))
     [checkpoint] = resolve(str(tmp_path / "own"), [], tmp_path)
     files = fetch(checkpoint, tmp_path)
-    skeleton, _ = Wardrobe("float32", Machine()).wear((files, None))
-    made = generate(skeleton, conditions(3), N_TOKENS, most=100).tokens
+    resident, _ = ModelLoader("float32", Machine()).load_weights((files, None))
+    made = generate(resident, conditions(3), N_TOKENS, most=100).tokens
     assert made == [_until(row, ends) for row in plain] and made != plain
-    assert made[:5] == [by_definition(skeleton, condition, N_TOKENS) for condition in conditions(3)[:5]]
+    assert made[:5] == [reference_generate(resident, condition, N_TOKENS) for condition in conditions(3)[:5]]
     own.write_text('{"eos_token_id": ')
-    with pytest.raises(Refusal, match=r"generation_config.json: it cannot be read .* fetch it again, or remove it"):
-        open_skeleton(files, "float32", "cpu", skeleton)
+    with pytest.raises(UserError, match=r"generation_config.json: it cannot be read .* fetch it again, or remove it"):
+        open_resident_model(files, "float32", "cpu", resident)
 
 
 def _until(row: list[int], ends: list[int]) -> list[int]:
@@ -154,24 +154,24 @@ def test_tokens_as_good_as_equal_are_left_to_the_definition() -> None:
     model = tiny("llama-gqa")
     with torch.no_grad():
         model.get_output_embeddings().weight[VOCAB // 2 :] = model.get_output_embeddings().weight[: VOCAB // 2]
-    stock, skeleton = in_precision(model, torch.float32)
+    stock, resident = in_precision(model, torch.float32)
     asked = conditions(2)
-    made = generate(skeleton, asked, N_TOKENS, most=100)
+    made = generate(resident, asked, N_TOKENS, most=100)
     assert made.n_near == len(asked)
     assert made.tokens == [reference(stock, condition) for condition in asked]
 
 
 @torch.inference_mode()
 def test_how_many_go_side_by_side_changes_nothing() -> None:
-    skeleton = dressed(tiny("gpt2"))
+    resident = dressed(tiny("gpt2"))
     asked = conditions(3)
-    alone = generate(skeleton, asked, N_TOKENS, most=1)
-    assert generate(skeleton, asked, N_TOKENS, most=1000).tokens == alone.tokens
+    alone = generate(resident, asked, N_TOKENS, most=1)
+    assert generate(resident, asked, N_TOKENS, most=1000).tokens == alone.tokens
 
 
 @torch.inference_mode()
 def test_generation_leaves_no_hook_behind() -> None:
-    skeleton = dressed(tiny("neox-sequential"))
-    generate(skeleton, conditions(2), 3, most=4)
-    by_definition(skeleton, conditions(1)[1], 3)
-    assert not any(module._forward_hooks for module in skeleton.model.modules())
+    resident = dressed(tiny("neox-sequential"))
+    generate(resident, conditions(2), 3, most=4)
+    reference_generate(resident, conditions(1)[1], 3)
+    assert not any(module._forward_hooks for module in resident.model.modules())

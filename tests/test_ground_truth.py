@@ -20,19 +20,21 @@ from transformers import GPTNeoXConfig
 
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.capture.run import cache_series
-from headlapse.engine.checkpoints.model import Skeleton
+from headlapse.engine.checkpoints.model import ResidentModel
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.measures.logit_diff import finished
 from headlapse.engine.replay.replay import replay
-from headlapse.engine.replay.run import Sweep, open_run, patch_series, spell_out
+from headlapse.engine.replay.run import make_plan, open_run, patch_series
 from headlapse.engine.runtime.resources import Machine
-from headlapse.engine.statistics.head_subsets import coalitions
+from headlapse.engine.statistics.head_subsets import head_subset_statistics
 from headlapse.engine.statistics.hypotheses import hypotheses
 from headlapse.engine.statistics.onset import onsets
-from headlapse.engine.statistics.permutation import ROUNDING, parity, place
+from headlapse.engine.statistics.permutation import ROUNDING, parity, permutation_p_value
 from headlapse.engine.statistics.rates import rates
 from headlapse.engine.store.store import Store
-from headlapse.engine.study.prompts import Trials, align, draw_trials
+from headlapse.engine.study.alignment import align
+from headlapse.engine.study.patch_settings import PatchRequest
+from headlapse.engine.study.prompts import Trials, draw_trials
 from headlapse.engine.study.study import Study
 from headlapse.engine.study.subsets import parse_subsets
 from tests.models import SHAPE, random_trials, randomised, save
@@ -56,7 +58,7 @@ def cached_and_patched(
     path = directory / "s.zarr"
     outcomes = list(cache_series(study, resolve(study.model, (), directory), path, directory, Machine()))
     store = Store(path)
-    plan = spell_out(Sweep(tuple(words), tuple(layers)), store)
+    plan = make_plan(PatchRequest(tuple(words), tuple(layers)), store)
     patch = open_run(store, plan, "r", "cpu")
     outcomes += patch_series(store, plan, patch, list(store.complete()), directory, Machine(), lambda _n: None)
     assert all(outcome.problem is None for outcome in outcomes)
@@ -155,7 +157,7 @@ def test_who_carries_it_by_every_coalition(tmp_path: Path) -> None:
     coalitions, 6/4, their number of heads explains half: that of even ones given the number is the other half.
     """
     model = save(planted(CARRY), tmp_path / "model", tokenizer=tokenizer())
-    found = coalitions(cached_and_patched(model, tmp_path, ["lattice"], [str(LAYER)]), "denoise")
+    found = head_subset_statistics(cached_and_patched(model, tmp_path, ["lattice"], [str(LAYER)]), "denoise")
     assert found is not None
     one, is_even = found.isel(checkpoint=0, layer=0), np.arange(N_HEADS) % 2 == 0
     for name in ("shapley", "banzhaf"):
@@ -274,19 +276,23 @@ SINGLE = parse_subsets(("each",), N_HEADS).mask
 
 
 def replayed(
-    skeleton: Skeleton, weights: Mapping[str, torch.Tensor], trials: Trials, layers: Sequence[int], mask: np.ndarray
+    resident: ResidentModel,
+    weights: Mapping[str, torch.Tensor],
+    trials: Trials,
+    layers: Sequence[int],
+    mask: np.ndarray,
 ) -> np.ndarray:
     """Mean logit difference of every patched run (layer, subset)."""
-    skeleton.wear(weights)
-    kept = capture(skeleton, trials, memory=2**30)
+    resident.load_weights(weights)
+    kept = capture(resident, trials, memory=2**30)
     sites = [(layer,) for layer in layers]
-    return replay(skeleton, kept, trials, align(trials, "last"), "denoise", sites, mask).mean(-1, dtype=float)
+    return replay(resident, kept, trials, align(trials, "last"), "denoise", sites, mask).mean(-1, dtype=float)
 
 
 def place_of_even(mean: np.ndarray) -> float:
     """Of even minus odd among all halvings; `mean` belongs to HALVES, whose complements are its reverse."""
     null = mean - mean[::-1]
-    return place(null[np.flatnonzero((HALVES == EVEN).all(1)).item()], null)
+    return permutation_p_value(null[np.flatnonzero((HALVES == EVEN).all(1)).item()], null)
 
 
 @pytest.fixture(scope="module")
@@ -295,8 +301,8 @@ def null_p() -> np.ndarray:
     config = GPTNeoXConfig(
         **SHAPE | {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": N_HEADS}, intermediate_size=48
     )
-    skeleton, trials = Skeleton(config, torch.float32, "cpu"), random_trials(2)
-    found = [replayed(skeleton, randomised(config, n).state_dict(), trials, (0, 1), HALVES) for n in range(N_NULL)]
+    resident, trials = ResidentModel(config, torch.float32, "cpu"), random_trials(2)
+    found = [replayed(resident, randomised(config, n).state_dict(), trials, (0, 1), HALVES) for n in range(N_NULL)]
     return np.array([[place_of_even(layer) for layer in model] for model in found])
 
 
@@ -326,16 +332,16 @@ def test_an_effect_of_two_standard_deviations_is_found_in_nine_models_of_ten(tmp
     same power (Hoeffding 1952); here within three binomial standard errors of it (2.7 %).
     """
     trials = draw_trials(str(task(tmp_path / "digits.jsonl")), None, tokenizer(), 16)
-    skeleton = Skeleton(planted(0.0).config, torch.float32, "cpu")
+    resident = ResidentModel(planted(0.0).config, torch.float32, "cpu")
     noise = 0.1
     spreads = [
-        replayed(skeleton, planted(0.0, noise, seed).state_dict(), trials, (LAYER,), SINGLE)[0].std(ddof=1)
+        replayed(resident, planted(0.0, noise, seed).state_dict(), trials, (LAYER,), SINGLE)[0].std(ddof=1)
         for seed in range(60)
     ]
     spread = np.sqrt(np.mean(np.square(spreads)))
     carry = EFFECT * spread / 4  # a head writes it 2 x (1, 2, 3) times
     found = [
-        place_of_even(replayed(skeleton, planted(carry, noise, seed).state_dict(), trials, (LAYER,), HALVES)[0])
+        place_of_even(replayed(resident, planted(carry, noise, seed).state_dict(), trials, (LAYER,), HALVES)[0])
         for seed in range(N_PLANTED)
     ]
     beyond, shift = stats.t.isf(0.025, 10), EFFECT * np.sqrt(6 / 2)

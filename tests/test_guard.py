@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-from headlapse.engine.runtime.exit_status import guarded, tell_problems
-from headlapse.engine.study.study import Inexact, Refusal
+from headlapse.engine.runtime.errors import UserError, VerificationError
+from headlapse.engine.runtime.exit_status import exit_status_of, print_problems
 
 
 @pytest.mark.parametrize(
     ("error", "status", "line"),
     [
-        (Refusal("--trials 0: at least one"), 2, "error: --trials 0: at least one\n"),
-        (Inexact("step1: replay differs"), 1, "error: step1: replay differs\n"),
+        (UserError("--trials 0: at least one"), 2, "error: --trials 0: at least one\n"),
+        (VerificationError("step1: replay differs"), 1, "error: step1: replay differs\n"),
         (OSError(errno.ENOSPC, "No space left on device", "z/c/0"), 1, "z/c/0: No space left on device"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "cannot write: No space left on device; make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "z/c/0"), 1, "z/c/0: Disk quota exceeded"),
@@ -27,7 +27,7 @@ def test_what_a_user_caused_is_one_line_and_a_status(
     def main() -> int:
         raise error
 
-    assert guarded(main) == status
+    assert exit_status_of(main) == status
     printed = capsys.readouterr()
     assert line in printed.err and printed.err.count("\n") == 1 and not printed.out
 
@@ -36,7 +36,7 @@ def test_what_a_user_caused_is_one_line_and_a_status(
 def test_a_script_that_ends_by_itself_keeps_its_status_and_adds_no_line(
     capsys: pytest.CaptureFixture[str], status: int
 ) -> None:
-    assert guarded(lambda: status) == status
+    assert exit_status_of(lambda: status) == status
     assert capsys.readouterr() == ("", "")
 
 
@@ -48,7 +48,7 @@ def test_an_interrupted_script_ends_at_once_with_a_line(
 
     monkeypatch.setattr("os._exit", sys.exit)
     with pytest.raises(SystemExit, match="130"):
-        guarded(main)
+        exit_status_of(main)
     printed = capsys.readouterr()
     assert printed.err.startswith("interrupted") and printed.err.count("\n") == 1 and not printed.out
 
@@ -65,9 +65,9 @@ def test_a_bug_is_not_swallowed(bug: Exception) -> None:
         raise bug
 
     with pytest.raises(type(bug)):
-        guarded(main)
+        exit_status_of(main)
 
 
 def test_a_problem_that_many_share_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    tell_problems({"step1": "no network", "step2": "cut off", "step3": "no network"})
+    print_problems({"step1": "no network", "step2": "cut off", "step3": "no network"})
     assert capsys.readouterr().err == "error: step1, step3: no network\nerror: step2: cut off\n"

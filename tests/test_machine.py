@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from headlapse.engine.runtime import resources as room
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import (
     Machine,
     as_many_as_fit,
+    format_bytes,
+    format_time,
     matmul_rate,
     most_of_memory,
     peak_memory,
-    told_bytes,
-    told_time,
 )
-from headlapse.engine.study.study import Refusal
 
 UNITS = {
     "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -42,43 +42,43 @@ UNITS = {
     ],
 )
 def test_memory_is_a_number_with_a_unit(text: str, n_bytes: int) -> None:
-    assert Machine.asked("cpu", text).memory == n_bytes
+    assert Machine.from_options("cpu", text).memory == n_bytes
 
 
 @pytest.mark.parametrize("text", ["much", "0", "0GB", "-1GB", "8GBB", "8 G B", "1e9", "GB"])
 def test_what_is_no_amount_of_memory_is_refused_with_one_that_is(text: str) -> None:
-    with pytest.raises(Refusal, match="not an amount of memory; write 8GB"):
-        Machine.asked("cpu", text)
+    with pytest.raises(UserError, match="not an amount of memory; write 8GB"):
+        Machine.from_options("cpu", text)
 
 
 def test_the_default_is_the_same_whatever_is_free_just_now() -> None:
-    first = Machine.asked("cpu").memory
+    first = Machine.from_options("cpu").memory
     held = torch.ones(2**24)
-    assert Machine.asked("cpu").memory == first == most_of_memory("cpu") > held.nbytes
+    assert Machine.from_options("cpu").memory == first == most_of_memory("cpu") > held.nbytes
 
 
 def test_the_default_is_three_quarters_of_all_that_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for available in (10**9, 15 * 10**9):
         memory = SimpleNamespace(total=16 * 10**9, available=available, free=available, used=16 * 10**9 - available)
         monkeypatch.setattr(psutil, "virtual_memory", lambda memory=memory: memory)
-        assert Machine.asked("cpu").memory == 12 * 10**9
+        assert Machine.from_options("cpu").memory == 12 * 10**9
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99", "meta:x", "meta", "-1", "gpu"])
 def test_a_device_that_is_not_there_is_refused_in_a_line_with_one_that_is(device: str) -> None:
-    with pytest.raises(Refusal, match=f"^--device {device}: torch cannot compute there .*; use cpu$"):
-        Machine.asked(device, "1GB")
+    with pytest.raises(UserError, match=f"^--device {device}: torch cannot compute there .*; use cpu$"):
+        Machine.from_options(device, "1GB")
 
 
 def test_the_device_is_the_one_asked_for_and_the_fastest_where_none_is() -> None:
-    assert Machine.asked("cpu", "1GB") == Machine("cpu", 10**9)
-    assert Machine.asked(None, "1GB").kind == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert Machine.from_options("cpu", "1GB") == Machine("cpu", 10**9)
+    assert Machine.from_options(None, "1GB").kind == ("cuda" if torch.cuda.is_available() else "cpu")
     assert Machine("cuda:3").kind == "cuda" and Machine("cpu").kind == "cpu"
 
 
 def test_tf32_is_refused_where_nothing_computes_in_it() -> None:
-    with pytest.raises(Refusal, match="--dtype tf32: cpu does not compute in it"):
-        Machine.asked("cpu", dtype="tf32")
+    with pytest.raises(UserError, match="--dtype tf32: cpu does not compute in it"):
+        Machine.from_options("cpu", dtype="tf32")
 
 
 def test_peak_memory_grows_with_what_is_held_beyond_it_and_never_falls() -> None:
@@ -109,7 +109,7 @@ def test_peak_memory_grows_with_what_is_held_beyond_it_and_never_falls() -> None
     ],
 )
 def test_bytes_are_told_in_the_unit_that_suits(n_bytes: int, told: str) -> None:
-    assert told_bytes(n_bytes) == told
+    assert format_bytes(n_bytes) == told
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_bytes_are_told_in_the_unit_that_suits(n_bytes: int, told: str) -> None:
     ],
 )
 def test_time_is_told_in_the_unit_that_suits(seconds: float, told: str) -> None:
-    assert told_time(seconds) == told
+    assert format_time(seconds) == told
 
 
-@pytest.mark.parametrize("tell", [told_bytes, told_time])
+@pytest.mark.parametrize("tell", [format_bytes, format_time])
 def test_what_is_told_is_the_amount_rounded_to_its_last_digit(tell: Callable[[float], str]) -> None:
     for amount in 10 ** np.random.default_rng(0).uniform(0, 14, 2000):
         told = re.fullmatch(r"([\d,]+)(\.\d)? (\w+)", tell(float(amount)))

@@ -23,15 +23,16 @@ from headlapse.engine.mechanism.attention import TO, attention, shares
 from headlapse.engine.mechanism.attribution_patching import estimated_effect, gradient
 from headlapse.engine.mechanism.circuits import Circuit, circuits
 from headlapse.engine.mechanism.direct_logit_attribution import attribute
-from headlapse.engine.mechanism.run import PARTS, Values, measure_series, spell_out, wanted
-from headlapse.engine.mechanism.store import MechanismRun, open_mechanism, place
-from headlapse.engine.replay.layers import Steps
-from headlapse.engine.replay.patch_inputs import Direction, Ground
-from headlapse.engine.report.findings.mechanism import approximation, tell_mechanism
+from headlapse.engine.mechanism.run import PARTS, Values, make_plan, measure_series, wanted
+from headlapse.engine.mechanism.store import MechanismRun, open_mechanism, permutation_p_value
+from headlapse.engine.replay.layers import LayerRunner
+from headlapse.engine.replay.patch_inputs import Direction, PatchInputs
+from headlapse.engine.report.findings.mechanism import approximation, mechanism_text
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
-from headlapse.engine.study.prompts import align
-from headlapse.engine.study.study import Refusal, Study
+from headlapse.engine.study.alignment import align
+from headlapse.engine.study.study import Study
 from tests import reference
 from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
 from tests.test_capture import dressed
@@ -52,10 +53,10 @@ def model_of(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 @functools.cache
-def steps_of(model: PreTrainedModel, direction: Direction, dtype: torch.dtype = torch.float32) -> Steps:
-    skeleton = dressed(model, dtype)
-    held = capture(skeleton, TRIALS, 2**30)
-    return Steps(skeleton, Ground.lay(skeleton, held, TRIALS, align(TRIALS, "last"), direction))
+def steps_of(model: PreTrainedModel, direction: Direction, dtype: torch.dtype = torch.float32) -> LayerRunner:
+    resident = dressed(model, dtype)
+    held = capture(resident, TRIALS, 2**30)
+    return LayerRunner(resident, PatchInputs.from_capture(resident, held, TRIALS, align(TRIALS, "last"), direction))
 
 
 # --- direct logit attribution ---
@@ -166,7 +167,7 @@ def test_heads_and_everything_else_sum_to_the_logit_difference(name: str, direct
 )
 def test_what_is_no_plain_product_is_refused_by_name(name: str, why: str) -> None:
     model = tiny("granite", logits_scaling=1.0) if name == "granite-plain-logits" else model_of(name)
-    with pytest.raises(Refusal, match=why):
+    with pytest.raises(UserError, match=why):
         attribute(steps_of(model, "denoise"), LAYERS)
 
 
@@ -264,17 +265,17 @@ def test_a_small_change_is_not_lost_in_rounding() -> None:
 
 def test_circuits_outlive_the_weights_they_were_made_of() -> None:
     model, other = tiny("llama-gqa", 0), tiny("llama-gqa", 1)
-    skeleton = dressed(model)
-    held = circuits(skeleton, LAYERS)
+    resident = dressed(model)
+    held = circuits(resident, LAYERS)
     kept = held[0][1].norm().clone()
-    for weight, changed in zip(skeleton.model.parameters(), other.parameters(), strict=True):
+    for weight, changed in zip(resident.model.parameters(), other.parameters(), strict=True):
         weight.data.copy_(changed)
     assert torch.equal(held[0][1].norm(), kept)
 
 
 @pytest.mark.parametrize(("name", "who"), [("qwen3", "Qwen3"), ("olmo", "Olmo")])
 def test_queries_that_are_normed_or_clipped_have_no_circuit(name: str, who: str) -> None:
-    with pytest.raises(Refusal, match=f"{who}.* norms or clips its queries"):
+    with pytest.raises(UserError, match=f"{who}.* norms or clips its queries"):
         circuits(dressed(model_of(name)), LAYERS)
 
 
@@ -362,7 +363,7 @@ def cached(files: Path, path: Path, labels: Sequence[str] = ()) -> Store:
 
 
 def measured(store: Store, labels: Sequence[str] = ("all",), parts: Sequence[str] = PARTS) -> MechanismRun:
-    plan = spell_out(store, parts)
+    plan = make_plan(store, parts)
     held, asked = open_mechanism(store, plan.settings), wanted(store, labels)
     missing = {label: asked[label] for label in held.missing(asked)}
     outcomes = list(measure_series(store, plan, held, missing, store.path.parent, Machine(), lambda _n: None))
@@ -400,7 +401,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def kept(store: Store) -> xr.Dataset:
-    return xr.open_zarr(place(store), consolidated=False).load()
+    return xr.open_zarr(permutation_p_value(store), consolidated=False).load()
 
 
 def test_what_is_kept_opens_in_xarray_with_labelled_dimensions(whole: Store) -> None:
@@ -462,7 +463,7 @@ def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one
     store: Store, whole: Store, visited: list[str]
 ) -> None:
     measured(store, ["step10"])
-    assert visited == ["step10"] and list(MechanismRun(place(store)).complete()) == ["step10"]
+    assert visited == ["step10"] and list(MechanismRun(permutation_p_value(store)).complete()) == ["step10"]
     measured(store)
     assert visited == ["step10", "step0", "step20"]
     measured(store)
@@ -502,7 +503,7 @@ def test_parts_are_kept_alone_and_others_are_another_question(store: Store, whol
     found = measured(store, parts=["attention", "patching"]).dataset().load()
     assert set(found.data_vars) == {"attention", "effect", "estimate"}
     assert np.array_equal(found.attention, kept(whole).attention)
-    with pytest.raises(Refusal, match=r"parts is .* replace it with --overwrite"):
+    with pytest.raises(UserError, match=r"parts is .* replace it with --overwrite"):
         measured(store)
 
 
@@ -518,8 +519,8 @@ def test_a_store_of_later_layers_is_measured_from_its_first(files: Path, tmp_pat
 def test_a_store_of_z_alone_is_refused(files: Path, tmp_path: Path) -> None:
     study = Study(str(files), trials=3, sites=("z",))
     list(cache_series(study, resolve(study.model, ["step0"], tmp_path), tmp_path / "z.zarr", tmp_path, Machine()))
-    with pytest.raises(Refusal, match="cached with --sites z"):
-        spell_out(Store(tmp_path / "z.zarr"))
+    with pytest.raises(UserError, match="cached with --sites z"):
+        make_plan(Store(tmp_path / "z.zarr"))
 
 
 # --- what is told ---
@@ -552,7 +553,7 @@ def test_the_row_names_the_strongest_head_and_the_largest_change(whole: Store) -
     layer, head = np.unravel_index(size.argmax(), size.shape)
     change = at_last.change.values
     circuit, changed_layer, changed_head = np.unravel_index(change.argmax(), change.shape)
-    finding = tell_mechanism(run_of, spell_out(whole).settings)
+    finding = mechanism_text(run_of, make_plan(whole).settings)
     assert finding.table is not None and isinstance(finding.numbers, pd.DataFrame)
     row = finding.table.loc["step20"]
     assert row["top head"] == f"L{layer}.H{head}"
@@ -575,7 +576,7 @@ def test_the_row_names_the_strongest_head_and_the_largest_change(whole: Store) -
     ],
 )
 def test_each_part_can_be_told_alone(whole: Store, part: str, columns: list[str]) -> None:
-    finding = tell_mechanism(kept(whole), spell_out(whole, [part]).settings)
+    finding = mechanism_text(kept(whole), make_plan(whole, [part]).settings)
     assert finding.table is not None and finding.numbers is not None
     assert list(finding.table.columns) == columns and len(finding.notes) == 1
     assert finding.numbers.notnull().any().all()

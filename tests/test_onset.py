@@ -7,19 +7,19 @@ import xarray as xr
 from scipy import stats
 
 from headlapse.engine.statistics.bootstrap import noise_of_means, resampled_means
-from headlapse.engine.statistics.hypotheses import hypotheses, judge, tell_when
+from headlapse.engine.statistics.hypotheses import evaluate, hypotheses, onset_findings
 from headlapse.engine.statistics.multiple_testing import adjust
 from headlapse.engine.statistics.onset import (
     Order,
     Series,
-    comes_first,
-    date,
-    falls,
-    first_lasting,
+    compare_onsets,
+    declines,
+    first_sustained,
     known_steps,
+    onset_of,
     onsets,
     series_of,
-    surely_past,
+    significant_checkpoints,
 )
 
 STEPS = np.array([0, 10, 20, 30, 40, 50, 60, 70])
@@ -45,17 +45,17 @@ def test_resampled_means_are_means_of_prompts_drawn_with_replacement() -> None:
     [("0011", 2), ("0101", 3), ("0100", 4), ("0110", 1), ("0000", 4), ("1111", 0), ("0001", 3), ("1000", 4)],
 )
 def test_a_start_lasts_for_two_checkpoints_or_is_the_last(past: str, at: int) -> None:
-    assert int(first_lasting(np.array([mark == "1" for mark in past]))) == at
+    assert int(first_sustained(np.array([mark == "1" for mark in past]))) == at
 
 
 def test_an_onset_lies_between_two_checkpoints() -> None:
-    found = date(STEPS, series(np.array([0, 0, 0, 1, 1, 1, 1, 1.0])))
+    found = onset_of(STEPS, series(np.array([0, 0, 0, 1, 1, 1, 1, 1.0])))
     assert (found.after, found.by, found.low, found.high, found.censored) == (20, 30, 20, 30, "")
     assert str(found) == "20 to 30"
 
 
 def test_what_is_there_from_the_first_or_never_comes_is_censored() -> None:
-    always, never = date(STEPS, series(np.ones(8))), date(STEPS, series(np.zeros(8)))
+    always, never = onset_of(STEPS, series(np.ones(8))), onset_of(STEPS, series(np.zeros(8)))
     assert (always.censored, always.after, always.by, str(always)) == ("left", None, 0, "by 0")
     assert (never.censored, never.by, never.high, str(never)) == ("right", None, None, "never")
     assert never.low == 70, "after the last checkpoint, if ever"
@@ -63,7 +63,7 @@ def test_what_is_there_from_the_first_or_never_comes_is_censored() -> None:
 
 def test_a_two_sided_measure_starts_on_either_side() -> None:
     falling = np.array([0, 0, -1, -1, -1, -1, -1, -1.0])
-    assert date(STEPS, series(falling)).by is None and date(STEPS, series(falling, two_sided=True)).by == 20
+    assert onset_of(STEPS, series(falling)).by is None and onset_of(STEPS, series(falling, two_sided=True)).by == 20
 
 
 def test_planted_onsets_lie_in_their_interval_as_often_as_it_says() -> None:
@@ -74,7 +74,7 @@ def test_planted_onsets_lie_in_their_interval_as_often_as_it_says() -> None:
     for _ in range(200):
         true = draw.uniform(60, 140)
         values = (steps[:, None] - true) / 40 + 0.5 + draw.standard_normal(20)
-        found = date(steps, series(values))
+        found = onset_of(steps, series(values))
         low = -np.inf if found.low is None else found.low
         high = np.inf if found.high is None else found.high
         covered += low < true <= high
@@ -96,9 +96,9 @@ def test_noise_about_the_goal_is_dated_and_evident_nowhere(n_checkpoints: int) -
     }  # fmt: skip
     for kind, make in kinds.items():
         found = [make() for _ in range(300)]
-        evident = np.mean([surely_past(one).any() for one in found])
+        evident = np.mean([significant_checkpoints(one).any() for one in found])
         assert evident <= 0.05 + 0.038, (kind, evident)
-    dated = [date(steps, kinds["nats"]()) for _ in range(20)]
+    dated = [onset_of(steps, kinds["nats"]()) for _ in range(20)]
     assert sum(onset.by is not None for onset in dated) > 10 and sum(onset.evident is not None for onset in dated) <= 3
 
 
@@ -106,33 +106,33 @@ def test_what_is_evident_is_scipys_tests_adjusted() -> None:
     values = np.random.default_rng(6).normal(0.5, 1, (9, 15)) + np.linspace(-1, 1, 9)[:, None]
     p = stats.ttest_1samp(values, 0.5, axis=1, alternative="greater").pvalue
     expected = adjust(p, "holm") <= 0.05
-    assert (surely_past(series(values)) == expected).all() and 0 < expected.sum() < 9
+    assert (significant_checkpoints(series(values)) == expected).all() and 0 < expected.sum() < 9
     counts = (values > 0.5).astype(float)
     exact = np.array([stats.binomtest(int(row.sum()), 15, 0.5, "greater").pvalue for row in counts])
-    found = surely_past(Series("it", None, counts, 0.5, "rate"))
+    found = significant_checkpoints(Series("it", None, counts, 0.5, "rate"))
     assert (found == (adjust(exact, "holm") <= 0.05)).all() and 0 < found.sum() < 9
 
 
 def test_one_prompt_makes_nothing_evident_and_nothing_fall() -> None:
     one = series(np.array([0, 0, 0, 9, 9, 9, 0, 9.0])[:, None])
-    assert date(STEPS, one).evident is None and falls(STEPS, one) == []
+    assert onset_of(STEPS, one).evident is None and declines(STEPS, one) == []
     assert not noise_of_means(one.values, 20).any()
 
 
 def test_falls_are_named_the_deepest_first() -> None:
     mean = np.array([0, 4, 4.1, 1, 3, 5, 5.1, 3.9])
-    found = falls(STEPS, series(mean[:, None] + np.random.default_rng(0).normal(0, 0.2, (8, 30))))
+    found = declines(STEPS, series(mean[:, None] + np.random.default_rng(0).normal(0, 0.2, (8, 30))))
     assert [(fall.start, fall.end) for fall in found] == [(20, 30), (60, 70)]
     assert all(0 < fall.at_least < fall.depth for fall in found)
     assert [fall.depth for fall in found] == pytest.approx([3.1, 1.2], abs=0.2)
     assert str(found[0]).startswith("20 to 30: -3.")
-    assert falls(STEPS, series(np.arange(8.0))) == []
+    assert declines(STEPS, series(np.arange(8.0))) == []
 
 
 def test_a_two_sided_measure_falls_from_the_side_it_goes_furthest_to() -> None:
     mean = np.array([0, 0, -3, -3, 0, 0, -4, -4.0])
     values = mean[:, None] + np.random.default_rng(0).normal(0, 0.2, (8, 30))
-    found = falls(STEPS, series(values, two_sided=True))
+    found = declines(STEPS, series(values, two_sided=True))
     assert len(found) == 1 and found[0].start in (20, 30) and found[0].end in (40, 50)
 
 
@@ -151,20 +151,20 @@ def test_noise_alone_falls_as_often_as_it_says(n_checkpoints: int) -> None:
         ("far apart", False): 0.3 * flat + 9 * draw.standard_normal((200, 1, 15)),
     }
     for (kind, two_sided), values in kinds.items():
-        named = np.mean([bool(falls(steps, series(one, two_sided=two_sided))) for one in values])
+        named = np.mean([bool(declines(steps, series(one, two_sided=two_sided))) for one in values])
         assert named <= 0.05 + 0.046, (kind, two_sided, named)
 
 
 def test_capability_and_specialization_are_put_in_order_only_where_the_data_do() -> None:
     early, late = (series(np.array([0, 0, 0, 0, 0, 0, 0, 0.0]) + (at <= STEPS)) for at in (20, 60))
-    assert comes_first(STEPS, early, late) == Order("first", 1.0, 0.0, 30.0, 50.0), "(10, 20] against (50, 60]"
-    assert comes_first(STEPS, late, early) == Order("later", 0.0, 1.0, -50.0, -30.0)
-    assert comes_first(STEPS, early, early) == Order("undecided", 0.0, 0.0, -10.0, 10.0)
+    assert compare_onsets(STEPS, early, late) == Order("first", 1.0, 0.0, 30.0, 50.0), "(10, 20] against (50, 60]"
+    assert compare_onsets(STEPS, late, early) == Order("later", 0.0, 1.0, -50.0, -30.0)
+    assert compare_onsets(STEPS, early, early) == Order("undecided", 0.0, 0.0, -10.0, 10.0)
     noise = np.random.default_rng(0).normal(0, 1, (2, 8, 10)) + (STEPS >= 30)[None, :, None] * 0.7
-    assert comes_first(STEPS, series(noise[0]), series(noise[1])).verdict == "undecided"
+    assert compare_onsets(STEPS, series(noise[0]), series(noise[1])).verdict == "undecided"
     never = series(np.zeros(8))
-    assert comes_first(STEPS, early, never) == Order("first", 1.0, 0.0, 50.0, np.inf)
-    assert comes_first(STEPS, never, never).verdict == "undecided"
+    assert compare_onsets(STEPS, early, never) == Order("first", 1.0, 0.0, 50.0, np.inf)
+    assert compare_onsets(STEPS, never, never).verdict == "undecided"
 
 
 # --- of a patched run ---
@@ -261,7 +261,7 @@ def test_the_published_strengths_are_late_and_leave_open_whether_they_are_sudden
     """Even minus odd success rate of the published study at its eleven checkpoints."""
     steps = np.array([1, 2, 4, 8, 16, 32, 64, 80, 100, 120, 143]) * 1000
     strength = np.array([0.0] * 10 + [1.0])[:, None]
-    told = {v.hypothesis.split()[1]: v for v in judge(steps, Series("strength", 6, strength, 0.5, "rate", True))}
+    told = {v.hypothesis.split()[1]: v for v in evaluate(steps, Series("strength", 6, strength, 0.5, "rate", True))}
     assert told["late"].verdict == "supported" and "120,000 to 143,000" in told["late"].evidence
     assert told["sudden"].verdict == told["gradual"].verdict == "undecided"
     assert "16% of the steps lie unobserved" in told["sudden"].evidence
@@ -274,7 +274,7 @@ def test_what_never_starts_contradicts_every_third() -> None:
 
 
 def by_name(steps: np.ndarray, one: Series, p: float | None = None) -> dict[str, str]:
-    return {verdict.hypothesis.split()[1]: verdict.verdict for verdict in judge(steps, one, p)}
+    return {verdict.hypothesis.split()[1]: verdict.verdict for verdict in evaluate(steps, one, p)}
 
 
 def test_what_other_halvings_show_as_well_supports_nothing() -> None:
@@ -288,9 +288,9 @@ def test_what_other_halvings_show_as_well_supports_nothing() -> None:
 def test_what_may_be_chance_leaves_the_thirds_open_unless_the_halvings_say_otherwise() -> None:
     noise = Series("it", None, np.random.default_rng(1).normal(0, 3, (31, 10)), 0.5, "nats", True)
     steps = np.arange(0, 310, 10)
-    assert date(steps, noise).by is not None
+    assert onset_of(steps, noise).by is not None
     assert {by_name(steps, noise)[name] for name in ("early", "middle", "late")} == {"undecided"}
-    assert "at no checkpoint beyond chance" in judge(steps, noise)[0].evidence
+    assert "at no checkpoint beyond chance" in evaluate(steps, noise)[0].evidence
     three = series(np.array([3.0, 6, 9]) * (STEPS >= 40)[:, None], two_sided=True)
     assert by_name(STEPS, three)["middle"] == "undecided" and by_name(STEPS, three, 0.002)["middle"] == "supported"
 
@@ -301,7 +301,7 @@ def test_thirds_are_of_the_training_and_not_of_the_checkpoints_at_hand() -> None
     assert (found["early"], found["late"]) == ("contradicted", "supported")
     early = series(2.0 * (STEPS >= 0), two_sided=True)
     assert by_name(STEPS, early)["early"] == "supported", "there at step 0"
-    late = judge(np.array([1, 10, 100, 1000, 10_000]), series(np.array([0, 0, 0, 2.0, 2.0])))
+    late = evaluate(np.array([1, 10, 100, 1000, 10_000]), series(np.array([0, 0, 0, 2.0, 2.0])))
     assert late[0].verdict == "supported" and "over log steps middle or late" in late[0].evidence
 
 
@@ -311,15 +311,15 @@ def test_the_text_says_where_a_rate_jumps_and_the_nats_do_not() -> None:
     run = run_of(np.zeros(31), np.zeros(31), steps)
     rising = (steps[:, None] - 155) / 50 + np.random.default_rng(2).normal(0, 0.02, (31, 12))
     run["clean_logit_diff"] = (("checkpoint", "trial"), rising.astype(np.float32))
-    when = str(next(tell_when(run, {"direction": "denoise"})))
+    when = str(next(onset_findings(run, {"direction": "denoise"})))
     assert "clean right: the rate jumps and the nats do not" in when
 
 
 def test_the_text_tells_onsets_and_hypotheses_of_the_layer_that_moves_most() -> None:
     jump = 4.0 * (STEPS >= 40)
-    when, tested = map(str, tell_when(run_of(jump, 1.5 * jump), {"direction": "denoise"}))
+    when, tested = map(str, onset_findings(run_of(jump, 1.5 * jump), {"direction": "denoise"}))
     row = next(line for line in when.splitlines() if line.startswith("even and odd part, nats"))
     assert "30 to 40" in row and "at layer 4" in when
     assert "capability (clean right) against specialization (even and odd part): first" in when
     assert tested.splitlines()[1].split()[:3] == ["H1", "early", "contradicted"]
-    assert not list(tell_when(run_of(jump[:2], jump[:2], STEPS[:2]), {"direction": "denoise"}))
+    assert not list(onset_findings(run_of(jump[:2], jump[:2], STEPS[:2]), {"direction": "denoise"}))

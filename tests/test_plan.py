@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from headlapse.engine.capture import estimate as room
-from headlapse.engine.capture.estimate import describe, load_of
+from headlapse.engine.capture.estimate import cost_of, describe
 from headlapse.engine.capture.run import cache_series
-from headlapse.engine.checkpoints.architecture import dissect, read_config
+from headlapse.engine.checkpoints.architecture import inspect_architecture, read_config
 from headlapse.engine.checkpoints.model import load_tokenizer
-from headlapse.engine.checkpoints.resolve import Checkpoint, Supply, resolve
+from headlapse.engine.checkpoints.resolve import Availability, Checkpoint, resolve
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.prompts import draw_trials
@@ -56,9 +56,9 @@ def test_what_is_planned_to_be_stored_is_what_is_then_written(
 ) -> None:
     study, path = study_of(model, sites, dtype), tmp_path / "s.zarr"
     checkpoints = resolve(study.model, [], tmp_path)
-    body = dissect(read_config(model / "step0"))
+    body = inspect_architecture(read_config(model / "step0"))
     trials = draw_trials(study.task, study.trials, load_tokenizer(model / "step0"), body.context)
-    planned = 2 * load_of(study, body, trials).stored
+    planned = 2 * cost_of(study, body, trials).stored
     text = describe(study, checkpoints, tmp_path, path, "cpu")
 
     store = captured(study, checkpoints, path)
@@ -72,11 +72,11 @@ def test_what_is_planned_to_be_stored_is_what_is_then_written(
 
 
 def test_the_operations_are_two_a_parameter_and_token(model: Path, tmp_path: Path) -> None:
-    body = dissect(read_config(model / "step0"))
+    body = inspect_architecture(read_config(model / "step0"))
     trials = draw_trials("decimal", 3, load_tokenizer(model / "step0"), body.context)
     n_parameters = sum(parameter.numel() for parameter in tiny("qwen3").parameters())
     n_tokens = 2 * 3 * trials.tokens.shape[-1]
-    assert load_of(study_of(model), body, trials).flops == 2 * n_parameters * n_tokens
+    assert cost_of(study_of(model), body, trials).flops == 2 * n_parameters * n_tokens
 
 
 def test_a_plan_names_every_checkpoint_and_writes_nothing(model: Path, tmp_path: Path) -> None:
@@ -134,7 +134,11 @@ def test_what_a_hub_has_is_shown_with_its_commit_and_what_has_to_come(
     study = study_of(model)
     first, second = (replace(checkpoint, commit=COMMIT) for checkpoint in resolve(study.model, [], tmp_path))
     unknown = replace(second, label="main", step=-1, commit=None)
-    supplies = [Supply(first, 2_500_000, 2_400_000), Supply(second, 2_500_000, 0), Supply(unknown, None, None)]
+    supplies = [
+        Availability(first, 2_500_000, 2_400_000),
+        Availability(second, 2_500_000, 0),
+        Availability(unknown, None, None),
+    ]
     monkeypatch.setattr(room, "plan", lambda _checkpoints, _cache: supplies)
     text = describe(study, [first, second, unknown], tmp_path, tmp_path / "s.zarr", "cpu")
     assert told(text, "step0").endswith("2.5 MB, to be fetched at 0123456789")

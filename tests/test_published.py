@@ -16,16 +16,16 @@ from headlapse.engine.replay.published_protocol import (
     LAYERS,
     SUBSETS,
     format_texts,
+    make_plan,
     name_of,
     open_run,
     patch_series,
-    spell_out,
     succeeds,
 )
-from headlapse.engine.replay.run import Sweep
+from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store, TextRun
-from headlapse.engine.study.study import Inexact, Refusal
+from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.tasks.contrast import Contrast
 from tests.models import N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_generation import reference
@@ -35,8 +35,8 @@ from tests.test_sweep import cached
 LABELS = ["step0", "step10"]
 
 
-def asked(*layers: str, subsets: tuple[str, ...] = SUBSETS, **changes: Any) -> Sweep:
-    return Sweep(subsets, layers or ("1",), **changes)
+def asked(*layers: str, subsets: tuple[str, ...] = SUBSETS, **changes: Any) -> PatchRequest:
+    return PatchRequest(subsets, layers or ("1",), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def generated(store: Store, sweep: Sweep, labels: list[str] = LABELS, name: str = "r") -> TextRun:
-    plan = spell_out(sweep, store)
+def generated(store: Store, sweep: PatchRequest, labels: list[str] = LABELS, name: str = "r") -> TextRun:
+    plan = make_plan(sweep, store)
     run = open_run(store, plan, name, "cpu")
     outcomes = list(patch_series(store, plan, run, labels, store.path.parent, Machine(), lambda _n: None))
     assert [outcome.problem for outcome in outcomes] == [None] * len(labels)
@@ -116,8 +116,8 @@ def test_a_text_that_differs_from_the_definition_stops_everything(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = cached(model, tmp_path / "s.zarr")
-    monkeypatch.setattr(room, "by_definition", lambda *_: [1, 2, 3])
-    with pytest.raises(Inexact, match="by transformers' own generate"):
+    monkeypatch.setattr(room, "reference_generate", lambda *_: [1, 2, 3])
+    with pytest.raises(VerificationError, match="by transformers' own generate"):
         generated(store, asked(), ["step0"])
     assert store.patch_names() == ["r"] and not TextRun(store.path / "patches" / "r").complete()
 
@@ -128,12 +128,12 @@ def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stor
 
 
 def test_what_the_study_does_not_have_is_refused(kept: Store) -> None:
-    with pytest.raises(Refusal, match=f"patches layer 6, this model has layers 0 to {N_LAYERS - 1}; say --layers"):
-        spell_out(asked(*LAYERS), kept)
+    with pytest.raises(UserError, match=f"patches layer 6, this model has layers 0 to {N_LAYERS - 1}; say --layers"):
+        make_plan(asked(*LAYERS), kept)
     for flag, value in {"joint": True, "positions": "end:3", "direction": "noise"}.items():
-        with pytest.raises(Refusal, match=f"leave --{flag} out"):
-            spell_out(asked(**{flag: value}), kept)
-    assert spell_out(asked("1", "2"), kept).n_runs == 2 * 3 * 3
+        with pytest.raises(UserError, match=f"leave --{flag} out"):
+            make_plan(asked(**{flag: value}), kept)
+    assert make_plan(asked("1", "2"), kept).n_runs == 2 * 3 * 3
 
 
 def test_other_settings_have_other_names() -> None:

@@ -7,7 +7,7 @@ import xarray as xr
 from scipy import stats
 
 from headlapse.engine.statistics.bootstrap import interval
-from headlapse.engine.statistics.rates import rates, share, tell_rates
+from headlapse.engine.statistics.rates import rates, rates_finding, share
 
 DENOISE, NOISE = ({"direction": direction, "joint": False, "layers": [0, 1]} for direction in ("denoise", "noise"))
 
@@ -116,7 +116,7 @@ def test_a_shares_interval_is_wilsons_by_its_formula() -> None:
 
 
 def test_the_table_has_the_best_layers_row_and_says_where_there_was_nothing_to_repair() -> None:
-    text = str(tell_rates(some_run(), DENOISE))
+    text = str(rates_finding(some_run(), DENOISE))
     lines = text.splitlines()
     assert lines[2].split() == ["step10", "0", "3", "of", "4", "67%", "21..94", "33%", "6..79", "100%", "44..100",
                                 "1", "0", "0", "of", "1", "66%", *lines[2].split()[17:]]  # fmt: skip
@@ -127,16 +127,16 @@ def test_the_table_has_the_best_layers_row_and_says_where_there_was_nothing_to_r
 
 
 def test_a_joint_patch_has_no_layer_of_its_own() -> None:
-    lines = str(tell_rates(some_run().isel(layer=[0]), {**DENOISE, "joint": True})).splitlines()
+    lines = str(rates_finding(some_run().isel(layer=[0]), {**DENOISE, "joint": True})).splitlines()
     assert "layer" not in lines[1] and lines[2].split()[:4] == ["step10", "3", "of", "4"]
 
 
 def test_in_noise_the_table_leads_with_what_breaks() -> None:
-    lines = str(tell_rates(some_run(), NOISE)).splitlines()
+    lines = str(rates_finding(some_run(), NOISE)).splitlines()
     assert lines[0].split() == ["broken", "recovered"] and "clean run fails" in lines[-1]
 
 
 def test_a_single_prompt_has_no_interval_of_recovery_and_a_wide_one_of_repair() -> None:
-    text = str(tell_rates(some_run().isel(trial=[0], checkpoint=[0]), DENOISE))
+    text = str(rates_finding(some_run().isel(trial=[0], checkpoint=[0]), DENOISE))
     assert text.splitlines()[2].split()[:7] == ["step10", "0", "1", "of", "1", "100%", "21..100"]
     assert "50%" in text.splitlines()[2].split()

@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.checkpoints.attention_hook import AttentionMode
-from headlapse.engine.checkpoints.model import Skeleton
-from headlapse.engine.replay.layers import Steps
+from headlapse.engine.checkpoints.model import ResidentModel
+from headlapse.engine.replay.layers import LayerRunner
 from headlapse.engine.replay.replay import ROWS, Site, replay, runs_at_once, waves
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.store.activations import Capture
-from headlapse.engine.study.prompts import Trials, align
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.study.alignment import align
+from headlapse.engine.study.prompts import Trials
 from tests.models import (
     D_MODEL,
     LEARNED_POSITIONS,
@@ -46,14 +47,14 @@ SINGLE: tuple[Site, ...] = tuple((layer,) for layer in range(N_LAYERS))
 JOINT: tuple[Site, ...] = ((0, 2), (0, 1, 2))
 
 
-Pair = tuple[PreTrainedModel, Skeleton]
-"""A stock model, and a skeleton that wears its weights."""
+Pair = tuple[PreTrainedModel, ResidentModel]
+"""A stock model, and a resident that wears its weights."""
 
 
 def dressed(model: PreTrainedModel) -> Pair:
-    skeleton = Skeleton(model.config, torch.float32, "cpu")
-    skeleton.wear(model.state_dict())
-    return model, skeleton
+    resident = ResidentModel(model.config, torch.float32, "cpu")
+    resident.load_weights(model.state_dict())
+    return model, resident
 
 
 @cache
@@ -62,7 +63,7 @@ def pair(name: str) -> Pair:
 
 
 def replayed(
-    skeleton: Skeleton,
+    resident: ResidentModel,
     trials: Trials,
     positions: str,
     direction: Direction,
@@ -70,16 +71,16 @@ def replayed(
     mask: np.ndarray,
     activations: Capture | None = None,
 ) -> np.ndarray:
-    kept = activations or capture(skeleton, trials, MEMORY)
-    return replay(skeleton, kept, trials, align(trials, positions), direction, sites, mask)
+    kept = activations or capture(resident, trials, MEMORY)
+    return replay(resident, kept, trials, align(trials, positions), direction, sites, mask)
 
 
 def largest_difference(
     both: Pair, trials: Trials, positions: str, direction: Direction, sites: Sequence[Site], mask: np.ndarray
 ) -> float:
     """The largest difference between replay and the definition, in nats."""
-    model, skeleton = both
-    found = replayed(skeleton, trials, positions, direction, sites, mask)
+    model, resident = both
+    found = replayed(resident, trials, positions, direction, sites, mask)
     expected = np.stack([logit_diffs(model, trials, positions, site, mask, direction) for site in sites])
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max())
@@ -95,8 +96,8 @@ def largest_difference(
 def test_replay_equals_a_full_hooked_forward_for_200_random_subsets(
     name: str, positions: str, lengths: Lengths, direction: Direction, sites: Sequence[Site]
 ) -> None:
-    _, skeleton = pair(name)
-    mask = random_subsets(200, skeleton.anatomy.n_heads)
+    _, resident = pair(name)
+    mask = random_subsets(200, resident.architecture.n_heads)
     difference = largest_difference(pair(name), random_trials(lengths=lengths), positions, direction, sites, mask)
     print(f"{name} {positions} {direction}: {difference:.1e}")
     assert len(mask) == 200 and difference <= EXACT
@@ -108,8 +109,8 @@ def test_replay_equals_a_full_hooked_forward_for_200_random_subsets(
 def test_replay_equals_a_full_hooked_forward_for_other_architectures(
     name: str, positions: str, lengths: Lengths, direction: Direction
 ) -> None:
-    _, skeleton = pair(name)
-    mask = random_subsets(12, skeleton.anatomy.n_heads)
+    _, resident = pair(name)
+    mask = random_subsets(12, resident.architecture.n_heads)
     trials = random_trials(2, lengths=lengths)
     difference = largest_difference(pair(name), trials, positions, direction, (*SINGLE, *JOINT), mask)
     print(f"{name} {positions} {direction}: {difference:.1e}")
@@ -119,12 +120,12 @@ def test_replay_equals_a_full_hooked_forward_for_other_architectures(
 @pytest.mark.parametrize("name", MAIN)
 def test_replay_equals_the_definition_one_run_at_a_time(name: str) -> None:
     """The tests above run the definition's subsets as one batch; here it stands alone."""
-    model, skeleton = pair(name)
-    mask = random_subsets(4, skeleton.anatomy.n_heads, seed=1)
+    model, resident = pair(name)
+    mask = random_subsets(4, resident.architecture.n_heads, seed=1)
     for positions, lengths in LAYOUTS:
         trials = random_trials(seed=1, lengths=lengths)
         for direction in DIRECTIONS:
-            found = replayed(skeleton, trials, positions, direction, [(1,), (0, 2)], mask)
+            found = replayed(resident, trials, positions, direction, [(1,), (0, 2)], mask)
             for row, site in enumerate([(1,), (0, 2)]):
                 expected = [
                     logit_diff(model, trials, positions, site, np.flatnonzero(heads), direction) for heads in mask
@@ -158,7 +159,7 @@ def test_a_sliding_window_just_as_long_as_the_longest_prompt_is_exact_and_a_shor
     exact = dressed(tiny("mistral-wide-window", sliding_window=longest))
     assert largest_difference(exact, trials, "end:3", "denoise", (*SINGLE, *JOINT), mask) <= EXACT
     _, short = dressed(tiny("mistral-wide-window", sliding_window=longest - 1))
-    with pytest.raises(Refusal, match=f"window of {longest - 1}"):
+    with pytest.raises(UserError, match=f"window of {longest - 1}"):
         capture(short, trials, MEMORY)
 
 
@@ -168,11 +169,11 @@ def test_a_sliding_window_just_as_long_as_the_longest_prompt_is_exact_and_a_shor
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", MAIN)
 def test_patching_no_head_is_the_target_run(name: str, direction: Direction) -> None:
-    model, skeleton = pair(name)
+    model, resident = pair(name)
     for positions, lengths in LAYOUTS:
         trials = random_trials(lengths=lengths)
         target = run_logit_diff(model, trials)[CORRUPT if direction == "denoise" else CLEAN]
-        found = replayed(skeleton, trials, positions, direction, (*SINGLE, *JOINT), all_subsets(8)[:1])
+        found = replayed(resident, trials, positions, direction, (*SINGLE, *JOINT), all_subsets(8)[:1])
         np.testing.assert_allclose(found, np.broadcast_to(target, found.shape), rtol=0, atol=EXACT)
 
 
@@ -182,85 +183,85 @@ def test_patching_every_head_of_every_layer_is_the_source_run_where_the_last_tok
     name: str, direction: Direction
 ) -> None:
     """And their places too, where positions are learned and added to the residual stream."""
-    model, skeleton = pair(name)
+    model, resident = pair(name)
     trials = random_trials(lengths="paired" if name in LEARNED_POSITIONS else "unequal", shared_end=1)
     source = run_logit_diff(model, trials)[CLEAN if direction == "denoise" else CORRUPT]
-    found = replayed(skeleton, trials, "last", direction, [tuple(range(N_LAYERS))], all_subsets(8)[-1:])
+    found = replayed(resident, trials, "last", direction, [tuple(range(N_LAYERS))], all_subsets(8)[-1:])
     np.testing.assert_allclose(found[0, 0], source, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_a_clean_to_clean_patch_changes_nothing(name: str) -> None:
-    model, skeleton = pair(name)
+    model, resident = pair(name)
     trials = clean_to_clean(random_trials())
     clean = run_logit_diff(model, trials)[CLEAN]
     for positions in ("last", "end:3", "all"):
-        found = replayed(skeleton, trials, positions, "denoise", (*SINGLE, *JOINT), random_subsets(20, 8))
+        found = replayed(resident, trials, positions, "denoise", (*SINGLE, *JOINT), random_subsets(20, 8))
         np.testing.assert_allclose(found, np.broadcast_to(clean, found.shape), rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_noise_is_denoise_with_the_runs_swapped(name: str) -> None:
-    _, skeleton = pair(name)
+    _, resident = pair(name)
     trials, mask = random_trials(), random_subsets(20, 8)
-    noised = replayed(skeleton, trials, "end:3", "noise", (*SINGLE, *JOINT), mask)
-    denoised = replayed(skeleton, swapped(trials), "end:3", "denoise", (*SINGLE, *JOINT), mask)
+    noised = replayed(resident, trials, "end:3", "noise", (*SINGLE, *JOINT), mask)
+    denoised = replayed(resident, swapped(trials), "end:3", "denoise", (*SINGLE, *JOINT), mask)
     np.testing.assert_allclose(noised, denoised, rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("name", MAIN)
 def test_a_run_does_not_depend_on_what_runs_beside_it(name: str) -> None:
     """Whatever the split into passes, and with other subsets, sites and trials left out."""
-    _, skeleton = pair(name)
+    _, resident = pair(name)
     trials, mask = random_trials(), random_subsets(30, 8)
-    kept, alignment = capture(skeleton, trials, MEMORY), align(trials, "end:3")
-    together = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask)
+    kept, alignment = capture(resident, trials, MEMORY), align(trials, "end:3")
+    together = replay(resident, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask)
     for runs in (1, 11):
-        split = replay(skeleton, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, runs=runs)
+        split = replay(resident, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, runs=runs)
         np.testing.assert_allclose(split, together, rtol=0, atol=EXACT)
-    alone = replay(skeleton, kept, trials, alignment, "denoise", JOINT[1:], mask[7:8])
+    alone = replay(resident, kept, trials, alignment, "denoise", JOINT[1:], mask[7:8])
     np.testing.assert_allclose(alone[0, 0], together[N_LAYERS + 1, 7], rtol=0, atol=EXACT)
 
 
 def test_replay_is_the_same_bit_for_bit_again_and_leaves_the_skeleton_as_it_was() -> None:
     for name in MAIN:
-        model, skeleton = pair(name)
+        model, resident = pair(name)
         trials, mask = random_trials(), random_subsets(30, 8)
-        kept = capture(skeleton, trials, MEMORY)
-        first, again = (replayed(skeleton, trials, "last", "noise", (*SINGLE, *JOINT), mask, kept) for _ in range(2))
+        kept = capture(resident, trials, MEMORY)
+        first, again = (replayed(resident, trials, "last", "noise", (*SINGLE, *JOINT), mask, kept) for _ in range(2))
         np.testing.assert_array_equal(first, again)
-        worn = dict(skeleton.model.named_parameters())
+        worn = dict(resident.model.named_parameters())
         assert all(torch.equal(worn[key], value) for key, value in model.named_parameters())
         tokens = torch.from_numpy(trials.tokens[0])
-        with torch.no_grad(), skeleton.stock() as stock:
+        with torch.no_grad(), resident.stock() as stock:
             torch.testing.assert_close(stock(tokens).logits, model(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_replay_reports_every_patched_run_once() -> None:
-    _, skeleton = pair("gpt2")
+    _, resident = pair("gpt2")
     trials, mask = random_trials(), random_subsets(30, 8)
-    kept, heard = capture(skeleton, trials, MEMORY), list[int]()
+    kept, heard = capture(resident, trials, MEMORY), list[int]()
     alignment = align(trials, "last")
-    found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=3)
+    found = replay(resident, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=3)
     assert len(heard) > 1 and sum(heard) == found.size
 
 
 def test_replay_goes_on_with_fewer_runs_where_memory_fails_and_reports_each_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, skeleton = pair("neox-parallel")
+    _, resident = pair("neox-parallel")
     trials, mask = random_trials(), random_subsets(30, 8)
-    kept, heard = capture(skeleton, trials, MEMORY), list[int]()
-    alignment, through = align(trials, "last"), Steps.through
-    expected = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask)
+    kept, heard = capture(resident, trials, MEMORY), list[int]()
+    alignment, through = align(trials, "last"), LayerRunner.through
+    expected = replay(resident, kept, trials, alignment, "denoise", SINGLE, mask)
 
-    def narrow(self: Steps, layer: int, resid_pre: torch.Tensor, mode: AttentionMode) -> torch.Tensor:
+    def narrow(self: LayerRunner, layer: int, resid_pre: torch.Tensor, mode: AttentionMode) -> torch.Tensor:
         if layer == N_LAYERS - 1 and resid_pre.shape[1] > 7:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return through(self, layer, resid_pre, mode)
 
-    monkeypatch.setattr(Steps, "through", narrow)
-    found = replay(skeleton, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=40)
+    monkeypatch.setattr(LayerRunner, "through", narrow)
+    found = replay(resident, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=40)
     np.testing.assert_allclose(found, expected, rtol=0, atol=EXACT)
     assert sum(heard) == found.size and min(heard) < 0
 
@@ -289,15 +290,15 @@ def test_waves_hold_every_run_once_in_equal_parts_and_early_layers_first(seed: i
 
 
 def test_memory_bounds_how_many_runs_go_together() -> None:
-    _, skeleton = pair("neox-parallel")
-    most = runs_at_once(skeleton, rows_per_run=3)
-    few = [runs_at_once(skeleton, 3, memory) for memory in (0, 10**4, 10**5, 10**6, 10**12)]
+    _, resident = pair("neox-parallel")
+    most = runs_at_once(resident, rows_per_run=3)
+    few = [runs_at_once(resident, 3, memory) for memory in (0, 10**4, 10**5, 10**6, 10**12)]
     assert few[0] == 1 and few == sorted(few) and few[-1] == most and 1 < few[-3] < most
 
 
 def test_runs_go_together_as_rows_of_a_wave_and_of_memory_allow() -> None:
     _, single = pair("neox-parallel")
-    half = Skeleton(tiny("neox-parallel").config, torch.bfloat16, "cpu")
+    half = ResidentModel(tiny("neox-parallel").config, torch.bfloat16, "cpu")
     for rows_per_run in (1, 3, 100, ROWS["cpu"], 10**6):
         most = runs_at_once(single, rows_per_run)
         assert most == max(1, ROWS["cpu"] // rows_per_run)
@@ -310,13 +311,13 @@ def test_runs_go_together_as_rows_of_a_wave_and_of_memory_allow() -> None:
 @pytest.mark.parametrize(("positions", "lengths"), LAYOUTS)
 @pytest.mark.parametrize("name", ["neox-parallel", "neox-sequential"])
 def test_little_memory_gives_what_plenty_gives(name: str, positions: str, lengths: Lengths) -> None:
-    _, skeleton = pair(name)
+    _, resident = pair(name)
     trials, mask, sites = random_trials(lengths=lengths), random_subsets(30, 8), (*SINGLE, *JOINT)
-    kept, alignment = capture(skeleton, trials, MEMORY), align(trials, positions)
+    kept, alignment = capture(resident, trials, MEMORY), align(trials, positions)
     results, n_waves = [], []
     for memory in (0, 500_000, 2**40):
-        runs, heard = runs_at_once(skeleton, alignment.valid.size, memory), list[int]()
-        results.append(replay(skeleton, kept, trials, alignment, "denoise", sites, mask, done=heard.append, runs=runs))
+        runs, heard = runs_at_once(resident, alignment.valid.size, memory), list[int]()
+        results.append(replay(resident, kept, trials, alignment, "denoise", sites, mask, done=heard.append, runs=runs))
         n_waves.append(sum(n > 0 for n in heard))
     assert n_waves[0] == len(sites) * len(mask) > n_waves[1] > n_waves[2]
     for found in results[:2]:

@@ -21,12 +21,12 @@ from headlapse.engine.report.findings.all_findings import findings
 from headlapse.engine.report.page import _example, write_report
 from headlapse.engine.report.plot_style import INK
 from headlapse.engine.report.result import ranges, read_result, signed
-from headlapse.engine.runtime.exit_status import guarded
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.runtime.exit_status import exit_status_of
 from headlapse.engine.store.activations import Capture
 from headlapse.engine.store.store import PatchedRun, Store, create_store
-from headlapse.engine.store.zarr_group import Row
+from headlapse.engine.store.zarr_group import CheckpointRow
 from headlapse.engine.study.prompts import Trials
-from headlapse.engine.study.study import Refusal
 from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
 
@@ -49,7 +49,7 @@ def some_store(path: Path, steps: Sequence[int] = STEPS, same_weights: bool = Fa
     z = [torch.zeros(2, TRIALS, POSITIONS, HEADS, 1)] * LAYERS
     captured = Capture(kept={"z": z}, answer_logits=torch.zeros(2, TRIALS, 2))
     study = {"model": "org/tiny", "task": "mine.jsonl", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
-    rows = [Row(f"step{step}" if step >= 0 else "main", step) for step in steps]
+    rows = [CheckpointRow(f"step{step}" if step >= 0 else "main", step) for step in steps]
     store = create_store(path, study, rows, range(LAYERS), ["z"], some_trials(), captured)
     for row in rows if cached else ():
         digest = "f" * 64 if same_weights else f"{row.step % 16:x}" * 64
@@ -341,7 +341,7 @@ def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_p
 
 def test_checkpoints_that_were_never_cached_are_named(tmp_path: Path) -> None:
     store = some_store(tmp_path / "tiny.zarr", steps=[1, 2])
-    store.add([Row("step3", 3)])
+    store.add([CheckpointRow("step3", 3)])
     some_run(store, done=lambda label: label != "step3")
     assert "not cached completely, so not here (run scripts/cache.py again): step3" in text_of(
         write_report(store, tmp_path / "out")
@@ -410,30 +410,30 @@ def test_no_figure_of_another_run_stays_behind(store: Store, tmp_path: Path) -> 
 
 
 def test_a_store_without_a_patched_run_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match=r"no patched run yet; make one with: python scripts/patch\.py"):
+    with pytest.raises(UserError, match=r"no patched run yet; make one with: python scripts/patch\.py"):
         write_report(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_a_finished_checkpoint_is_refused(store: Store, tmp_path: Path) -> None:
     some_run(store, done=lambda label: False)
-    with pytest.raises(Refusal, match=r"patched run run of .* has no finished checkpoint"):
+    with pytest.raises(UserError, match=r"patched run run of .* has no finished checkpoint"):
         write_report(store, tmp_path / "out")
     some_run(store, name="earlier")
     some_run(store, name="run-b", done=lambda label: False)
     assert "run earlier" in text_of(write_report(store, tmp_path / "out")), "the newest that has something to show"
     some_run(store, name="broken", values=lambda values: values * np.float32("nan"))
-    with pytest.raises(Refusal, match="only numbers that are not finite"):
+    with pytest.raises(UserError, match="only numbers that are not finite"):
         write_report(store, tmp_path / "out", "broken")
 
 
 def test_a_run_that_is_not_there_and_a_file_in_the_way_are_refused(store: Store, tmp_path: Path) -> None:
     some_run(store)
-    with pytest.raises(Refusal, match="has no patched run other; it has run"):
+    with pytest.raises(UserError, match="has no patched run other; it has run"):
         write_report(store, tmp_path / "out", "other")
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(Refusal, match="a file in the way"):
+        with pytest.raises(UserError, match="a file in the way"):
             write_report(store, out)
 
 
@@ -455,7 +455,7 @@ def test_the_script_takes_the_newest_store_and_prints_the_page(
 ) -> None:
     some_run(store)
     monkeypatch.setattr("sys.argv", ["report.py"])
-    assert guarded(script.main) == 0
+    assert exit_status_of(script.main) == 0
     page = tmp_path / "tiny-report" / "index.html"
     assert capsys.readouterr().out == f"{page}\n" and page.is_file()
 
@@ -467,7 +467,7 @@ def test_the_script_writes_where_it_is_told(
     some_run(store, name="newer")
     words = [str(store.path), "--out", str(tmp_path / "deep" / "out"), "--name", "mine"]
     monkeypatch.setattr("sys.argv", ["report.py", *words])
-    assert guarded(script.main) == 0
+    assert exit_status_of(script.main) == 0
     assert "mine (this page)" in text_of(Path(capsys.readouterr().out.strip()))
 
 
@@ -476,7 +476,7 @@ def test_the_script_refuses_in_one_line(
 ) -> None:
     for words in ([], [str(store.path / "nowhere")]):
         monkeypatch.setattr("sys.argv", ["report.py", *words])
-        assert guarded(script.main) == 2
+        assert exit_status_of(script.main) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
 

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from headlapse.engine.capture import run as room
-from headlapse.engine.capture.run import Outcome, _behind, cache_series, pending
+from headlapse.engine.capture.run import _behind, cache_series, pending
 from headlapse.engine.checkpoints.resolve import resolve
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.runtime.outcome import Outcome
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
-from headlapse.engine.study.study import Refusal, Study
+from headlapse.engine.study.study import Study
 from tests.models import save, tiny, tiny_tokenizer
 from tests.test_scripts import store_files
 
@@ -43,7 +45,7 @@ def test_each_outcome_comes_in_order_and_after_its_work() -> None:
 def test_work_that_is_refused_is_that_checkpoints_problem_and_the_others_go_on() -> None:
     jobs: list[Job] = [
         (Outcome("a"), lambda: None),
-        (Outcome("b"), fail(Refusal("no room"))),
+        (Outcome("b"), fail(UserError("no room"))),
         (Outcome("c"), lambda: None),
     ]
     assert [(one.label, one.problem) for one in _behind(jobs)] == [("a", None), ("b", "no room"), ("c", None)]
@@ -82,7 +84,7 @@ def test_work_goes_on_while_the_next_is_made() -> None:
 
 
 def test_what_there_was_to_say_of_a_refused_checkpoint_is_said_all_the_same() -> None:
-    jobs: list[Job] = [(Outcome("a", notes=("two prompts are alike",)), fail(Refusal("no room")))]
+    jobs: list[Job] = [(Outcome("a", notes=("two prompts are alike",)), fail(UserError("no room")))]
     assert list(_behind(jobs)) == [Outcome("a", "no room", ("two prompts are alike",))]
 
 
@@ -148,7 +150,7 @@ def test_a_checkpoint_that_the_store_refuses_is_a_problem_and_the_others_are_cap
 ) -> None:
     path = tmp_path / "s.zarr"
     with monkeypatch.context() as patch:
-        fail_at(patch, Store, "write", "step10", Refusal("it does not fit"))
+        fail_at(patch, Store, "write", "step10", UserError("it does not fit"))
         outcomes = list(cached(model, path))
     assert [(one.label, one.problem) for one in outcomes] == [
         ("step0", None), ("step10", "it does not fit"), ("step20", None),

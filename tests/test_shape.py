@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from headlapse.engine.statistics.changepoint import changes, judge_shape, sampling_variance
+from headlapse.engine.statistics.changepoint import changes, evaluate_shape, sampling_variance
 
 DENSE = np.linspace(0, 1, 31)
 NAMES = ("constant", "step", "steep", "line", "slow")
@@ -15,9 +15,9 @@ def noisy(mean: np.ndarray, seed: int = 0, noise: float = 0.5) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_dense_checkpoints_tell_a_jump_from_a_rise(seed: int) -> None:
-    assert judge_shape(DENSE, noisy(3.0 * (DENSE > 0.4), seed)).verdict == "sudden"
-    assert judge_shape(DENSE, noisy(3.0 * DENSE, seed)).verdict == "gradual"
-    assert judge_shape(DENSE, noisy(3 / (1 + np.exp(-(DENSE - 0.5) / 0.1)), seed)).verdict == "gradual"
+    assert evaluate_shape(DENSE, noisy(3.0 * (DENSE > 0.4), seed)).verdict == "sudden"
+    assert evaluate_shape(DENSE, noisy(3.0 * DENSE, seed)).verdict == "gradual"
+    assert evaluate_shape(DENSE, noisy(3 / (1 + np.exp(-(DENSE - 0.5) / 0.1)), seed)).verdict == "gradual"
 
 
 @pytest.mark.parametrize("size", [0.5, 1.0, 2.0, 8.0])
@@ -26,7 +26,7 @@ def test_a_slow_rise_is_rarely_called_sudden_nor_a_jump_gradual(size: float) -> 
     draw = np.random.default_rng(9)
     slow, jump = size / (1 + np.exp(-(DENSE - 0.5) / 0.1)), size * (DENSE > 0.4)
     rises, jumps = (
-        [judge_shape(DENSE, mean[:, None] + draw.standard_normal((31, 15))).verdict for _ in range(100)]
+        [evaluate_shape(DENSE, mean[:, None] + draw.standard_normal((31, 15))).verdict for _ in range(100)]
         for mean in (slow, jump)
     )
     assert rises.count("sudden") <= 5 and jumps.count("gradual") <= 5
@@ -36,25 +36,25 @@ def test_a_slow_rise_is_rarely_called_sudden_nor_a_jump_gradual(size: float) -> 
 
 def test_a_jump_across_a_gap_is_left_open() -> None:
     x = np.concatenate([np.linspace(0, 0.5, 12), np.linspace(0.75, 1, 6)])
-    shape = judge_shape(x, noisy(3.0 * (x > 0.6)))
+    shape = evaluate_shape(x, noisy(3.0 * (x > 0.6)))
     assert shape.verdict == "undecided" and shape.gap == pytest.approx(0.25)
 
 
 def test_noise_alone_is_rarely_called_anything() -> None:
     """300 series of independent noise: a shape is seen in 5 % at most, within three standard errors (3.8 points)."""
-    found = [judge_shape(DENSE, noisy(np.zeros(31), seed)).verdict for seed in range(300)]
+    found = [evaluate_shape(DENSE, noisy(np.zeros(31), seed)).verdict for seed in range(300)]
     assert np.mean([verdict in ("sudden", "gradual") for verdict in found]) < 0.05 + 0.038
 
 
 def test_too_few_checkpoints_say_nothing() -> None:
-    shape = judge_shape(np.arange(3.0), np.arange(3.0)[:, None])
+    shape = evaluate_shape(np.arange(3.0), np.arange(3.0)[:, None])
     assert shape.verdict == "undecided" and not shape.bic
-    assert judge_shape(np.zeros(6), noisy(np.zeros(6))).verdict == "undecided"
+    assert evaluate_shape(np.zeros(6), noisy(np.zeros(6))).verdict == "undecided"
 
 
 def test_bic_is_its_definition() -> None:
     y = np.array([0.0, 1.0, 0.0, 1.0, 5.0, 6.0, 5.0, 6.0])
-    shape = judge_shape(np.arange(8.0), y[:, None])
+    shape = evaluate_shape(np.arange(8.0), y[:, None])
     n, left = 8, 8 * 0.25
     assert tuple(shape.bic) == NAMES
     assert shape.bic["step"] == pytest.approx(n * np.log(left / n) + n + 3 * np.log(n))
@@ -69,9 +69,9 @@ def test_prompts_that_differ_alike_everywhere_change_no_shape() -> None:
     draw = np.random.default_rng(0)
     x = np.linspace(0, 1, 31)
     for mean, verdict in ((3.0 * (x > 0.4), "sudden"), (3.0 * x, "gradual"), (0 * x, "none")):
-        assert judge_shape(x, noisy(mean) + 10 * draw.standard_normal(15)).verdict == verdict
-    assert judge_shape(x, (0.5 * x)[:, None] + draw.normal(0, 9, (31, 16))).verdict == "none"
-    assert judge_shape(x, (0.5 * x)[:, None]).verdict == "gradual"
+        assert evaluate_shape(x, noisy(mean) + 10 * draw.standard_normal(15)).verdict == verdict
+    assert evaluate_shape(x, (0.5 * x)[:, None] + draw.normal(0, 9, (31, 16))).verdict == "none"
+    assert evaluate_shape(x, (0.5 * x)[:, None]).verdict == "gradual"
 
 
 def test_the_sampling_variance_is_the_interaction_of_an_analysis_of_variance() -> None:
@@ -85,6 +85,6 @@ def test_prompts_that_go_their_own_ways_make_no_change_of_the_mean() -> None:
     """300 series of 15 prompts, each a random walk of its own: a shape is seen in at most 5 %, within three standard
     errors (3.8 points)."""
     walks = np.random.default_rng(3).normal(0, 0.3, (300, 31, 15)).cumsum(1)
-    found = [judge_shape(DENSE, one).verdict for one in walks]
+    found = [evaluate_shape(DENSE, one).verdict for one in walks]
     assert np.mean([verdict in ("sudden", "gradual") for verdict in found]) <= 0.05 + 0.038
     assert changes(DENSE, walks[0] + 9 * DENSE[:, None])

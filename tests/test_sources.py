@@ -20,9 +20,9 @@ import pytest
 from safetensors.numpy import save
 
 from headlapse.engine.checkpoints import files
-from headlapse.engine.checkpoints.resolve import Checkpoint, Files, Supply, description, fetch, plan, resolve
+from headlapse.engine.checkpoints.resolve import Availability, Checkpoint, Files, description, fetch, plan, resolve
 from headlapse.engine.checkpoints.revisions import step_of
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.runtime.errors import UserError
 from tests.hub_server import Cut, HubServer
 
 REPO = "owner/series"
@@ -125,7 +125,7 @@ def on_hub(label: str, repo: str = REPO, commit: str | None = None) -> Checkpoin
 
 
 def refusal(call: Callable[..., object], *args: object) -> str:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         call(*args)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 600
@@ -750,7 +750,7 @@ def test_a_plan_names_the_checkpoints_that_cannot_be_had(hub: HubServer, series:
     written(series / "step9", COMMON)
     told = {supply.checkpoint.label: supply for supply in plan(resolve(str(series), (), cache), cache)}
     assert "holds no weights" in (told["step9"].problem or "") and told["step0"].on_disk
-    with pytest.raises(Refusal, match="near it are"):
+    with pytest.raises(UserError, match="near it are"):
         plan([on_hub("step9000")], cache)
 
 
@@ -764,7 +764,7 @@ def test_a_plan_without_a_network_knows_what_is_in_the_cache(hub: HubServer, cac
 
 def test_a_plan_of_the_embedded_series_trains_nothing(demo: list[Path], cache: Path) -> None:
     checkpoints = resolve("demo", (), cache)
-    assert plan(checkpoints, cache) == [Supply(checkpoint) for checkpoint in checkpoints]
+    assert plan(checkpoints, cache) == [Availability(checkpoint) for checkpoint in checkpoints]
     assert not demo and not plan(checkpoints, cache)[0].on_disk
     fetch(checkpoints[0], cache)
     assert [supply.n_bytes for supply in plan(checkpoints, cache)] == [len(weights())] * 4

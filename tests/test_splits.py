@@ -10,7 +10,13 @@ from scipy import stats
 
 from headlapse.engine.statistics.bootstrap import interval
 from headlapse.engine.statistics.multiple_testing import CORRECTIONS, NAMES, adjust
-from headlapse.engine.statistics.permutation import find_halvings, half_and_rest, parity, place, tell_parity
+from headlapse.engine.statistics.permutation import (
+    find_equal_splits,
+    halves_and_complements,
+    parity,
+    parity_finding,
+    permutation_p_value,
+)
 from headlapse.engine.study.subsets import parse_subsets
 
 HALVINGS = {4: ("balanced",), 5: ("size:2", "size:3"), 6: ("balanced",), 8: ("balanced",)}
@@ -39,10 +45,10 @@ def run_of(effects: np.ndarray, words: tuple[str, ...] | None = None, noise: flo
 
 def test_a_place_is_twice_the_smaller_tail() -> None:
     null = np.array([-3.0, -1.0, 1.0, 3.0])
-    assert [place(value, null) for value in null] == [0.5, 1.0, 1.0, 0.5]
+    assert [permutation_p_value(value, null) for value in null] == [0.5, 1.0, 1.0, 0.5]
     lopsided = np.array([0.0, 1.0, 2.0, 10.0, 20.0])
-    assert place(20.0, lopsided) == pytest.approx(0.4) and place(2.0, lopsided) == 1.0
-    assert place(0.0, np.zeros(6)) == 1.0
+    assert permutation_p_value(20.0, lopsided) == pytest.approx(0.4) and permutation_p_value(2.0, lopsided) == 1.0
+    assert permutation_p_value(0.0, np.zeros(6)) == 1.0
 
 
 def test_a_place_is_scipys_permutation_test_where_that_lists_every_labelling() -> None:
@@ -52,22 +58,22 @@ def test_a_place_is_scipys_permutation_test_where_that_lists_every_labelling() -
         found = stats.permutation_test(
             (first, second), lambda a, b: a.sum() - b.sum(), permutation_type="independent", n_resamples=np.inf
         )
-        assert place(first.sum() - second.sum(), found.null_distribution) == pytest.approx(found.pvalue)
+        assert permutation_p_value(first.sum() - second.sum(), found.null_distribution) == pytest.approx(found.pvalue)
 
 
 @pytest.mark.parametrize("n_heads", [4, 5, 8])
 def test_every_half_is_paired_with_what_it_leaves(n_heads: int) -> None:
     mask = parse_subsets(("each", *HALVINGS[n_heads]), n_heads).mask
-    rows = half_and_rest(mask)
+    rows = halves_and_complements(mask)
     assert rows is not None
     halves, rests = (mask[row] for row in rows)
     assert (halves ^ rests).all() and len({half.tobytes() for half in halves}) == len(halves)
 
 
 def test_without_every_halving_there_is_no_place() -> None:
-    assert half_and_rest(parse_subsets(("even", "odd", "each", "all"), 8).mask) is None
-    assert half_and_rest(parse_subsets(("balanced",), 5).mask) is None, "the larger halves are not there"
-    assert half_and_rest(parse_subsets(("balanced",), 8).mask[1:]) is None
+    assert halves_and_complements(parse_subsets(("even", "odd", "each", "all"), 8).mask) is None
+    assert halves_and_complements(parse_subsets(("balanced",), 5).mask) is None, "the larger halves are not there"
+    assert halves_and_complements(parse_subsets(("balanced",), 8).mask[1:]) is None
     assert parity(run_of(np.ones((1, 1, 8)), ("even", "odd"))) is None
 
 
@@ -103,7 +109,7 @@ def test_even_and_odd_heads_alone_have_a_place_among_the_subsets_of_their_size()
         assert found is not None
         for name, size, first in (("p_even", sizes[0], 0), ("p_odd", sizes[1], 1)):
             sums = np.array([effects[list(heads)].sum() for heads in combinations(range(n_heads), size)])
-            assert found[name].item() == pytest.approx(place(effects[first::2].sum(), sums))
+            assert found[name].item() == pytest.approx(permutation_p_value(effects[first::2].sum(), sums))
 
 
 def test_what_differs_by_rounding_alone_stands_nowhere() -> None:
@@ -156,7 +162,7 @@ def test_sampled_p_are_uniform_where_heads_are_alike() -> None:
     found = []
     for seed, heads in enumerate(effects):
         null = (2.0 * parse_subsets(("halvings:39",), 12, seed).mask - 1) @ heads
-        found.append(place(null[0], null))
+        found.append(permutation_p_value(null[0], null))
     for k in (1, 2, 10, 20):
         level = k / 40
         share, error = np.mean(np.array(found) <= level + 1e-9), np.sqrt(level * (1 - level) / len(found))
@@ -167,14 +173,14 @@ def test_halves_that_somebody_chose_are_no_sample() -> None:
     chosen = ("even", "odd", "0,1,2,3", "4,5,6,7", "0,1,4,5", "2,3,6,7")
     assert parity(run_of(np.ones((1, 1, 8)), chosen)) is None
     ones, word = np.ones((1, 1, 8)), "halvings:9"
-    drawn, mixed = (find_halvings(run_of(ones, (*words, word))) for words in (chosen[:2], chosen))
+    drawn, mixed = (find_equal_splits(run_of(ones, (*words, word))) for words in (chosen[:2], chosen))
     assert drawn is not None and mixed is not None
-    assert mixed.sampled and mixed.n_halvings == drawn.n_halvings == 10
+    assert mixed.sampled and mixed.n_splits == drawn.n_splits == 10
 
 
 def test_thirty_two_heads_are_held_against_a_sample() -> None:
     effects = np.where(np.arange(32) % 2 == 0, 1.0, 0.0)[None, None]
-    text = str(tell_parity(run_of(effects, ("halvings:199",))))
+    text = str(parity_finding(run_of(effects, ("halvings:199",))))
     assert "0.005 ± 0.005" in text and "199 random ones" in text and "601,080,390 halvings of 32 heads" in text
 
 
@@ -182,7 +188,7 @@ def test_the_table_names_its_correction() -> None:
     run = run_of(np.random.default_rng(10).standard_normal((2, 2, 8)))
     frames = {name: parity(run, name) for name in CORRECTIONS}
     for name, frame in frames.items():
-        assert frame is not None and NAMES[name] in str(tell_parity(run, name))
+        assert frame is not None and NAMES[name] in str(parity_finding(run, name))
         np.testing.assert_array_equal(frame["p_adjusted"], adjust(frame["p"].to_numpy(), name))
 
 
@@ -225,12 +231,14 @@ def test_intervals_of_few_prompts_cover_the_mean_as_often_as_they_say(n_prompts:
 def test_the_table_has_a_row_a_checkpoint_the_layer_least_given_by_chance_and_says_how_many_there_were() -> None:
     effects = np.random.default_rng(5).standard_normal((2, 3, 8))
     effects[1, 2] = [3, 0, 3, 0, 3, 0, 3, 0]
-    text = str(tell_parity(run_of(effects, noise=0.1)))
+    text = str(parity_finding(run_of(effects, noise=0.1)))
     rows = [line.split() for line in text.splitlines() if line.startswith("step")]
     assert [row[0] for row in rows] == ["step0", "step1"] and rows[1][1] == "2" and rows[1][-4] == "0.029"
     assert "all 70 halvings of 8 heads" in text and "6 layers and checkpoints" in text
 
 
 def test_what_was_not_run_is_named_with_what_runs_it() -> None:
-    assert "70 halvings of 8 heads exist; --subsets balanced" in str(tell_parity(run_of(np.ones((1, 1, 8)), ("even",))))
-    assert "--subsets size:2 size:3" in str(tell_parity(run_of(np.ones((1, 1, 5)), ("even",))))
+    assert "70 halvings of 8 heads exist; --subsets balanced" in str(
+        parity_finding(run_of(np.ones((1, 1, 8)), ("even",)))
+    )
+    assert "--subsets size:2 size:3" in str(parity_finding(run_of(np.ones((1, 1, 5)), ("even",))))

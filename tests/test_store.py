@@ -8,17 +8,17 @@ import pytest
 import torch
 import xarray as xr
 
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.store.activations import KINDS, Capture
 from headlapse.engine.store.store import Store, create_store, find_store, to_numpy, to_tensor, zarr_group
-from headlapse.engine.store.zarr_group import Row
+from headlapse.engine.store.zarr_group import CheckpointRow
 from headlapse.engine.study.prompts import Trials
-from headlapse.engine.study.study import Refusal
 from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
 
 LAYERS, TRIALS, POSITIONS, HEADS, KV_HEADS, WIDTH = 3, 4, 5, 6, 2, 8
 STUDY = {"model": "m", "task": "decimal", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
-ROWS = [Row("step0", 0), Row("step10", 10), Row("main", -1)]
+ROWS = [CheckpointRow("step0", 0), CheckpointRow("step10", 10), CheckpointRow("main", -1)]
 
 
 def some_trials() -> Trials:
@@ -137,7 +137,7 @@ def test_a_checkpoint_counts_only_once_its_mark_is_written(store: Store) -> None
 def test_adding_checkpoints_leaves_the_others_as_they_are(store: Store) -> None:
     store.write("step0", some_capture(0), {})
     before = store.activations(0).read("z", 1)
-    store.add([Row("step0", 0), Row("step20", 20)])
+    store.add([CheckpointRow("step0", 0), CheckpointRow("step20", 20)])
     assert [row.label for row in store.rows()] == ["step0", "step10", "main", "step20"]
     assert store.complete() == {"step0": 0}
     store.write("step20", some_capture(3), {})
@@ -150,18 +150,18 @@ def test_a_growth_cut_off_halfway_is_done_again(store: Store) -> None:
     store.array("z").resize((4, *store.array("z").shape[1:]))
     store.array("step").resize((4,))
     assert [row.label for row in store.rows()] == ["step0", "step10", "main"]
-    store.add([Row("step20", 20)])
-    assert Store(store.path).rows()[3] == Row("step20", 20)
+    store.add([CheckpointRow("step20", 20)])
+    assert Store(store.path).rows()[3] == CheckpointRow("step20", 20)
     assert store.dataset().sizes["checkpoint"] == 4
 
 
 def test_a_label_that_means_another_step_now_is_refused(store: Store) -> None:
-    with pytest.raises(Refusal, match="holds step10 as step 10, now it is step 11"):
-        store.add([Row("step10", 11)])
+    with pytest.raises(UserError, match="holds step10 as step 10, now it is step 11"):
+        store.add([CheckpointRow("step10", 11)])
 
 
 def test_a_checkpoint_of_another_shape_is_refused_and_not_marked(store: Store) -> None:
-    with pytest.raises(Refusal, match=r"z of step10 has shape \[2, .*has \[3, "):
+    with pytest.raises(UserError, match=r"z of step10 has shape \[2, .*has \[3, "):
         store.write("step10", some_capture(0, n_layers=2), {})
     assert store.complete() == {}
 
@@ -176,7 +176,7 @@ def test_only_the_layers_from_the_first_patched_one_on_are_kept(tmp_path: Path) 
 
 def test_a_store_appears_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    with pytest.raises(RuntimeError), zarr_group.appearing(path) as partial:
+    with pytest.raises(RuntimeError), zarr_group.atomic_write(path) as partial:
         zarr_group.start(partial, ROWS)
         raise RuntimeError("killed")
     assert not path.exists()
@@ -193,14 +193,14 @@ def test_writing_the_same_again_gives_the_same_files(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused_while_the_first_holds_the_store(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    with zarr_group.locked(path), pytest.raises(Refusal, match="another run is writing"), zarr_group.locked(path):
+    with zarr_group.locked(path), pytest.raises(UserError, match="another run is writing"), zarr_group.locked(path):
         pass
     with zarr_group.locked(tmp_path / "s.zarr"):
         pass
 
 
 def test_another_question_is_refused_with_the_difference() -> None:
-    with pytest.raises(Refusal, match="trials is 4 there, 15 asked; use --store"):
+    with pytest.raises(UserError, match="trials is 4 there, 15 asked; use --store"):
         zarr_group.refuse_difference(Path("s"), STUDY, {**STUDY, "trials": 15}, "use --store")
     zarr_group.refuse_difference(Path("s"), STUDY, STUDY, "")
 
@@ -208,21 +208,21 @@ def test_another_question_is_refused_with_the_difference() -> None:
 def test_what_is_no_store_is_refused_and_never_removed(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1").write_text("years of work")
-    with pytest.raises(Refusal, match="is no store"):
+    with pytest.raises(UserError, match="is no store"):
         Store(tmp_path / "thesis")
-    with pytest.raises(Refusal, match="left alone"):
+    with pytest.raises(UserError, match="left alone"):
         zarr_group.remove(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1").exists()
 
 
 def test_another_format_is_refused(store: Store) -> None:
     store.group.attrs["headlapse_format"] = 99
-    with pytest.raises(Refusal, match="store format 99"):
+    with pytest.raises(UserError, match="store format 99"):
         Store(store.path)
 
 
 def test_the_newest_store_is_found_and_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Refusal, match="no store"):
+    with pytest.raises(UserError, match="no store"):
         find_store(tmp_path / "nowhere")
     first, second = some_store(tmp_path / "a.zarr"), some_store(tmp_path / "b.zarr")
     assert find_store(tmp_path) == second.path
@@ -260,7 +260,7 @@ def test_a_patched_run_grows_with_its_store_and_keeps_what_it_has(store: Store) 
     values = np.ones((1, 3, TRIALS), dtype="float32")
     run.write_layers("step0", 0, values)
     run.finish("step0", np.zeros((2, TRIALS, 2), dtype="float32"), 0.0)
-    store.add([Row("step20", 20)])
+    store.add([CheckpointRow("step20", 20)])
     grown = Store(store.path).open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     assert [row.label for row in grown.rows()] == ["step0", "step10", "main", "step20"]
     assert grown.complete() == {"step0": 0}
@@ -269,13 +269,13 @@ def test_a_patched_run_grows_with_its_store_and_keeps_what_it_has(store: Store) 
 
 def test_a_run_of_the_same_name_with_other_settings_is_refused(store: Store) -> None:
     store.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
-    with pytest.raises(Refusal, match='direction is "denoise" there, "noise" asked'):
+    with pytest.raises(UserError, match='direction is "denoise" there, "noise" asked'):
         store.open_patch("parity", {**SETTINGS, "direction": "noise"}, [0], SUBSETS.labels, SUBSETS.mask)
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are(store: Store) -> None:
     store.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
-    with pytest.raises(Refusal, match="it has parity"):
+    with pytest.raises(UserError, match="it has parity"):
         store.patch("lattice")
 
 
@@ -287,7 +287,7 @@ def test_a_store_with_patched_runs_still_opens_in_xarray(store: Store) -> None:
 
 def test_a_store_cut_off_while_growing_is_refused_until_it_is_grown(store: Store) -> None:
     store.array("z").resize((4, *store.array("z").shape[1:]))
-    with pytest.raises(Refusal, match="cut off while checkpoints were added"):
+    with pytest.raises(UserError, match="cut off while checkpoints were added"):
         store.dataset()
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.subsets import (
-    count_halvings,
+    count_equal_splits,
     count_subsets,
     draw_orders,
     label_of,
@@ -66,7 +66,7 @@ def test_sampled_halvings_are_even_and_odd_and_n_distinct_others_each_followed_b
     mask = parse_subsets([f"halvings:{n}"], n_heads).mask
     halves, rests = mask[::2], mask[1::2]
     assert (halves[0] == (np.arange(n_heads) % 2 == 0)).all()
-    assert count_halvings(n_heads) == halvings and len(halves) == min(n + 1, halvings)
+    assert count_equal_splits(n_heads) == halvings and len(halves) == min(n + 1, halvings)
     assert (halves ^ rests).all() and (halves.sum(1) == n_heads - n_heads // 2).all()
     assert len({row.tobytes() for row in mask}) == len(mask)
 
@@ -92,14 +92,14 @@ def test_random_subsets_are_the_same_for_the_same_seed_and_others_for_another() 
     ["evens", "0,12", "-1", "size:13", "size:", "random:0", "random:x", "halvings:0", "lattice:3", "", "0,,1"],
 )
 def test_a_word_outside_the_language_is_refused_by_name(word: str) -> None:
-    with pytest.raises(Refusal, match="--subsets"):
+    with pytest.raises(UserError, match="--subsets"):
         parse_subsets([word], HEADS)
 
 
 def test_a_lattice_that_would_never_finish_is_refused_with_its_count() -> None:
-    with pytest.raises(Refusal, match="4,294,967,296 subsets"):
+    with pytest.raises(UserError, match="4,294,967,296 subsets"):
         parse_subsets(["lattice"], 32)
-    with pytest.raises(Refusal, match="a long time"):
+    with pytest.raises(UserError, match="a long time"):
         parse_subsets(["lattice"], 32, estimate=lambda n: f"{n} take a long time")
 
 
@@ -111,7 +111,7 @@ def test_layers_are_named_singly_by_range_or_all_together() -> None:
 
 @pytest.mark.parametrize("word", ["12", "3-14", "a", "6-4", "-3", "4-", ""])
 def test_layers_that_are_not_there_are_refused(word: str) -> None:
-    with pytest.raises(Refusal):
+    with pytest.raises(UserError):
         parse_layers([word], list(range(12)))
 
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from headlapse.engine.capture.forward import capture
-from headlapse.engine.replay.additive_layers import sums_of
-from headlapse.engine.replay.layers import Steps
-from headlapse.engine.replay.patch_inputs import Ground
+from headlapse.engine.replay.additive_layers import additive_layer
+from headlapse.engine.replay.layers import LayerRunner
+from headlapse.engine.replay.patch_inputs import PatchInputs
 from headlapse.engine.replay.replay import replay
 from headlapse.engine.replay.replay import replay as room
-from headlapse.engine.study.prompts import align
+from headlapse.engine.study.alignment import align
 from tests.models import MAIN, MORE, N_LAYERS, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 
@@ -19,21 +19,23 @@ PARALLEL = {"neox-parallel", "phi", "cohere"}
 
 @pytest.mark.parametrize("name", [*MAIN, *MORE])
 def test_heads_add_up_under_parallel_residual_and_nowhere_else(name: str) -> None:
-    skeleton, trials = dressed(tiny(name)), random_trials()
-    ground = Ground.lay(skeleton, capture(skeleton, trials, 2**30), trials, align(trials, "end:2"), "denoise")
-    steps = Steps(skeleton, ground)
+    resident, trials = dressed(tiny(name)), random_trials()
+    inputs = PatchInputs.from_capture(
+        resident, capture(resident, trials, 2**30), trials, align(trials, "end:2"), "denoise"
+    )
+    steps = LayerRunner(resident, inputs)
     with torch.inference_mode():
-        found = [sums_of(steps, layer) is not None for layer in range(N_LAYERS)]
+        found = [additive_layer(steps, layer) is not None for layer in range(N_LAYERS)]
     assert found == [name in PARALLEL] * N_LAYERS
 
 
 @pytest.mark.parametrize("name", sorted(PARALLEL))
 @pytest.mark.parametrize("site", [(0,), (2,), (0, 2)])
 def test_the_shortcut_changes_no_number(monkeypatch: pytest.MonkeyPatch, name: str, site: tuple[int, ...]) -> None:
-    skeleton, trials = dressed(tiny(name)), random_trials()
-    given = (skeleton, capture(skeleton, trials, 2**30), trials, align(trials, "end:3"), "noise", [site])
+    resident, trials = dressed(tiny(name)), random_trials()
+    given = (resident, capture(resident, trials, 2**30), trials, align(trials, "end:3"), "noise", [site])
     short = replay(*given, random_subsets(20, 8))
-    monkeypatch.setattr(room, "sums_of", lambda *_: None)
+    monkeypatch.setattr(room, "additive_layer", lambda *_: None)
     long = replay(*given, random_subsets(20, 8))
     assert np.abs(short - long).max() <= 2e-5
     assert np.abs(long).max() > 0.1

@@ -16,15 +16,17 @@ from headlapse.engine.checkpoints import files
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.replay import run as room
 from headlapse.engine.replay.reference import choose_pairs
-from headlapse.engine.replay.run import PAIRS, Plan, Sweep, name_of, open_run, patch_series, spell_out
-from headlapse.engine.runtime.resources import Machine, told_time
+from headlapse.engine.replay.run import PAIRS, SweepPlan, make_plan, name_of, open_run, patch_series
+from headlapse.engine.runtime.errors import UserError, VerificationError
+from headlapse.engine.runtime.resources import Machine, format_time
 from headlapse.engine.store.store import PatchedRun, Store
-from headlapse.engine.study.study import Inexact, Refusal, Study, tolerance
+from headlapse.engine.study.patch_settings import PatchRequest
+from headlapse.engine.study.study import Study, tolerance
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_scripts import run, store_files, told
 
 LABELS = ["step0", "step10", "step20"]
-SMALL = Sweep(subsets=("even", "odd", "all"))
+SMALL = PatchRequest(subsets=("even", "odd", "all"))
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +54,13 @@ def kept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return cached(model, tmp_path_factory.mktemp("kept") / "s.zarr")
 
 
-def opened(store: Store, sweep: Sweep = SMALL, name: str = "r") -> tuple[Plan, PatchedRun]:
-    plan = spell_out(sweep, store)
+def opened(store: Store, sweep: PatchRequest = SMALL, name: str = "r") -> tuple[SweepPlan, PatchedRun]:
+    plan = make_plan(sweep, store)
     return plan, open_run(store, plan, name, "cpu")
 
 
 def patched(
-    store: Store, plan: Plan, patch: PatchedRun, missing: Sequence[str], machine: Machine | None = None
+    store: Store, plan: SweepPlan, patch: PatchedRun, missing: Sequence[str], machine: Machine | None = None
 ) -> list[int]:
     """Patch `missing`; how many patched runs were finished by each pass."""
     finished: list[int] = []
@@ -84,26 +86,26 @@ def shifted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 # --- names ---
 
 DISTINCT = [
-    Sweep(),
-    Sweep(direction="noise"),
-    Sweep(positions="end:3"),
-    Sweep(positions="all"),
-    Sweep(subsets=("even",)),
-    Sweep(subsets=("even", "odd")),
-    Sweep(subsets=("odd", "even")),
-    Sweep(subsets=("size:3",)),
-    Sweep(subsets=("random:3",)),
-    Sweep(subsets=("0,2",)),
-    Sweep(subsets=("0", "2")),
-    Sweep(subsets=("02",)),
-    Sweep(layers=("1",)),
-    Sweep(layers=("1", "2")),
-    Sweep(layers=("1-2",)),
-    Sweep(layers=("12",)),
-    Sweep(joint=True),
-    Sweep(layers=("1-2",), joint=True),
-    Sweep(dtype="float16"),
-    Sweep(dtype="bfloat16"),
+    PatchRequest(),
+    PatchRequest(direction="noise"),
+    PatchRequest(positions="end:3"),
+    PatchRequest(positions="all"),
+    PatchRequest(subsets=("even",)),
+    PatchRequest(subsets=("even", "odd")),
+    PatchRequest(subsets=("odd", "even")),
+    PatchRequest(subsets=("size:3",)),
+    PatchRequest(subsets=("random:3",)),
+    PatchRequest(subsets=("0,2",)),
+    PatchRequest(subsets=("0", "2")),
+    PatchRequest(subsets=("02",)),
+    PatchRequest(layers=("1",)),
+    PatchRequest(layers=("1", "2")),
+    PatchRequest(layers=("1-2",)),
+    PatchRequest(layers=("12",)),
+    PatchRequest(joint=True),
+    PatchRequest(layers=("1-2",), joint=True),
+    PatchRequest(dtype="float16"),
+    PatchRequest(dtype="bfloat16"),
 ]
 
 
@@ -114,11 +116,11 @@ def test_distinct_settings_have_distinct_names() -> None:
 def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed() -> None:
     pairs = tuple(f"{one},{other}" for one in range(12) for other in range(one))
     sweeps = [
-        Sweep(pairs),
-        Sweep(pairs[:-1]),
-        Sweep(pairs, joint=True),
-        Sweep(pairs, ("3",)),
-        Sweep(pairs, dtype="float16"),
+        PatchRequest(pairs),
+        PatchRequest(pairs[:-1]),
+        PatchRequest(pairs, joint=True),
+        PatchRequest(pairs, ("3",)),
+        PatchRequest(pairs, dtype="float16"),
     ]
     assert len({name_of(sweep) for sweep in sweeps}) == len(sweeps)
 
@@ -126,17 +128,17 @@ def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed()
 @pytest.mark.parametrize(
     ("sweep", "name"),
     [
-        (Sweep(), "denoise-last-even+odd+all+each"),
-        (Sweep(("0,2", "size:3"), positions="end:3", direction="noise"), "noise-end3-0.2+size3"),
-        (Sweep(("all",), ("4-8", "11"), True, dtype="float16"), "denoise-last-all-layers4-8+11-joint-float16"),
+        (PatchRequest(), "denoise-last-even+odd+all+each"),
+        (PatchRequest(("0,2", "size:3"), positions="end:3", direction="noise"), "noise-end3-0.2+size3"),
+        (PatchRequest(("all",), ("4-8", "11"), True, dtype="float16"), "denoise-last-all-layers4-8+11-joint-float16"),
     ],
 )
-def test_a_name_stays_what_it_is(sweep: Sweep, name: str) -> None:
+def test_a_name_stays_what_it_is(sweep: PatchRequest, name: str) -> None:
     assert name_of(sweep) == name
 
 
-@pytest.mark.parametrize("sweep", [*DISTINCT, Sweep(("lattice",) * 60)])
-def test_a_name_is_one_that_a_user_could_have_given(sweep: Sweep) -> None:
+@pytest.mark.parametrize("sweep", [*DISTINCT, PatchRequest(("lattice",) * 60)])
+def test_a_name_is_one_that_a_user_could_have_given(sweep: PatchRequest) -> None:
     assert re.fullmatch(r"[\w+.-]{1,120}", name_of(sweep)) and not name_of(sweep).startswith(".")
 
 
@@ -144,35 +146,35 @@ def test_a_name_is_one_that_a_user_could_have_given(sweep: Sweep) -> None:
 
 
 def test_layers_are_sites_of_their_own_and_jointly_a_single_one(kept: Store) -> None:
-    assert spell_out(Sweep(), kept).sites == ((0,), (1,), (2,))
-    assert spell_out(Sweep(layers=("2", "0")), kept).sites == ((0,), (2,))
-    assert spell_out(Sweep(joint=True), kept).sites == ((0, 1, 2),)
-    assert spell_out(Sweep(layers=("2", "0"), joint=True), kept).sites == ((0, 2),)
+    assert make_plan(PatchRequest(), kept).sites == ((0,), (1,), (2,))
+    assert make_plan(PatchRequest(layers=("2", "0")), kept).sites == ((0,), (2,))
+    assert make_plan(PatchRequest(joint=True), kept).sites == ((0, 1, 2),)
+    assert make_plan(PatchRequest(layers=("2", "0"), joint=True), kept).sites == ((0, 2),)
 
 
 def test_a_sweep_is_spelled_out_with_all_that_its_numbers_depend_on(kept: Store) -> None:
-    plan = spell_out(Sweep(("even", "0,2"), ("1-2",), True, "end:2", "noise", "bfloat16"), kept)
+    plan = make_plan(PatchRequest(("even", "0,2"), ("1-2",), True, "end:2", "noise", "bfloat16"), kept)
     assert plan.settings == {
         "protocol": "corrected", "direction": "noise", "positions": "end:2", "layers": [1, 2], "joint": True,
         "subsets": ["even", "0,2"], "dtype": "bfloat16",
     }  # fmt: skip
     assert (plan.direction, plan.dtype, plan.alignment.spec) == ("noise", "bfloat16", "end:2")
     assert plan.subsets.labels == ("even", "0,2") and plan.n_runs == 1 * 2 * 3
-    assert spell_out(Sweep(), kept).n_runs == N_LAYERS * (3 + N_HEADS) * 3
-    assert spell_out(Sweep(), kept).dtype == "float32", "the store's, where nothing is said"
+    assert make_plan(PatchRequest(), kept).n_runs == N_LAYERS * (3 + N_HEADS) * 3
+    assert make_plan(PatchRequest(), kept).dtype == "float32", "the store's, where nothing is said"
 
 
 def test_a_store_that_kept_z_alone_is_refused_with_the_mend(model: Path, tmp_path: Path) -> None:
     store = cached(model, tmp_path / "s.zarr", ["step0"], sites=("z",))
-    with pytest.raises(Refusal, match=r"cached with --sites z and cannot be patched; .* --sites all --overwrite"):
-        spell_out(Sweep(), store)
+    with pytest.raises(UserError, match=r"cached with --sites z and cannot be patched; .* --sites all --overwrite"):
+        make_plan(PatchRequest(), store)
 
 
 def test_a_layer_that_was_not_kept_is_refused(model: Path, tmp_path: Path) -> None:
     store = cached(model, tmp_path / "s.zarr", ["step0"], sites=("1",))
-    assert spell_out(Sweep(), store).sites == ((1,), (2,))
-    with pytest.raises(Refusal, match="layer 0 is not there; the layers are 1 to 2"):
-        spell_out(Sweep(layers=("0-1",)), store)
+    assert make_plan(PatchRequest(), store).sites == ((1,), (2,))
+    with pytest.raises(UserError, match="layer 0 is not there; the layers are 1 to 2"):
+        make_plan(PatchRequest(layers=("0-1",)), store)
 
 
 # --- the series ---
@@ -209,7 +211,7 @@ def test_streaming_changes_no_bit_where_every_run_goes_alone(
 ) -> None:
     """Beside other runs a matrix product may round otherwise; so memory here has room for one run at a time."""
     barely = Machine(memory=(model / "step0" / "model.safetensors").stat().st_size)
-    sweep = Sweep(("even", "odd", "random:9"), positions="end:2")
+    sweep = PatchRequest(("even", "odd", "random:9"), positions="end:2")
     plan, at_once = opened(store, sweep)
     finished = patched(store, plan, at_once, LABELS, barely)
     assert set(finished) - {0} == {plan.trials.n_trials}, "each alone"
@@ -231,7 +233,7 @@ def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPa
         return exact(*given, **named) + np.float32(named["sites"] == (plan.sites[max(checked)],))
 
     monkeypatch.setattr(room, "replay", off)
-    with pytest.raises(Inexact, match=r"^step0: replay differs"):
+    with pytest.raises(VerificationError, match=r"^step0: replay differs"):
         patched(store, plan, patch, ["step0"])
     assert not patch.complete()
 
@@ -240,8 +242,10 @@ def test_more_subsets_than_anyone_waits_for_are_refused_with_the_time_and_what_t
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Store, "n_heads", 32)
-    with pytest.raises(Refusal, match=r"4,294,967,296 subsets .* take about [\d,.]+ (days|years|h) on .*random:100000"):
-        spell_out(Sweep(subsets=("lattice",)), store)
+    with pytest.raises(
+        UserError, match=r"4,294,967,296 subsets .* take about [\d,.]+ (days|years|h) on .*random:100000"
+    ):
+        make_plan(PatchRequest(subsets=("lattice",)), store)
 
 
 def test_the_time_told_is_that_of_the_rows_that_go_through_later_layers(
@@ -251,9 +255,9 @@ def test_the_time_told_is_that_of_the_rows_that_go_through_later_layers(
     monkeypatch.setattr(room, "matmul_rate", lambda *_: 1e10)
     per_layer = 24 * D_MODEL**2 * 2**24 * 3 * len(LABELS) / 1e10
     for layers, passed in ((("all",), 3), (("0",), 2), (("1",), 1)):
-        with pytest.raises(Refusal, match=r"^--subsets lattice: 16,777,216 subsets of 24 heads") as caught:
-            spell_out(Sweep(("lattice",), layers), store)
-        assert f"about {told_time(passed * per_layer)} on" in str(caught.value)
+        with pytest.raises(UserError, match=r"^--subsets lattice: 16,777,216 subsets of 24 heads") as caught:
+            make_plan(PatchRequest(("lattice",), layers), store)
+        assert f"about {format_time(passed * per_layer)} on" in str(caught.value)
 
 
 # --- files that were hashed before ---
@@ -331,7 +335,7 @@ def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
 ) -> None:
     plan, patch = opened(store)
     shifted += [0.0, shift, 0.0]
-    with pytest.raises(Inexact, match=r"^step10: replay differs from a full hooked forward"):
+    with pytest.raises(VerificationError, match=r"^step10: replay differs from a full hooked forward"):
         patched(store, plan, patch, LABELS)
     assert shifted == [0.0], "nothing after it was replayed"
     assert patch.complete() == {"step0": 0}
@@ -348,7 +352,7 @@ def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypat
         return logit_diff
 
     monkeypatch.setattr(room, "replay", off)
-    with pytest.raises(Inexact, match=r"^step0: .* by nan"):
+    with pytest.raises(VerificationError, match=r"^step0: .* by nan"):
         patched(store, plan, patch, ["step0"])
 
 

@@ -13,8 +13,9 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from headlapse.engine.study.prompts import Trials, align, draw_trials, load_contrasts, same_tokens, task_digest
-from headlapse.engine.study.study import Refusal
+from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.study.alignment import align
+from headlapse.engine.study.prompts import Trials, draw_trials, load_contrasts, same_tokens, task_digest
 from headlapse.engine.study.tasks.contrast import FIELDS
 from headlapse.engine.study.tasks.registry import TASKS
 
@@ -84,7 +85,7 @@ def write(directory: Path, *lines: object) -> str:
 
 
 def refusal(task: str, tokenizer: PreTrainedTokenizerFast, n_trials: int | None = None, context: int = CONTEXT) -> str:
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         draw_trials(task, n_trials, tokenizer, context)
     message = str(caught.value)
     assert "\n" not in message
@@ -298,7 +299,7 @@ def test_random_answers_are_either_read_at_one_shared_branching_token_or_refused
             read = [[tokenizer(text)["input_ids"] for text in pair] for pair in texts]
             try:
                 trials = draw_trials(write(tmp_path, fields), None, tokenizer, CONTEXT)
-            except Refusal:
+            except UserError:
                 outcomes["refused"] += 1
                 continue
             outcomes["kept"] += 1
@@ -430,7 +431,7 @@ def test_a_digest_is_a_files_sha256_and_a_built_in_tasks_name(tmp_path: Path) ->
     task = write(tmp_path, line())
     assert task_digest("decimal") == "decimal"
     assert task_digest(task) == hashlib.sha256(Path(task).read_bytes()).hexdigest()
-    with pytest.raises(Refusal, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         task_digest(str(tmp_path / "other.jsonl"))
 
 
@@ -491,7 +492,7 @@ def test_all_positions_of_unequal_prompts_are_refused_with_both_rows_in_columns(
     digits: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     task = write(tmp_path, line(clean="Q:", corrupt="A:"), line(clean="Which is bigger:", corrupt="Q:"))
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         align(draw_trials(task, None, digits, CONTEXT), "all")
     said, *view = str(caught.value).split("\n")
     assert f"line 2 of {task} has 6 and 4 tokens; take last or end:K" in said
@@ -506,7 +507,7 @@ def test_more_positions_than_the_shortest_prompt_has_are_refused_with_both_rows_
     digits: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     task = write(tmp_path, line(corrupt="Q: A:"), line(clean="Q: A:", corrupt="A:"))
-    with pytest.raises(Refusal) as caught:
+    with pytest.raises(UserError) as caught:
         align(draw_trials(task, None, digits, CONTEXT), "end:5")
     said, *view = str(caught.value).split("\n")
     assert said == f"--positions end:5: line 2 of {task} has only 4 tokens; take end:4 or fewer"
@@ -520,7 +521,7 @@ def test_more_positions_than_the_shortest_prompt_has_are_refused_with_both_rows_
 def test_a_view_of_long_rows_is_cut(digits: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     trials = draw_trials(write(tmp_path, line(clean="A " * 100)), None, digits, 200)
     for spec in ("all", "end:50"):
-        with pytest.raises(Refusal) as caught:
+        with pytest.raises(UserError) as caught:
             align(trials, spec)
         view = str(caught.value).split("\n")[1:]
         assert view[0] == "(66 positions not shown)" and len(view) == 10 and max(map(len, view)) <= 120
@@ -528,5 +529,5 @@ def test_a_view_of_long_rows_is_cut(digits: PreTrainedTokenizerFast, tmp_path: P
 
 @pytest.mark.parametrize("spec", ["", "first", "end", "end:", "end:0", "end:-2", "end:two", "end:1.5", "ALL", "end:3 "])
 def test_a_choice_of_positions_outside_the_three_forms_is_refused(spec: str, decimals: Trials) -> None:
-    with pytest.raises(Refusal, match=r"write last, end:K \(the last K, at least 1\) or all"):
+    with pytest.raises(UserError, match=r"write last, end:K \(the last K, at least 1\) or all"):
         align(decimals, spec)

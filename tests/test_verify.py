@@ -7,8 +7,9 @@ import torch
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.replay.reference import choose_pairs, hooked_logit_diff, require_exact
 from headlapse.engine.replay.replay import replay
-from headlapse.engine.study.prompts import align
-from headlapse.engine.study.study import Inexact, tolerance
+from headlapse.engine.runtime.errors import VerificationError
+from headlapse.engine.study.alignment import align
+from headlapse.engine.study.study import tolerance
 from tests.models import MAIN, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
 
@@ -16,26 +17,26 @@ from tests.test_capture import dressed
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("site", [(1,), (0, 2)])
 def test_a_full_hooked_forward_agrees_with_replay(name: str, site: tuple[int, ...]) -> None:
-    skeleton, trials = dressed(tiny(name)), random_trials()
+    resident, trials = dressed(tiny(name)), random_trials()
     mask, alignment = random_subsets(5, 8), align(trials, "end:2")
-    patched = replay(skeleton, capture(skeleton, trials, 2**30), trials, alignment, "denoise", [site], mask)
-    expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", [(site, heads) for heads in mask])
+    patched = replay(resident, capture(resident, trials, 2**30), trials, alignment, "denoise", [site], mask)
+    expected = hooked_logit_diff(resident, trials, alignment, "denoise", [(site, heads) for heads in mask])
     assert np.abs(patched[0] - expected).max() <= 1e-4
 
 
 def test_weights_that_changed_since_the_capture_are_noticed() -> None:
-    skeleton, trials = dressed(tiny("neox-parallel")), random_trials()
-    captured = capture(skeleton, trials, 2**30)
-    skeleton.wear(tiny("neox-parallel", seed=9).state_dict())
+    resident, trials = dressed(tiny("neox-parallel")), random_trials()
+    captured = capture(resident, trials, 2**30)
+    resident.load_weights(tiny("neox-parallel", seed=9).state_dict())
     mask, alignment = random_subsets(2, 8), align(trials, "last")
-    patched = replay(skeleton, captured, trials, alignment, "denoise", [(1,)], mask)[0, 0]
-    expected = hooked_logit_diff(skeleton, trials, alignment, "denoise", [((1,), mask[0])])[0]
-    with pytest.raises(Inexact, match="not those that were cached"):
+    patched = replay(resident, captured, trials, alignment, "denoise", [(1,)], mask)[0, 0]
+    expected = hooked_logit_diff(resident, trials, alignment, "denoise", [((1,), mask[0])])[0]
+    with pytest.raises(VerificationError, match="not those that were cached"):
         require_exact(float(np.abs(patched - expected).max()), tolerance("float32"), "step1")
 
 
 def test_a_nan_is_never_taken_for_exact() -> None:
-    with pytest.raises(Inexact):
+    with pytest.raises(VerificationError):
         require_exact(float("nan"), 1e-4, "step1")
     require_exact(1e-5, 1e-4, "step1")
 
@@ -54,7 +55,7 @@ def test_the_pairs_are_random_over_checkpoints_and_the_same_for_the_same_checkpo
 
 
 def test_stock_attention_is_gone_after_the_check() -> None:
-    skeleton, trials = dressed(tiny("neox-parallel")), random_trials()
-    hooked_logit_diff(skeleton, trials, align(trials, "last"), "noise", [((0,), np.ones(8, dtype=bool))])
-    captured = capture(skeleton, trials, 2**30)
+    resident, trials = dressed(tiny("neox-parallel")), random_trials()
+    hooked_logit_diff(resident, trials, align(trials, "last"), "noise", [((0,), np.ones(8, dtype=bool))])
+    captured = capture(resident, trials, 2**30)
     assert torch.isfinite(captured.answer_logits).all()

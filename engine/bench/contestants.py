@@ -25,18 +25,21 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..capture.forward import capture
-from ..checkpoints.architecture import dissect, read_config
+from ..checkpoints.architecture import inspect_architecture, read_config
 from ..checkpoints.files import config_file, weight_files
-from ..checkpoints.model import Skeleton, Weights, read_weights
+from ..checkpoints.model import ResidentModel
 from ..checkpoints.resolve import Files
+from ..checkpoints.weights import Weights, read_weights
 from ..replay.greedy_decoding import Condition as Prompted
 from ..replay.greedy_decoding import generate
 from ..replay.published_protocol import N_TOKENS
 from ..replay.replay import replay, runs_at_once, waves
+from ..runtime.errors import UserError
 from ..runtime.resources import allow_tf32, peak_memory
 from ..store.activations import Capture
-from ..study.prompts import Trials, align
-from ..study.study import ARITHMETICS, Arithmetic, Refusal
+from ..study.alignment import align
+from ..study.prompts import Trials
+from ..study.study import ARITHMETICS, Arithmetic
 from ..study.subsets import parse_subsets
 from .peers import PEERS, Condition, generate_published
 
@@ -110,15 +113,15 @@ class Tool:
 def choose_tools(words: Sequence[str], dtype: Arithmetic) -> dict[str, Tool]:
     """Tools by the words that ask for them: `hooks`, or `headlapse@bfloat16` with an arithmetic of its own.
 
-    Raises `Refusal` for one that is not known or not installed.
+    Raises `UserError` for one that is not known or not installed.
     """
     tools = {}
     for word in words:
         name, _, own = word.partition("@")
         if name not in installed():
-            raise Refusal(f"--tools {word}: not a tool that is installed; there are {', '.join(installed())}")
+            raise UserError(f"--tools {word}: not a tool that is installed; there are {', '.join(installed())}")
         if own not in ("", "float64", *ARITHMETICS):
-            raise Refusal(f"--tools {word}: not an arithmetic; there are {', '.join(ARITHMETICS)} and float64")
+            raise UserError(f"--tools {word}: not an arithmetic; there are {', '.join(ARITHMETICS)} and float64")
         tools[word] = Tool(name, own or dtype)
     return tools
 
@@ -176,19 +179,19 @@ class Contestant:
 class _Ours:
     """headlapse, with the same face as its peers."""
 
-    def __init__(self, skeleton: Skeleton, trials: Trials) -> None:
-        self.skeleton, self.alignment = skeleton, align(trials, "last")
+    def __init__(self, resident: ResidentModel, trials: Trials) -> None:
+        self.resident, self.alignment = resident, align(trials, "last")
         self.activations: Capture = self.capture(trials)
 
     def capture(self, trials: Trials) -> Capture:
-        return capture(self.skeleton, trials, 2**33)
+        return capture(self.resident, trials, 2**33)
 
     def patch(self, trials: Trials, conditions: Sequence[Condition]) -> Float[np.ndarray, "condition trial"]:
         """Conditions come layer by layer, with the same subsets at each."""
         layers = dict.fromkeys(layer for layer, _ in conditions)
         mask = np.array([heads for _, heads in conditions[: len(conditions) // len(layers)]])
         sites = [(layer,) for layer in layers]
-        found = replay(self.skeleton, self.activations, trials, self.alignment, "denoise", sites, mask)
+        found = replay(self.resident, self.activations, trials, self.alignment, "denoise", sites, mask)
         return found.reshape(-1, trials.n_trials)
 
 
@@ -212,7 +215,7 @@ def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
     global _here
     logging.disable_progress_bar()
     allow_tf32(tool.dtype == "tf32")
-    n_heads = dissect(read_config(directory)).n_heads
+    n_heads = inspect_architecture(read_config(directory)).n_heads
     worker: Any = (
         _Ours(_dressed(directory, tool.torch_dtype, device), trials)
         if tool.is_ours
@@ -221,14 +224,14 @@ def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
     _here = _Here(tool, worker, n_heads, directory, trials, device)
     if tool.is_ours:  # what is learned once per architecture: whether heads add up
         worker.patch(
-            trials, [(layer, np.ones(n_heads, dtype=bool)) for layer in range(worker.skeleton.anatomy.n_layers)]
+            trials, [(layer, np.ones(n_heads, dtype=bool)) for layer in range(worker.resident.architecture.n_layers)]
         )
 
 
-def _dressed(directory: Path, dtype: torch.dtype, device: str) -> Skeleton:
-    skeleton = Skeleton(read_config(directory), dtype, device)
-    skeleton.wear(read_weights(_files(directory), dtype, device))
-    return skeleton
+def _dressed(directory: Path, dtype: torch.dtype, device: str) -> ResidentModel:
+    resident = ResidentModel(read_config(directory), dtype, device)
+    resident.load_weights(read_weights(_files(directory), dtype, device))
+    return resident
 
 
 def _files(directory: Path) -> Files:
@@ -250,7 +253,7 @@ def _time_patch(workload: Workload, sample: int | None) -> Timing:
         timing = _once(lambda: worker.patch(trials, chosen))
         return replace(timing, seconds=timing.seconds * len(conditions) / len(chosen), every=every)
     timing = _once(lambda: worker.patch(trials, conditions))
-    multiply, flops = _products(worker.skeleton, workload, trials)
+    multiply, flops = _products(worker.resident, workload, trials)
     return replace(timing, share=_once(multiply).seconds / timing.seconds, flops=flops)
 
 
@@ -267,7 +270,7 @@ def _time_load() -> Timing:
     """A checkpoint's weights into a resident model, or a model anew where the tool cannot do that."""
     if _here.tool.is_ours:
         dtype, files = _here.tool.torch_dtype, _files(_here.directory)
-        return _once(lambda: _here.worker.skeleton.wear(read_weights(files, dtype, _here.device, _buffers)))
+        return _once(lambda: _here.worker.resident.load_weights(read_weights(files, dtype, _here.device, _buffers)))
     return _once(lambda: _stock(_here.directory, _here.tool.torch_dtype, _here.device))
 
 
@@ -276,10 +279,10 @@ def _time_generation() -> Timing:
     clean, corrupt = (_here.trials.tokens[run, 0, : _here.trials.length[run, 0]] for run in (0, 1))
     parity = [tuple(head % 2 == which for head in range(_here.n_heads)) for which in (0, 1)]
     if _here.tool.is_ours:
-        layer = _here.worker.skeleton.anatomy.n_layers // 2
+        layer = _here.worker.resident.architecture.n_layers // 2
         slices = [(False,) * _here.n_heads, *parity]
         asked = [Prompted(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
-        return _once(lambda: _rows(generate(_here.worker.skeleton, asked, N_TOKENS, len(asked)).tokens))
+        return _once(lambda: _rows(generate(_here.worker.resident, asked, N_TOKENS, len(asked)).tokens))
     model, layer = _here.worker.model, len(_here.worker.projections) // 2
     prompts = torch.from_numpy(clean), torch.from_numpy(corrupt)
     return _once(lambda: _rows([trials[0].tolist() for trials in generate_published(model, *prompts, layer)]))
@@ -327,15 +330,15 @@ def multiplying() -> Iterator[Spent]:
         yield spent
 
 
-def _products(skeleton: Skeleton, workload: Workload, trials: Trials) -> tuple[Callable[[], None], float]:
+def _products(resident: ResidentModel, workload: Workload, trials: Trials) -> tuple[Callable[[], None], float]:
     """The replay's matrix products alone, and their operations: the same modules on as many rows as often.
 
     Those of the layers after the patch, at the patched position; attention and the unembedding are left out.
     """
-    modules = [module for module in skeleton.layer_modules()[0].modules() if isinstance(module, LINEAR)]
-    counts = _row_counts(skeleton, workload, trials.n_trials)
+    modules = [module for module in resident.layer_modules()[0].modules() if isinstance(module, LINEAR)]
+    counts = _row_counts(resident, workload, trials.n_trials)
     n_in = {module: module.weight.shape[0 if isinstance(module, Conv1D) else 1] for module in modules}
-    rows = {n: torch.randn(max(counts), n, device=skeleton.device).to(skeleton.dtype) for n in n_in.values()}
+    rows = {n: torch.randn(max(counts), n, device=resident.device).to(resident.dtype) for n in n_in.values()}
 
     @torch.inference_mode()
     def multiply() -> None:
@@ -348,14 +351,14 @@ def _products(skeleton: Skeleton, workload: Workload, trials: Trials) -> tuple[C
     return multiply, float(flops)
 
 
-def _row_counts(skeleton: Skeleton, workload: Workload, n_trials: int) -> Counter[int]:
+def _row_counts(resident: ResidentModel, workload: Workload, n_trials: int) -> Counter[int]:
     """How many rows go through a layer together, and how often."""
     sites = [(layer,) for layer in workload.layers]
     counts: Counter[int] = Counter()
-    for wave in waves(sites, len(workload.mask(skeleton.anatomy.n_heads)), runs_at_once(skeleton, n_trials)):
-        for layer in range(skeleton.anatomy.n_layers):
+    for wave in waves(sites, len(workload.mask(resident.architecture.n_heads)), runs_at_once(resident, n_trials)):
+        for layer in range(resident.architecture.n_layers):
             counts[n_trials * sum(group.n_runs for group in wave if group.site[0] < layer)] += 1
-            if not skeleton.heads_add_up.get(layer):
+            if not resident.heads_add_up.get(layer):
                 counts.update(n_trials * group.n_runs for group in wave if group.site[0] == layer)
     del counts[0]
     return counts

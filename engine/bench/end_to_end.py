@@ -12,12 +12,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..capture.run import cache_series
-from ..checkpoints.model import TORCH_DTYPES, Weights, read_weights
 from ..checkpoints.resolve import Checkpoint, fetch, resolve
-from ..replay.run import Sweep, open_run, patch_series, spell_out
+from ..checkpoints.weights import TORCH_DTYPES, Weights, read_weights
+from ..replay.run import make_plan, open_run, patch_series
+from ..runtime.errors import UserError
 from ..runtime.resources import Machine, peak_memory
 from ..store.store import Store
-from ..study.study import Refusal, Study
+from ..study.patch_settings import PatchRequest
+from ..study.study import Study
 from .contestants import multiplying
 
 SUBSETS = ("even", "odd", "each")
@@ -52,7 +54,7 @@ def pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pac
 
 
 def run_command(script: Path, *arguments: object) -> tuple[float, int]:
-    """Seconds and peak bytes of a whole command, its output unseen.  Raises `Refusal` when it fails."""
+    """Seconds and peak bytes of a whole command, its output unseen.  Raises `UserError` when it fails."""
     command = [sys.executable, str(script), *map(str, arguments)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -63,12 +65,12 @@ def run_command(script: Path, *arguments: object) -> tuple[float, int]:
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise Refusal(f"{' '.join(command)} failed: {said.strip().splitlines()[-1]}")
+        raise UserError(f"{' '.join(command)} failed: {said.strip().splitlines()[-1]}")
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pace:
-    machine, study = Machine.asked(device), Study(str(directory), trials=n_trials)
+    machine, study = Machine.from_options(device), Study(str(directory), trials=n_trials)
     with TemporaryDirectory(dir=directory.parent) as scratch:
         checkpoints = resolve(study.model, [], Path(scratch))[:n_checkpoints]
         started = time.perf_counter()
@@ -84,7 +86,7 @@ def _run(study: Study, checkpoints: Sequence[Checkpoint], scratch: Path, machine
     path = scratch / "pace.zarr"
     outcomes = list(cache_series(study, checkpoints, path, scratch, machine))
     store = Store(path)
-    plan = spell_out(Sweep(SUBSETS), store)
+    plan = make_plan(PatchRequest(SUBSETS), store)
     run = open_run(store, plan, "pace", machine.device)
     labels = [checkpoint.label for checkpoint in checkpoints]
     outcomes += patch_series(store, plan, run, labels, scratch, machine, lambda _runs: None)

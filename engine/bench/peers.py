@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..checkpoints.architecture import Anatomy, dissect
+from ..checkpoints.architecture import Architecture, inspect_architecture
 from ..study.prompts import Trials
 from ..study.study import RUNS
 
@@ -79,7 +79,7 @@ class _Tool(ABC):
         self.name = name if together == 1 else f"{name}, {together} conditions a forward"
         self.together = together
         self.device = model.device
-        self.anatomy = dissect(model.config)
+        self.architecture = inspect_architecture(model.config)
 
     @abstractmethod
     def read(self, prompts: _Prompts) -> list[Tensor]:
@@ -93,14 +93,14 @@ class _Tool(ABC):
     def capture(self, trials: Trials) -> list[Float[Tensor, "run trial position head head_dim"]]:
         both = trials.tokens.reshape(-1, trials.tokens.shape[-1]), trials.length.reshape(-1)
         read = self.read(_Prompts.of(*both, self.device))
-        return [_by_head(z, self.anatomy.n_heads).unflatten(0, (len(RUNS), -1)) for z in read]
+        return [_by_head(z, self.architecture.n_heads).unflatten(0, (len(RUNS), -1)) for z in read]
 
     @torch.inference_mode()
     def patch(self, trials: Trials, conditions: Sequence[Condition]) -> Float[np.ndarray, "condition trial"]:
         prompts = zip(trials.tokens, trials.length, strict=True)
         clean, corrupt = (_Prompts.of(tokens, length, self.device) for tokens, length in prompts)
         trial = torch.arange(trials.n_trials, device=self.device)
-        source = [_by_head(z, self.anatomy.n_heads)[trial, clean.last] for z in self.read(clean)]
+        source = [_by_head(z, self.architecture.n_heads)[trial, clean.last] for z in self.read(clean)]
         right, wrong = torch.from_numpy(trials.answer_tokens).to(self.device).T
         found = []
         for first in range(0, len(conditions), self.together):
@@ -114,7 +114,7 @@ class _Tool(ABC):
 
         Every architecture makes z anew for W_O, so nobody else sees the change.
         """
-        runs = _by_head(z, self.anatomy.n_heads).unflatten(0, (len(conditions), -1))
+        runs = _by_head(z, self.architecture.n_heads).unflatten(0, (len(conditions), -1))
         trial = torch.arange(len(source), device=z.device)
         for run, (patched, heads) in zip(runs, conditions, strict=True):
             if patched == layer:
@@ -128,7 +128,7 @@ class Hooks(_Tool):
     def __init__(self, model: PreTrainedModel, together: int = 1) -> None:
         super().__init__("transformers hooks", model, together)
         self.model = _twin(model)
-        self.projections = [self.model.get_submodule(path) for path in self.anatomy.out_proj]
+        self.projections = [self.model.get_submodule(path) for path in self.architecture.out_proj]
 
     def read(self, prompts: _Prompts) -> list[Tensor]:
         found: list[Tensor] = []
@@ -167,7 +167,7 @@ class Lens(_Tool):
         # What `boot_transformers(hf_model=...)` does, but that needs a tokenizer.
         twin = _twin(model)
         self.bridge = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
-        self.z_names = [f"blocks.{layer}.attn.hook_z" for layer in range(self.anatomy.n_layers)]
+        self.z_names = [f"blocks.{layer}.attn.hook_z" for layer in range(self.architecture.n_layers)]
 
     def read(self, prompts: _Prompts) -> list[Tensor]:
         # Without the explicit False, run_with_cache asks transformers for every attention pattern.
@@ -223,7 +223,7 @@ class NNsight(_Tool):
 
         super().__init__("nnsight", model, together)
         self.model = Batching(_twin(model))
-        self.projections = [self.model.get(path) for path in self.anatomy.out_proj]
+        self.projections = [self.model.get(path) for path in self.architecture.out_proj]
         self.save = nnsight.save
 
     def read(self, prompts: _Prompts) -> list[Tensor]:
@@ -283,14 +283,14 @@ def generate_published(
     are not heads; positions are copied from the start, not aligned; and as the hook fires at every decoding step, the
     clean prompt's first position is written into each generated token.  To be timed, not to be believed.
     """
-    anatomy = dissect(model.config)
-    attention = model.get_submodule(anatomy.out_proj[layer].rpartition(".")[0])
+    architecture = inspect_architecture(model.config)
+    attention = model.get_submodule(architecture.out_proj[layer].rpartition(".")[0])
     clean, corrupt = (tokens[None].to(model.device) for tokens in (clean, corrupt))
     with _listening(attention) as heard:
         model(clean, attention_mask=torch.ones_like(clean), use_cache=False, logits_to_keep=1)
     generations = []
-    for slices in (range(0), range(0, anatomy.n_heads, 2), range(1, anatomy.n_heads, 2)):
-        with _overwriting(attention, heard[0], slices, anatomy):
+    for slices in (range(0), range(0, architecture.n_heads, 2), range(1, architecture.n_heads, 2)):
+        with _overwriting(attention, heard[0], slices, architecture):
             generations.append([_generate(model, corrupt, n_tokens) for _ in range(n_trials)])
     return generations
 
@@ -314,14 +314,16 @@ def _listening(attention: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def _overwriting(attention: nn.Module, saved: Tensor, slices: Sequence[int], anatomy: Anatomy) -> Iterator[None]:
+def _overwriting(
+    attention: nn.Module, saved: Tensor, slices: Sequence[int], architecture: Architecture
+) -> Iterator[None]:
     """Copy slices of a saved output, from the first position on, into all that the module returns."""
 
     def hook(_module: nn.Module, _args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
-        patched = _by_head(output[0].clone(), anatomy.n_heads)
+        patched = _by_head(output[0].clone(), architecture.n_heads)
         shared = min(patched.shape[1], saved.shape[1])
         for one in slices:
-            patched[:, :shared, one] = _by_head(saved, anatomy.n_heads)[:, :shared, one]
+            patched[:, :shared, one] = _by_head(saved, architecture.n_heads)[:, :shared, one]
         return (patched.flatten(2), *output[1:])
 
     handle = attention.register_forward_hook(hook) if slices else None

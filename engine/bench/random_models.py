@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from ..checkpoints.demo import make_tokenizer
 from ..checkpoints.files import CONFIG
-from ..checkpoints.model import TORCH_DTYPES
 from ..checkpoints.revisions import STUDY
+from ..checkpoints.weights import TORCH_DTYPES
+from ..runtime.errors import UserError
 from ..study.prompts import Trials
-from ..study.study import Arithmetic, Refusal
+from ..study.study import Arithmetic
 from ..study.tasks.contrast import Contrast
 
 SHAPES = {
@@ -30,9 +31,9 @@ N_VOCAB = 50_304
 
 
 def pythia_config(shape: str) -> GPTNeoXConfig:
-    """Raises `Refusal` for a shape that is none of Pythia's."""
+    """Raises `UserError` for a shape that is none of Pythia's."""
     if shape not in SHAPES:
-        raise Refusal(f"--shape {shape}: not a shape that is known; known are {', '.join(SHAPES)}")
+        raise UserError(f"--shape {shape}: not a shape that is known; known are {', '.join(SHAPES)}")
     n_layers, d_model, n_heads = SHAPES[shape]
     return GPTNeoXConfig(
         vocab_size=N_VOCAB,

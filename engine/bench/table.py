@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..runtime.resources import told_bytes
-from ..study.study import Refusal
+from ..runtime.errors import UserError
+from ..runtime.resources import format_bytes
 from .contestants import OURS, Contestant, Timing, Tool, Workload, fastest
 from .end_to_end import SUBSETS, pace, run_command
 from .random_models import SHAPES, write_series
@@ -83,7 +83,7 @@ class Bench:
             )  # fmt: skip
             patch = run_command(self.scripts / "patch.py", store, "--subsets", *SUBSETS, "--device", self.device)
         rows = {"cache.py": cache, "patch.py": patch, "both": (cache[0] + patch[0], max(cache[1], patch[1]))}
-        named = {name: {"seconds": f"{s:.1f}", "peak memory": told_bytes(peak)} for name, (s, peak) in rows.items()}
+        named = {name: {"seconds": f"{s:.1f}", "peak memory": format_bytes(peak)} for name, (s, peak) in rows.items()}
         yield pd.DataFrame.from_dict(named, orient="index").to_string()
         if torch.device(self.device).type == "cpu":
             yield self._parts()
@@ -103,7 +103,7 @@ class Bench:
         tool = Tool(OURS, "float32")
         for one in growths(self.shape, self.checkpoint, self.series, tool, self.device):
             seconds = ", ".join(f"{size}: {took:.3g}" for size, took in zip(one.sizes, one.seconds, strict=True))
-            peaks = ", ".join(told_bytes(peak) for peak in one.peaks)
+            peaks = ", ".join(format_bytes(peak) for peak in one.peaks)
             yield f"{one.what}: {seconds}; exponent {one.exponent:.2f}; {peaks}"
 
 
@@ -134,12 +134,14 @@ def patch_workloads(shape: str) -> dict[str, Workload]:
 
 
 def choose_workloads(words: Sequence[str], shape: str) -> list[str]:
-    """Raises `Refusal` for a word that is none, and for what would never finish."""
+    """Raises `UserError` for a word that is none, and for what would never finish."""
     if unknown := [word for word in words if word not in WORKLOADS]:
-        raise Refusal(f"--workloads {unknown[0]}: not a workload; there are {', '.join(WORKLOADS)}")
+        raise UserError(f"--workloads {unknown[0]}: not a workload; there are {', '.join(WORKLOADS)}")
     few = SHAPES[shape][2] <= 16
     if words and not few and {"splits", "lattice"} & set(words):
-        raise Refusal(f"--workloads splits lattice: {shape} has {SHAPES[shape][2]} heads, too many to try every subset")
+        raise UserError(
+            f"--workloads splits lattice: {shape} has {SHAPES[shape][2]} heads, too many to try every subset"
+        )
     return list(words) or [word for word in WORKLOADS if few or word not in ("splits", "lattice")]
 
 
@@ -168,7 +170,7 @@ def _row(timing: Timing, best: float | None, like: Timing | None) -> dict[str, s
         row["matrix products alone"] = f"{timing.share:.0%}"
     if timing.every > 1:
         row["timed"] = f"1 in {timing.every}"
-    row["peak memory"] = told_bytes(timing.peak)
+    row["peak memory"] = format_bytes(timing.peak)
     if timing.values is not None and like is not None:
         row["largest difference"] = f"{np.abs(timing.values[:: like.every // timing.every] - like.values).max():.1e}"
     return row

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.architecture import Anatomy, dissect, read_config
+from ..checkpoints.architecture import Architecture, inspect_architecture, read_config
 from ..checkpoints.files import vocabulary_file
-from ..checkpoints.model import TORCH_DTYPES, load_tokenizer
-from ..checkpoints.resolve import DEMO, Checkpoint, Supply, description, plan
-from ..runtime.resources import matmul_rate, told_bytes, told_time
+from ..checkpoints.model import load_tokenizer
+from ..checkpoints.resolve import DEMO, Availability, Checkpoint, description, plan
+from ..checkpoints.weights import TORCH_DTYPES
+from ..runtime.resources import format_bytes, format_time, matmul_rate
 from ..store.activations import KINDS
 from ..study.prompts import Trials, draw_trials
 from ..study.study import Study
@@ -23,7 +24,7 @@ DISK_RATE = 500e6
 
 
 @dataclass(frozen=True)
-class Load:
+class Cost:
     """What one checkpoint asks of the machine."""
 
     stored: int
@@ -47,7 +48,7 @@ def describe(study: Study, checkpoints: Sequence[Checkpoint], cache: Path, path:
     return "\n".join(lines)
 
 
-def load_of(study: Study, body: Anatomy, trials: Trials) -> Load:
+def cost_of(study: Study, body: Architecture, trials: Trials) -> Cost:
     """Bytes and operations of one checkpoint, from its shapes alone."""
     layers, kinds = kept_layers(study, body.n_layers)
     widths = {
@@ -58,13 +59,13 @@ def load_of(study: Study, body: Anatomy, trials: Trials) -> Load:
     }
     assert set(widths) == set(KINDS)
     width = sum(widths[kind] for kind in kinds)
-    return Load(
+    return Cost(
         stored=trials.tokens.size * len(layers) * width * TORCH_DTYPES[study.dtype].itemsize,
         flops=2 * body.n_parameters * trials.tokens.size,
     )
 
 
-def _sums(study: Study, todo: Sequence[Supply], cache: Path, path: Path, device: str) -> list[str]:
+def _sums(study: Study, todo: Sequence[Availability], cache: Path, path: Path, device: str) -> list[str]:
     to_fetch = [supply.to_fetch for supply in todo]
     fetched = sum(size or 0 for size in to_fetch)
     unknown = " and what the hub does not tell" if None in to_fetch else ""
@@ -72,26 +73,26 @@ def _sums(study: Study, todo: Sequence[Supply], cache: Path, path: Path, device:
     if directory is None:
         assert study.model == DEMO
         return ["to fetch: nothing; the series is trained first, on the spot (a minute or two), and then takes seconds"]
-    body = dissect(read_config(directory))
+    body = inspect_architecture(read_config(directory))
     trials = draw_trials(study.task, study.trials, load_tokenizer(vocabulary_file(directory).parent), body.context)
-    load = load_of(study, body, trials)
+    load = cost_of(study, body, trials)
     stored = load.stored * len(todo)
     weights = sum(supply.n_bytes or 0 for supply in todo)
     computing = load.flops * len(todo) / matmul_rate(device, TORCH_DTYPES[study.dtype]) + (weights + stored) / DISK_RATE
     free = shutil.disk_usage(_existing(path)).free
-    short = f"; NOT ENOUGH: {told_bytes(free)} are free" if stored > free else f" ({told_bytes(free)} are free)"
-    fetching = f"about {told_time(fetched / NETWORK_RATE)} at {told_bytes(NETWORK_RATE)}/s"
+    short = f"; NOT ENOUGH: {format_bytes(free)} are free" if stored > free else f" ({format_bytes(free)} are free)"
+    fetching = f"about {format_time(fetched / NETWORK_RATE)} at {format_bytes(NETWORK_RATE)}/s"
     return [
-        f"to fetch: {told_bytes(fetched)}{unknown}, {fetching}",
-        f"to store: {told_bytes(stored)}{short}",
-        f"to read, compute and write: about {told_time(computing)} on {device}",
+        f"to fetch: {format_bytes(fetched)}{unknown}, {fetching}",
+        f"to store: {format_bytes(stored)}{short}",
+        f"to read, compute and write: about {format_time(computing)} on {device}",
     ]
 
 
-def _line(supply: Supply, is_missing: bool) -> str:
+def _line(supply: Availability, is_missing: bool) -> str:
     checkpoint = supply.checkpoint
     step = str(checkpoint.step) if checkpoint.step >= 0 else "?"
-    size = told_bytes(supply.n_bytes) if supply.n_bytes is not None else "size unknown"
+    size = format_bytes(supply.n_bytes) if supply.n_bytes is not None else "size unknown"
     if supply.problem:
         state = f"error: {supply.problem}"
     elif not is_missing:

@@ -9,26 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.attention_hook import attending, causal_attention
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
 from ..runtime.resources import as_many_as_fit
 from ..store.activations import KINDS, Capture
 from ..study.prompts import Trials
 
 
-def capture(skeleton: Skeleton, trials: Trials, memory: int) -> Capture:
+def capture(resident: ResidentModel, trials: Trials, memory: int) -> Capture:
     """Run every prompt of both runs once, right-padded, all in one forward unless `memory` (bytes) demands less."""
     n_runs, n_trials, n_positions = trials.tokens.shape
-    tokens = torch.from_numpy(trials.tokens.reshape(-1, n_positions)).to(skeleton.device)
-    read = torch.from_numpy(trials.length.reshape(-1, 1) - 1).to(skeleton.device)
-    answers = torch.from_numpy(np.tile(trials.answer_tokens, (n_runs, 1))).to(skeleton.device)
-    first_try = min(len(tokens), max(1, memory // _bytes_per_prompt(skeleton, n_positions)))
+    tokens = torch.from_numpy(trials.tokens.reshape(-1, n_positions)).to(resident.device)
+    read = torch.from_numpy(trials.length.reshape(-1, 1) - 1).to(resident.device)
+    answers = torch.from_numpy(np.tile(trials.answer_tokens, (n_runs, 1))).to(resident.device)
+    first_try = min(len(tokens), max(1, memory // _bytes_per_prompt(resident, n_positions)))
 
     def run(batch_size: int) -> tuple[dict[str, list[Tensor]], Tensor]:
         parts = [
-            _forward(skeleton, *batch)
+            _forward(resident, *batch)
             for batch in zip(*(x.split(batch_size) for x in (tokens, read, answers)), strict=True)
         ]
-        layers = range(skeleton.anatomy.n_layers)
+        layers = range(resident.architecture.n_layers)
         kept = {kind: [torch.cat([kept[kind][layer] for kept, _ in parts]) for layer in layers] for kind in KINDS}
         return kept, torch.cat([logits for _, logits in parts])
 
@@ -73,17 +73,17 @@ class _Capturing:
 
 @torch.inference_mode()
 def _forward(
-    skeleton: Skeleton, tokens: Tensor, read: Tensor, answers: Tensor
+    resident: ResidentModel, tokens: Tensor, read: Tensor, answers: Tensor
 ) -> tuple[dict[str, list[Tensor]], Tensor]:
-    capturing = _Capturing(skeleton.anatomy.n_layers, tokens.shape[1])
-    with attending(capturing), capturing.watching(skeleton.layer_modules()), skeleton.answering(answers, read):
-        logits = skeleton.model(tokens, use_cache=False).logits
+    capturing = _Capturing(resident.architecture.n_layers, tokens.shape[1])
+    with attending(capturing), capturing.watching(resident.layer_modules()), resident.answering(answers, read):
+        logits = resident.model(tokens, use_cache=False).logits
     return capturing.kept, logits[:, 0].cpu()
 
 
-def _bytes_per_prompt(skeleton: Skeleton, n_positions: int) -> int:
+def _bytes_per_prompt(resident: ResidentModel, n_positions: int) -> int:
     """A generous estimate: what is kept of every layer, and the widest moment of one layer."""
-    body = skeleton.anatomy
+    body = resident.architecture
     kept = body.n_heads * body.value_dim + 2 * body.n_kv_heads * body.head_dim + body.d_model
     widest = 16 * body.d_model + body.n_heads * n_positions
-    return n_positions * (body.n_layers * kept + widest) * skeleton.dtype.itemsize
+    return n_positions * (body.n_layers * kept + widest) * resident.dtype.itemsize

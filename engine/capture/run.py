@@ -1,37 +1,27 @@
-"""A checkpoint series through one resident skeleton: cached once, then patched from the cache."""
+"""A checkpoint series through one resident resident: cached once, then patched from the cache."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.files import sha256, stamp, vocabulary_file
-from ..checkpoints.model import Loaded, Wardrobe, load_tokenizer, prefetch
+from ..checkpoints.model import Loaded, ModelLoader, load_tokenizer
+from ..checkpoints.prefetch import prefetch
 from ..checkpoints.resolve import DEMO, Checkpoint, Files, fetch
+from ..runtime.errors import UserError
+from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
 from ..store.activations import KINDS
 from ..store.store import Store, create_store
-from ..store.zarr_group import Row, refuse_difference, refuse_foreign
+from ..store.zarr_group import CheckpointRow, refuse_difference, refuse_foreign
 from ..study.prompts import DEFAULT_TRIALS, Trials, check_task, draw_trials, same_tokens, task_digest
-from ..study.study import Refusal, Study
+from ..study.study import Study
 from ..study.subsets import parse_layers
 from ..study.tasks.registry import TASKS
 from .forward import capture
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one checkpoint."""
-
-    label: str
-
-    problem: str | None = None
-    """Why it could not be done; None when it was."""
-
-    notes: tuple[str, ...] = ()
-    """What the user should hear besides."""
 
 
 def identity(study: Study) -> dict[str, Any]:
@@ -51,7 +41,7 @@ def store_name(study: Study) -> str:
 
 
 def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path, overwrite: bool = False) -> list[Checkpoint]:
-    """The checkpoints that the store at `path` lacks.  Raises `Refusal` when it answers another question."""
+    """The checkpoints that the store at `path` lacks.  Raises `UserError` when it answers another question."""
     refuse_foreign(path)
     if overwrite or not path.exists():
         return list(checkpoints)
@@ -68,21 +58,21 @@ def cache_series(
 
     Only then does it take the place of one that is to be overwritten.  A checkpoint that cannot be had is an
     `Outcome` with a problem, and the others go on.
-    Raises `Refusal` for a task that is none, before anything is fetched, or that the tokenizer cannot ask.
+    Raises `UserError` for a task that is none, before anything is fetched, or that the tokenizer cannot ask.
     """
     check_task(study.task)
 
-    wardrobe = Wardrobe(study.dtype, machine)
-    recorder = _Recorder(study, missing, path, wardrobe, overwrite)
+    loader = ModelLoader(study.dtype, machine)
+    recorder = _Recorder(study, missing, path, loader, overwrite)
 
     def captures() -> Iterator[tuple[Outcome, Callable[[], None]]]:
-        for checkpoint, loaded in prefetch(missing, lambda checkpoint: wardrobe.ahead(fetch(checkpoint, cache))):
+        for checkpoint, loaded in prefetch(missing, lambda checkpoint: loader.prefetch(fetch(checkpoint, cache))):
             try:
                 if isinstance(loaded, Exception):
                     raise loaded
                 notes, write = recorder.record(checkpoint, loaded)
                 yield Outcome(checkpoint.label, notes=notes), write
-            except Refusal as refusal:
+            except UserError as refusal:
                 if recorder.is_asking:
                     raise
                 yield Outcome(checkpoint.label, str(refusal)), lambda: None
@@ -105,7 +95,7 @@ def _behind(jobs: Iterable[tuple[Outcome, Callable[[], None]]]) -> Iterator[Outc
 def _done(outcome: Outcome, job: Future[None]) -> Outcome:
     try:
         job.result()
-    except Refusal as refusal:
+    except UserError as refusal:
         return replace(outcome, problem=str(refusal))
     return outcome
 
@@ -114,10 +104,10 @@ class _Recorder:
     """Owns the store while a series goes through."""
 
     def __init__(
-        self, study: Study, missing: Sequence[Checkpoint], path: Path, wardrobe: Wardrobe, overwrite: bool
+        self, study: Study, missing: Sequence[Checkpoint], path: Path, loader: ModelLoader, overwrite: bool
     ) -> None:
-        self.study, self.path, self.wardrobe = study, path, wardrobe
-        self.rows = [Row(checkpoint.label, checkpoint.step) for checkpoint in missing]
+        self.study, self.path, self.loader = study, path, loader
+        self.rows = [CheckpointRow(checkpoint.label, checkpoint.step) for checkpoint in missing]
         self.store = Store(path) if path.exists() and not overwrite else None
         self.trials = self.store.trials() if self.store else None
         self.vocabularies: set[str] = set()
@@ -129,17 +119,17 @@ class _Recorder:
     def record(self, checkpoint: Checkpoint, loaded: Loaded) -> tuple[tuple[str, ...], Callable[[], None]]:
         """Capture one checkpoint; what the user should hear about the prompts, and what writes it."""
         files, _ = loaded
-        skeleton, memory = self.wardrobe.wear(loaded)
-        trials, notes = self._ask(files, skeleton.anatomy.context)
-        captured = capture(skeleton, trials, memory)
+        resident, memory = self.loader.load_weights(loaded)
+        trials, notes = self._ask(files, resident.architecture.context)
+        captured = capture(resident, trials, memory)
         if self.store is None:
-            layers, kinds = kept_layers(self.study, skeleton.anatomy.n_layers)
+            layers, kinds = kept_layers(self.study, resident.architecture.n_layers)
             self.store = create_store(self.path, identity(self.study), self.rows, layers, kinds, trials, captured)
         provenance = _provenance(checkpoint, files)
         return notes, functools.partial(self.store.write, checkpoint.label, captured, provenance)
 
     def _ask(self, files: Files, context: int) -> tuple[Trials, tuple[str, ...]]:
-        """The prompts as tokens.  Raises `Refusal` when this checkpoint's tokenizer cuts them otherwise."""
+        """The prompts as tokens.  Raises `UserError` when this checkpoint's tokenizer cuts them otherwise."""
         vocabulary = vocabulary_file(files.directory)
         digest = sha256(vocabulary)
         if self.trials is not None and digest in self.vocabularies:
@@ -148,7 +138,9 @@ class _Recorder:
         drawn = draw_trials(self.study.task, self.study.trials, load_tokenizer(vocabulary.parent), context)
         self.is_asking = False
         if self.trials is not None and not same_tokens(drawn, self.trials):
-            raise Refusal(f"{vocabulary} cuts the prompts into other tokens than the store holds; use another --store")
+            raise UserError(
+                f"{vocabulary} cuts the prompts into other tokens than the store holds; use another --store"
+            )
         self.trials = self.trials or drawn
         self.vocabularies.add(digest)
         return self.trials, drawn.notes if first else ()

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 from .attention_hook import IMPLEMENTATION, attending, causal_attention
 
 _PROBE_TOKENS = 2
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Architecture:
     """Shapes of one architecture and the places where it is read and patched."""
 
-    architecture: str
+    name: str
     n_layers: int
     n_heads: int
     n_kv_heads: int
@@ -59,28 +59,28 @@ class Anatomy:
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """The checkpoint's own config.  Raises `Refusal` when transformers does not know the model."""
+    """The checkpoint's own config.  Raises `UserError` when transformers does not know the model."""
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
-        raise Refusal(
+        raise UserError(
             f"{directory / 'config.json'} is no config of a model transformers knows: {_line(error)}"
         ) from error
 
 
-def dissect(config: PreTrainedConfig) -> Anatomy:
-    """The anatomy of the model `config` describes.  Raises `Refusal`, naming it, for one that cannot be patched."""
+def inspect_architecture(config: PreTrainedConfig) -> Architecture:
+    """The architecture of the model `config` describes.  Raises `UserError`, naming it, for one that cannot be patched."""
     model = _weightless(copy.deepcopy(config))  # choosing an attention implementation writes into it
     name = type(model).__name__
     record = _DryRun()
     try:
         with torch.no_grad(), attending(record), record.watching(model):
             model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=False)
-    except Refusal as refusal:
-        raise Refusal(f"{name}: {refusal}") from None
+    except UserError as refusal:
+        raise UserError(f"{name}: {refusal}") from None
     except (RuntimeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise Refusal(f"{name} cannot be run through transformers' attention interface: {_line(error)}") from error
-    return record.anatomy(model, config)
+        raise UserError(f"{name} cannot be run through transformers' attention interface: {_line(error)}") from error
+    return record.architecture(model, config)
 
 
 class _DryRun:
@@ -123,10 +123,10 @@ class _DryRun:
             for handle in handles:
                 handle.remove()
 
-    def anatomy(self, model: PreTrainedModel, config: PreTrainedConfig) -> Anatomy:
+    def architecture(self, model: PreTrainedModel, config: PreTrainedConfig) -> Architecture:
         name, n_layers = type(model).__name__, int(config.num_hidden_layers)
         if sorted(self.shapes) != list(range(n_layers)) or len(set(self.shapes.values())) != 1:
-            raise Refusal(
+            raise UserError(
                 f"{name} has {n_layers} layers, of which {len(self.shapes)} attend through transformers' attention "
                 "interface with equal shapes; headlapse needs all of them and does not support this model"
             )
@@ -134,8 +134,8 @@ class _DryRun:
         embedding = model.get_input_embeddings()
         assert isinstance(embedding.weight, Tensor)
         layers = tuple(_layer_path(self.out_proj[layer], layer) for layer in range(n_layers))
-        return Anatomy(
-            architecture=name,
+        return Architecture(
+            name=name,
             n_layers=n_layers,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
@@ -156,7 +156,7 @@ def _weightless(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
     except (ValueError, KeyError, ImportError, AttributeError) as error:
-        raise Refusal(
+        raise UserError(
             f"model type {config.model_type!r} cannot be built on transformers' attention interface "
             f"({_line(error)}); not supported"
         ) from error

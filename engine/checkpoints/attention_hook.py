@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 
 IMPLEMENTATION = "headlapse"
 """The name under which transformers knows our function.  It has no mask function: models then build no mask."""
@@ -72,26 +72,26 @@ def causal_attention(
 def refuse_unknown(
     module: nn.Module, attention_mask: Any, longest: int, scaling: float | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raise `Refusal` where the model asks for scores that plain causal attention does not give."""
+    """Raise `UserError` where the model asks for scores that plain causal attention does not give."""
     who = type(module).__name__
     window = kwargs.get("sliding_window")
     if attention_mask is not None:
-        raise Refusal(
+        raise UserError(
             f"{who} builds its own attention mask, which headlapse cannot reproduce; this model is not supported"
         )
     if kwargs.get("softcap") is not None:
-        raise Refusal(f"{who} caps its attention scores (softcap {kwargs['softcap']}); this model is not supported")
+        raise UserError(f"{who} caps its attention scores (softcap {kwargs['softcap']}); this model is not supported")
     if window is not None and window < longest:
-        raise Refusal(
+        raise UserError(
             f"{who} attends through a sliding window of {window} tokens, the prompts have {longest}; shorten them"
         )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise Refusal(f"{who} attends in both directions; only causal models can be patched from a cache")
+        raise UserError(f"{who} attends in both directions; only causal models can be patched from a cache")
     if scaling is None:
-        raise Refusal(f"{who} does not say how it scales its scores; this model is not supported")
+        raise UserError(f"{who} does not say how it scales its scores; this model is not supported")
     unknown = [name for name, value in kwargs.items() if name not in _HARMLESS and isinstance(value, Tensor)]
     if unknown:
-        raise Refusal(
+        raise UserError(
             f"{who} passes {', '.join(unknown)} to its attention, which headlapse does not know; not supported"
         )
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 
 Model = Any
 Optimizer = Any
@@ -168,11 +168,11 @@ def numeric_share(model: Model, tokenizer: Tokenizer, exam: Sequence[Document]) 
     return (number > version).double().mean().item()
 
 
-def grow(directory: Path, recipe: Recipe = SERIES) -> None:
+def train(directory: Path, recipe: Recipe = SERIES) -> None:
     """Train the series into `directory`/step{N}, going on where an interrupted run stopped.
 
     What bears such a name is whole, and on one machine the same whatever the interruptions, bit for bit.  Where all
-    are there nothing is done.  Raises `Refusal` for a directory that holds anything else, and while another process
+    are there nothing is done.  Raises `UserError` for a directory that holds anything else, and while another process
     trains in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def _alone(directory: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise Refusal(f"another run is training the series in {directory}; wait for it and run again") from None
+        raise UserError(f"another run is training the series in {directory}; wait for it and run again") from None
     finally:
         os.close(descriptor)
 
@@ -202,7 +202,7 @@ def _claim(directory: Path, recipe: Recipe) -> None:
     held = {entry.name for entry in directory.iterdir() if not entry.match(LEFTOVER)}
     if held and (RECIPE not in held or path.read_bytes() != text):
         found = f"it holds another {RECIPE}" if RECIPE in held else f"it holds {min(held)} and no {RECIPE}"
-        raise Refusal(f"a series is to be trained in {directory}, but {found}; remove the directory")
+        raise UserError(f"a series is to be trained in {directory}, but {found}; remove the directory")
     for leftover in directory.glob(LEFTOVER):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     if not held:
@@ -340,7 +340,7 @@ def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer) -> Non
 def _resume(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer) -> int:
     """Put the last state back, if there is one.  Returns the step to go on from.
 
-    Raises `Refusal` for a state that cannot be read and for checkpoints that no interruption leaves behind.
+    Raises `UserError` for a state that cannot be read and for checkpoints that no interruption leaves behind.
     """
     import torch
     from safetensors import SafetensorError
@@ -350,12 +350,12 @@ def _resume(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer)
     try:
         saved = load_file(path) if path.exists() else {}
     except SafetensorError as error:
-        raise Refusal(f"{path} cannot be read ({error}); remove {directory}") from error
+        raise UserError(f"{path} cannot be read ({error}); remove {directory}") from error
     step = int(saved["step"]) if saved else 0
     there = {kept for kept in recipe.steps if (directory / f"step{kept}").exists()}
     before = {kept for kept in recipe.steps if kept < step}
     if there != _whole(directory, recipe) or not before <= there <= before | {step}:
-        raise Refusal(f"the series in {directory} is not as a run leaves it, checkpoints are missing; remove it")
+        raise UserError(f"the series in {directory} is not as a run leaves it, checkpoints are missing; remove it")
     for name, weight in model.named_parameters() if saved else ():
         weight.data.copy_(saved[f"weight.{name}"])
         moments = {moment: saved[f"{moment}.{name}"].clone() for moment in MOMENTS}

@@ -1,6 +1,6 @@
 """A checkpoint's files in Hugging Face's layout: which there are, whether they are whole, their hashes.
 
-What is wrong with them is a `Refusal` of one line; no tensor is read.
+What is wrong with them is a `UserError` of one line; no tensor is read.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -43,10 +43,10 @@ _POINTER_BYTES = 1024
 
 
 def config_file(directory: Path) -> Path:
-    """The config of the checkpoint in `directory`.  Raises `Refusal` when there is none, or it is not JSON."""
+    """The config of the checkpoint in `directory`.  Raises `UserError` when there is none, or it is not JSON."""
     path = directory / CONFIG
     if not path.is_file():
-        raise Refusal(f"{directory} is no checkpoint: no {CONFIG} in it; {contents(directory)}")
+        raise UserError(f"{directory} is no checkpoint: no {CONFIG} in it; {contents(directory)}")
     _read_object(path)
     return path
 
@@ -54,20 +54,20 @@ def config_file(directory: Path) -> Path:
 def vocabulary_file(directory: Path) -> Path:
     """What tells one tokenizer from another; a trainer leaves it above its checkpoints.
 
-    Raises `Refusal` when there is none: transformers would make an empty tokenizer without a word.
+    Raises `UserError` when there is none: transformers would make an empty tokenizer without a word.
     """
     for place in (directory, directory.parent):
         for name in VOCABULARY:
             if (place / name).is_file():
                 return place / name
-    raise Refusal(f"{directory} holds no tokenizer (no {' or '.join(VOCABULARY)}); put tokenizer.json there")
+    raise UserError(f"{directory} holds no tokenizer (no {' or '.join(VOCABULARY)}); put tokenizer.json there")
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The files of the best form of weights in `directory`.  Raises `Refusal` when none is there whole."""
+    """The files of the best form of weights in `directory`.  Raises `UserError` when none is there whole."""
     form = best_form(tuple(form for form in WEIGHTS if (directory / form).is_file()))
     if form is None:
-        raise Refusal(f"{directory} holds no weights ({FORMS_TOLD}); {contents(directory)}")
+        raise UserError(f"{directory} holds no weights ({FORMS_TOLD}); {contents(directory)}")
     return tuple(_weight_file(directory / name, form) for name in shards(directory / form))
 
 
@@ -86,16 +86,16 @@ def is_index(form: str) -> bool:
 def shards(form: Path) -> list[str]:
     """The files that hold the weights: the shards an index names, or the one file itself.
 
-    Raises `Refusal` when the index is broken.
+    Raises `UserError` when the index is broken.
     """
     if not is_index(form.name):
         return [form.name]
     names = _read_object(form).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise Refusal(f"{form} has no weight_map that names shards; fetch or copy it again")
+        raise UserError(f"{form} has no weight_map that names shards; fetch or copy it again")
     found = sorted({str(name) for name in names.values()})
     if odd := [name for name in found if Path(name).name != name]:
-        raise Refusal(f"{form} names {odd[0]}, which is no file beside it; fetch or copy it again")
+        raise UserError(f"{form} names {odd[0]}, which is no file beside it; fetch or copy it again")
     return found
 
 
@@ -109,13 +109,13 @@ def is_whole(directory: Path) -> bool:
     """Whether config, weights and a tokenizer are all there."""
     try:
         config_file(directory), weight_files(directory)
-    except Refusal:
+    except UserError:
         return False
     return any((directory / name).is_file() for name in VOCABULARY)
 
 
 def n_bytes(directory: Path) -> int:
-    """Bytes of the weights.  Raises `Refusal` as `weight_files` does."""
+    """Bytes of the weights.  Raises `UserError` as `weight_files` does."""
     return sum(path.stat().st_size for path in weight_files(directory))
 
 
@@ -145,9 +145,9 @@ def some(names: Collection[str]) -> str:
 
 def _weight_file(path: Path, form: str) -> Path:
     if not path.is_file():
-        raise Refusal(f"{path.parent} lacks {path.name}, which {form} names; fetch or copy it again")
+        raise UserError(f"{path.parent} lacks {path.name}, which {form} names; fetch or copy it again")
     if path.stat().st_size < _POINTER_BYTES and path.read_bytes().startswith(_POINTER):
-        raise Refusal(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there")
+        raise UserError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` there")
     return path
 
 
@@ -155,7 +155,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"{path} is not JSON ({error}); mend it, or fetch or copy it again") from error
+        raise UserError(f"{path} is not JSON ({error}); mend it, or fetch or copy it again") from error
     if not isinstance(content, dict):
-        raise Refusal(f"{path} is no JSON object; mend it, or fetch or copy it again")
+        raise UserError(f"{path} is no JSON object; mend it, or fetch or copy it again")
     return content

@@ -1,6 +1,6 @@
 """Hugging Face's hub through its own client: what a repository holds, and its files brought into the client's cache.
 
-The client reads HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.  What goes wrong is a `Refusal` of one line.
+The client reads HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.  What goes wrong is a `UserError` of one line.
 """
 
 import errno
@@ -14,12 +14,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 
 _KEPT = "run it again, files that are complete are kept"
 
 
-class Unreachable(Refusal):
+class Unreachable(UserError):
     """The hub gave no usable answer; what is in the cache may do."""
 
 
@@ -38,7 +38,7 @@ class RemoteFile:
     """Its name in the client's cache: the sha256 of a large (LFS) file, the git hash of a small one."""
 
     sha256: str | None
-    """Told of large files only."""
+    """Finding of large files only."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Revision:
 def look_up(repo: str, name: str) -> Revision:
     """Ask the hub what a revision holds: one request.
 
-    Raises `NoRevision`, `Unreachable`, or `Refusal` when the repository is missing or closed to the user.
+    Raises `NoRevision`, `Unreachable`, or `UserError` when the repository is missing or closed to the user.
     """
     from huggingface_hub import HfApi, constants
 
@@ -99,7 +99,7 @@ def cached(repo: str, name: str) -> Path | None:
 def download(revision: Revision, names: Collection[str]) -> Path:
     """Bring the named files into the client's cache, complete, and return their folder.
 
-    What is there already is not fetched again.  Raises `Refusal` when the download is cut off, the disk is full, or
+    What is there already is not fetched again.  Raises `UserError` when the download is cut off, the disk is full, or
     a file is not of the size that the hub told.
     """
     from huggingface_hub import snapshot_download
@@ -110,7 +110,7 @@ def download(revision: Revision, names: Collection[str]) -> Path:
         # found again without a network.
         directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=bar))
     if directory.name != revision.commit:
-        raise Refusal(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
+        raise UserError(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
     for file in names:
         _require_size(directory / file, revision.files[file].size)
     return directory
@@ -148,10 +148,10 @@ def _blob(path: Path) -> Path:
 
 def _require_size(path: Path, size: int | None) -> None:
     if not path.is_file():
-        raise Refusal(f"{path.name} did not arrive at {path.parent}; {_KEPT}")
+        raise UserError(f"{path.name} did not arrive at {path.parent}; {_KEPT}")
     found = path.stat().st_size
     if size is not None and found != size:
-        raise Refusal(f"{path.name} has {found} bytes, the hub says {size}; delete {_blob(path)} and run it again")
+        raise UserError(f"{path.name} has {found} bytes, the hub says {size}; delete {_blob(path)} and run it again")
 
 
 @contextmanager
@@ -169,18 +169,20 @@ def _explaining(repo: str, name: str | None = None, downloading: bool = False) -
     except errors.RevisionNotFoundError as error:
         raise NoRevision(name) from error
     except errors.GatedRepoError as error:
-        raise Refusal(
+        raise UserError(
             f"{repo} is gated: accept its terms at {hub}/{repo}, then let `hf auth login` store your token"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise Refusal(
+        raise UserError(
             f"{repo} is neither a directory here nor a model at {hub} that may be read; "
             "check the name, or run `hf auth login` if it is private"
         ) from error
     except errors.DisabledRepoError as error:
-        raise Refusal(f"{repo} was disabled at {hub}; ask its authors") from error
+        raise UserError(f"{repo} was disabled at {hub}; ask its authors") from error
     except errors.HFValidationError as error:
-        raise Refusal(f"{repo} is neither a directory here nor a hub id ({_line(error)}); write owner/name") from error
+        raise UserError(
+            f"{repo} is neither a directory here nor a hub id ({_line(error)}); write owner/name"
+        ) from error
     except errors.HfHubHTTPError as error:
         raise _told(error.response.status_code, hub, asked) from error
     except errors.OfflineModeIsEnabled as error:
@@ -197,10 +199,10 @@ def _explaining(repo: str, name: str | None = None, downloading: bool = False) -
         ) from error
 
 
-def _told(status: int, hub: str, asked: str) -> Refusal:
+def _told(status: int, hub: str, asked: str) -> UserError:
     """What a status of the hub means that has no exception of its own."""
     if status in (401, 403):
-        return Refusal(
+        return UserError(
             f"{hub} refuses access to {asked} (status {status}): private, or the token is not valid; "
             "run `hf auth login` with one that may read it"
         )
@@ -212,12 +214,14 @@ def _told(status: int, hub: str, asked: str) -> Refusal:
     return Unreachable(f"{hub} answers {asked} with status {status}; run it again later, or check HF_ENDPOINT")
 
 
-def _unwritten(error: OSError, asked: str, cache: str) -> Refusal | None:
+def _unwritten(error: OSError, asked: str, cache: str) -> UserError | None:
     """What an error of the disk means; None for one of the network."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Refusal(f"no room for {asked} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk")
+        return UserError(
+            f"no room for {asked} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return Refusal(f"{asked} cannot be kept in {cache}: {error.strerror}; set HF_HOME to a place to write to")
+        return UserError(f"{asked} cannot be kept in {cache}: {error.strerror}; set HF_HOME to a place to write to")
     return None
 
 

@@ -1,96 +1,44 @@
-"""Weights: read from a checkpoint's files, worn by one resident skeleton, the next read while this one computes."""
+"""Weights: read from a checkpoint's files, worn by one resident resident, the next read while this one computes."""
 
 import copy
 import json
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from accelerate import init_empty_weights
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..runtime.resources import Machine, allow_tf32, told_bytes
-from ..study.study import DTYPES, Arithmetic, Refusal
-from .architecture import Anatomy, dissect, read_config
+from ..runtime.errors import UserError
+from ..runtime.resources import Machine, allow_tf32, format_bytes
+from ..study.study import Arithmetic
+from .architecture import Architecture, inspect_architecture, read_config
 from .attention_hook import IMPLEMENTATION
 from .files import GENERATION
 from .resolve import Files
-
-TORCH_DTYPES: dict[Arithmetic, torch.dtype] = {dtype: getattr(torch, dtype) for dtype in DTYPES}
-TORCH_DTYPES["tf32"] = torch.float32
+from .weights import TORCH_DTYPES, Weights, read_weights, weight_bytes
 
 _MASK_BUFFERS = re.compile(r"\.(attention|attn)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$")
-"""Tables that old .bin files carry beside the weights.  Ignored only where the skeleton has no such parameter."""
+"""Tables that old .bin files carry beside the weights.  Ignored only where the resident has no such parameter."""
 
 _ALIASES = {"embed_out.weight": "lm_head.weight", "lm_head.weight": "embed_out.weight"}
 """GPT-NeoX's unembedding: the name in its files and the one in newer versions of transformers."""
 
-Weights = dict[str, Tensor]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of a decoder layer, without the residual stream."""
 
-Item = TypeVar("Item")
-Value = TypeVar("Value")
 
-
-def read_weights(files: Files, dtype: torch.dtype, device: str, buffers: dict[str, Tensor] | None = None) -> Weights:
-    """Every tensor by name, cast to `dtype` on `device`; memory-mapped where nothing has to change.
-
-    What is cast or moved goes into `buffers` of an earlier reading where they fit, and is left there.
-    Raises `Refusal` for a file that is cut off or is no weight file.
-    """
-    buffers = {} if buffers is None else buffers
-    weights: Weights = {}
-    for path in files.weights:
-        for name, tensor in _tensors(path):
-            target = dtype if tensor.is_floating_point() else tensor.dtype
-            if tensor.dtype != target or tensor.device != torch.device(device):
-                kept = buffers.get(name)
-                if kept is None or kept.shape != tensor.shape or kept.dtype != target:
-                    kept = buffers[name] = torch.empty_like(tensor, dtype=target, device=device)
-                tensor = kept.copy_(tensor)
-            weights[name] = tensor
-    return weights
-
-
-def weight_bytes(files: Files, dtype: torch.dtype) -> int:
-    """What the weights take in memory as `dtype`.  Raises `Refusal` for a file that is cut off or is no weight file."""
-    tensors = (tensor for path in files.weights for _, tensor in _tensors(path))
-    return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
-
-
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118, it is no mapping
-                    yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} is cut off or no weight file ({reason}); delete it and fetch it again") from error
-    except Exception as error:
-        # pickle's own errors share no base class but Exception.
-        if type(error).__module__ not in ("_pickle", "pickle"):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"{path} holds more than tensors and is not unpickled ({reason})") from error
-
-
-class Skeleton:
+class ResidentModel:
     """One resident model; each checkpoint's weights are swapped into it under a strict key check."""
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, device: str) -> None:
         config = copy.deepcopy(config)  # choosing an attention implementation writes into it
-        self.anatomy: Anatomy = dissect(config)
+        self.architecture: Architecture = inspect_architecture(config)
         self.dtype = dtype
         self.device = device
         self.config_fields = _identity(config)
@@ -110,42 +58,42 @@ class Skeleton:
         return _identity(config) == self.config_fields
 
     def canonical(self, name: str) -> str:
-        """The skeleton's name of a tensor: some files leave the base model's prefix out."""
+        """The resident's name of a tensor: some files leave the base model's prefix out."""
         prefix = self.model.base_model_prefix
         for candidate in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."), _ALIASES.get(name, name)):
             if candidate in self._shapes:
                 return candidate
         return name
 
-    def wear(self, weights: Mapping[str, Tensor]) -> None:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Swap `weights` in.
 
-        Raises `Refusal` naming keys that are missing, unknown or of another shape, and changes nothing then.
+        Raises `UserError` naming keys that are missing, unknown or of another shape, and changes nothing then.
         """
         named = {self.canonical(name): tensor for name, tensor in weights.items()}
         unknown = sorted(name for name in named if name not in self._shapes)
         unknown = [name for name in unknown if not _MASK_BUFFERS.search(name)]
         missing = sorted(name for name in self._shapes if name not in named and name not in self._tied)
         misshapen = sorted(n for n, t in named.items() if n in self._shapes and tuple(t.shape) != self._shapes[n])
-        who = self.anatomy.architecture
+        who = self.architecture.name
         if misshapen:
             name = misshapen[0]
-            raise Refusal(
+            raise UserError(
                 f"{name} has shape {list(named[name].shape)}, {who} as configured needs {list(self._shapes[name])} "
                 f"({_count(misshapen)} of another shape); config.json and weights do not belong together"
             )
         if missing or unknown:
-            raise Refusal(f"the weights do not fit {who}: {_listed('missing', missing)}{_listed('unknown', unknown)}")
+            raise UserError(f"the weights do not fit {who}: {_listed('missing', missing)}{_listed('unknown', unknown)}")
         for target, source in self._tied.items():
             if target in named and source in named and not torch.equal(named[target], named[source]):
-                raise Refusal(
+                raise UserError(
                     f"{who} is configured to tie {target} to {source}, but the file holds two different tensors"
                 )
         self.model.load_state_dict({n: t for n, t in named.items() if n in self._shapes}, strict=False, assign=True)
         self.model.tie_weights()
 
     def layer_modules(self) -> list[nn.Module]:
-        return [self.model.get_submodule(path) for path in self.anatomy.layers]
+        return [self.model.get_submodule(path) for path in self.architecture.layers]
 
     @contextmanager
     def stock(self, attention: Literal["eager", "default"] = "eager") -> Iterator[PreTrainedModel]:
@@ -170,7 +118,7 @@ class Skeleton:
         nothing = torch.zeros((), device=self.device, dtype=self.dtype)
         with self._replaced_layers(record):
             self.model.base_model(
-                inputs_embeds=nothing.expand(*position_ids.shape, self.anatomy.d_embedding),
+                inputs_embeds=nothing.expand(*position_ids.shape, self.architecture.d_embedding),
                 position_ids=position_ids,
                 use_cache=False,
             )
@@ -186,7 +134,7 @@ class Skeleton:
     def logits(self, resid: Float[Tensor, "batch row d_model"]) -> Float[Tensor, "batch row token"]:
         """The same for the whole vocabulary."""
         batch, n_rows, _ = resid.shape
-        nothing = resid.new_zeros(()).expand(batch, n_rows, self.anatomy.d_embedding)
+        nothing = resid.new_zeros(()).expand(batch, n_rows, self.architecture.d_embedding)
         positions = torch.zeros(batch, n_rows, dtype=torch.long, device=resid.device)
         left = self._as_layer_output(resid)
         with self._replaced_layers(lambda *_, **__: left):
@@ -203,7 +151,7 @@ class Skeleton:
         return heard[0]
 
     def _as_layer_output(self, resid: Tensor) -> Any:
-        return (resid,) if self.anatomy.layer_returns_tuple else resid
+        return (resid,) if self.architecture.layer_returns_tuple else resid
 
     @contextmanager
     def _replaced_layers(self, forward: Callable[..., Any]) -> Iterator[None]:
@@ -252,8 +200,8 @@ Loaded = tuple[Files, Weights | None]
 """A checkpoint's files, and its weights where they could be read ahead."""
 
 
-class Wardrobe:
-    """The resident skeleton, and the checkpoints that it wears one after another.
+class ModelLoader:
+    """The resident resident, and the checkpoints that it wears one after another.
 
     Weights that are cast or moved are read into two sets of buffers in turn, of which one is worn; where memory has no
     room for two, into one.
@@ -262,91 +210,54 @@ class Wardrobe:
     def __init__(self, dtype: Arithmetic, machine: Machine) -> None:
         allow_tf32(dtype == "tf32")
         self.dtype, self.machine = dtype, machine
-        self._skeleton: Skeleton | None = None
+        self._skeleton: ResidentModel | None = None
         self._buffers: tuple[Weights, Weights] = ({}, {})
 
-    def ahead(self, files: Files) -> Loaded:
+    def prefetch(self, files: Files) -> Loaded:
         """Read weights while another checkpoint computes, where both find room."""
         if 2 * weight_bytes(files, TORCH_DTYPES[self.dtype]) > self.machine.memory:
             return files, None
         self._buffers = self._buffers[::-1]
         return files, self._read(files)
 
-    def wear(self, loaded: Loaded) -> tuple[Skeleton, int]:
-        """The skeleton in the checkpoint's weights, and the bytes of memory that are left beside them.
+    def load_weights(self, loaded: Loaded) -> tuple[ResidentModel, int]:
+        """The resident in the checkpoint's weights, and the bytes of memory that are left beside them.
 
-        Raises `Refusal` where they do not fit into the memory or the architecture.
+        Raises `UserError` where they do not fit into the memory or the architecture.
         """
         files, weights = loaded
         taken = weight_bytes(files, TORCH_DTYPES[self.dtype])
         if taken >= self.machine.memory:
-            raise Refusal(
-                f"the weights take {told_bytes(taken)} in {self.dtype}, the {told_bytes(self.machine.memory)} allowed "
+            raise UserError(
+                f"the weights take {format_bytes(taken)} in {self.dtype}, the {format_bytes(self.machine.memory)} allowed "
                 "do not hold more; give more --memory, or a smaller --dtype"
             )
-        self._skeleton = open_skeleton(files, self.dtype, self.machine.device, self._skeleton)
-        self._skeleton.wear(weights if weights is not None else self._read(files))
+        self._skeleton = open_resident_model(files, self.dtype, self.machine.device, self._skeleton)
+        self._skeleton.load_weights(weights if weights is not None else self._read(files))
         return self._skeleton, self.machine.memory - taken
 
     def _read(self, files: Files) -> Weights:
         return read_weights(files, TORCH_DTYPES[self.dtype], self.machine.device, self._buffers[0])
 
 
-def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[tuple[Item, Value | Refusal | OSError]]:
-    """Each item with what `load` gave, or why it could not; the next one loads while this one is used."""
-    waiting: _Loading[Item, Value] | None = None
-    for item in items:
-        loaded = waiting
-        if loaded is not None:
-            loaded.join()
-        waiting = _Loading(item, load)
-        if loaded is not None:
-            yield loaded.item, loaded.outcome()
-    if waiting is not None:
-        waiting.join()
-        yield waiting.item, waiting.outcome()
-
-
-class _Loading(threading.Thread, Generic[Item, Value]):
-    """One item on its way.  A daemon: an interrupted program does not wait for it."""
-
-    def __init__(self, item: Item, load: Callable[[Item], Value]) -> None:
-        super().__init__(daemon=True, name="prefetch")
-        self.item, self._load = item, load
-        self._value: Value
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._value = self._load(self.item)
-        except BaseException as error:
-            self._error = error
-
-    def outcome(self) -> Value | Refusal | OSError:
-        if self._error is None:
-            return self._value
-        if isinstance(self._error, Refusal | OSError):
-            return self._error
-        raise self._error
-
-
 def load_tokenizer(directory: Path) -> Any:
-    """The checkpoint's own tokenizer.  Raises `Refusal` when transformers cannot load it."""
+    """The checkpoint's own tokenizer.  Raises `UserError` when transformers cannot load it."""
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise Refusal(f"the tokenizer in {directory} cannot be loaded ({reason}); put another there") from error
+        raise UserError(f"the tokenizer in {directory} cannot be loaded ({reason}); put another there") from error
 
 
-def open_skeleton(files: Files, dtype: Arithmetic, device: str, current: Skeleton | None = None) -> Skeleton:
-    """The resident skeleton where it fits the checkpoint's config, else a new one."""
+def open_resident_model(
+    files: Files, dtype: Arithmetic, device: str, current: ResidentModel | None = None
+) -> ResidentModel:
+    """The resident resident where it fits the checkpoint's config, else a new one."""
     config = read_config(files.config.parent)
-    skeleton = current if current is not None and current.fits(config) else None
-    skeleton = skeleton or Skeleton(config, TORCH_DTYPES[dtype], device)
-    skeleton.model.generation_config = _plainly_greedy(files.config.parent, config)
-    return skeleton
+    resident = current if current is not None and current.fits(config) else None
+    resident = resident or ResidentModel(config, TORCH_DTYPES[dtype], device)
+    resident.model.generation_config = _plainly_greedy(files.config.parent, config)
+    return resident
 
 
 def _plainly_greedy(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
@@ -356,7 +267,7 @@ def _plainly_greedy(directory: Path, config: PreTrainedConfig) -> GenerationConf
         try:
             ends = GenerationConfig.from_pretrained(directory).eos_token_id
         except (OSError, ValueError) as error:
-            raise Refusal(
+            raise UserError(
                 f"{directory / GENERATION}: it cannot be read ({error}); fetch it again, or remove it"
             ) from error
     return GenerationConfig(eos_token_id=ends)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 from . import files, hub
-from .revisions import PYTHIA, Shelf, pick, step_of, unknown
+from .revisions import PYTHIA, RevisionIndex, select, step_of, unknown
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Supply:
+class Availability:
     """What it takes to have one checkpoint on disk."""
 
     checkpoint: Checkpoint
@@ -87,12 +87,12 @@ def resolve(model: str, wanted: Sequence[str], cache: Path) -> list[Checkpoint]:
 
     `wanted` are labels, steps, ranges `A..B` and the sets `study`, `log` and `all`; none at all is the model's
     sensible default.  The network is asked only for what cannot be known without it.
-    Raises `Refusal` for what the model does not have.
+    Raises `UserError` for what the model does not have.
     """
     shelf, place = _shelf(model, cache)
     steps: dict[str, int] = {}
     for item in wanted or (shelf.default,):
-        steps |= pick(shelf, item)
+        steps |= select(shelf, item)
     order = sorted(steps, key=lambda label: (steps[label] < 0, steps[label], label == "main", label))
     return [Checkpoint(label, steps[label], model, str(place / label) if place else model) for label in order]
 
@@ -101,7 +101,7 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     """The checkpoint's files, complete and hashed; what is not on disk is trained or downloaded.
 
     Files that still have the size and the time of their last change that were `recorded` are not hashed again.
-    Raises `Refusal` when they cannot be had.
+    Raises `UserError` when they cannot be had.
     """
     if checkpoint.model != DEMO and not os.path.isabs(checkpoint.location):
         return _from_hub(checkpoint)
@@ -109,10 +109,10 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     return _on_disk(directory, told=_unchanged(directory, recorded))
 
 
-def plan(checkpoints: Sequence[Checkpoint], cache: Path) -> list[Supply]:
+def plan(checkpoints: Sequence[Checkpoint], cache: Path) -> list[Availability]:
     """What `fetch` would have to bring, checkpoint by checkpoint; those on the hub come back pinned to their commit.
 
-    Raises `Refusal` when none of them can be had.
+    Raises `UserError` when none of them can be had.
     """
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         needs = list(pool.map(functools.partial(_need, cache=cache), checkpoints))
@@ -122,14 +122,14 @@ def plan(checkpoints: Sequence[Checkpoint], cache: Path) -> list[Supply]:
         counted |= need.missing.keys()
         supplies.append(replace(need.supply, to_fetch=_sum(sizes)))
     if supplies and all(supply.problem for supply in supplies):
-        raise Refusal(supplies[0].problem)
+        raise UserError(supplies[0].problem)
     return supplies
 
 
 def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
     """A directory with the checkpoint's configuration and tokenizer, fetched without its weights.
 
-    None for the embedded series while it is not trained.  Raises `Refusal` when they cannot be had.
+    None for the embedded series while it is not trained.  Raises `UserError` when they cannot be had.
     """
     if checkpoint.model == DEMO or os.path.isabs(checkpoint.location):
         directory = Path(checkpoint.location)
@@ -138,38 +138,38 @@ def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
     return found if isinstance(found, Path) else hub.download(found, _beside(found))
 
 
-def _shelf(model: str, cache: Path) -> tuple[Shelf, Path | None]:
+def _shelf(model: str, cache: Path) -> tuple[RevisionIndex, Path | None]:
     """What the name stands for, and the directory that holds it; None for the hub."""
     path = os.path.expanduser(model)
     if model == DEMO:
-        return Shelf(model, _demo_steps, "all"), (cache / DEMO).resolve()
+        return RevisionIndex(model, _demo_steps, "all"), (cache / DEMO).resolve()
     if os.path.isdir(path):
         return _local_shelf(model, Path(path).resolve())
     if os.path.exists(path):
-        raise Refusal(f"--model {model} is a file; give the directory that holds {files.CONFIG} and the weights")
+        raise UserError(f"--model {model} is a file; give the directory that holds {files.CONFIG} and the weights")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).parent.absolute() == cache.absolute():
-        raise Refusal(f"--model {model}: there is no such directory; give one, a hub id (owner/name) or {DEMO}")
+        raise UserError(f"--model {model}: there is no such directory; give one, a hub id (owner/name) or {DEMO}")
     if not _HUB_ID.fullmatch(model):
-        raise Refusal(f"--model {model!r} is neither a directory here nor a hub id (owner/name)")
+        raise UserError(f"--model {model!r} is neither a directory here nor a hub id (owner/name)")
     if _PYTHIA_NAME.fullmatch(model):
         known = {f"step{step}": step for step in PYTHIA} | {"main": PYTHIA[-1]}
         # Other names are revisions all the same: a commit, a branch added later.
-        return Shelf(
+        return RevisionIndex(
             model, lambda: known, "study", lambda label: label not in ("", "main") and step_of(label) < 0
         ), None
     ask = functools.cache(lambda: {name: step_of(name) for name in hub.revisions(model)})
-    return Shelf(model, ask, "main", bool), None
+    return RevisionIndex(model, ask, "main", bool), None
 
 
-def _local_shelf(model: str, directory: Path) -> tuple[Shelf, Path]:
+def _local_shelf(model: str, directory: Path) -> tuple[RevisionIndex, Path]:
     """A series where there is one: a trainer leaves its last weights above its checkpoints."""
     folders = sorted(path.name for path in directory.iterdir() if _FOLDER.match(path.name) and path.is_dir())
     if folders:
         held = {name: step_of(name) for name in folders}
-        return Shelf(model, lambda: held, "all"), directory
+        return RevisionIndex(model, lambda: held, "all"), directory
     if (directory / files.CONFIG).is_file() and any((directory / form).is_file() for form in files.WEIGHTS):
-        return Shelf(model, lambda: {directory.name: step_of(directory.name)}, "all"), directory.parent
-    raise Refusal(
+        return RevisionIndex(model, lambda: {directory.name: step_of(directory.name)}, "all"), directory.parent
+    raise UserError(
         f"--model {model} is no checkpoint ({files.CONFIG} and weights: {files.FORMS_TOLD}) and has no step*/ or "
         f"checkpoint-*/ in it; {files.contents(directory)}"
     )
@@ -182,10 +182,10 @@ def _demo_steps() -> Mapping[str, int]:
 
 
 def _grown(checkpoint: Checkpoint, cache: Path) -> Path:
-    from .demo import grow
+    from .demo import train
 
     # Even where this step is there: training that was interrupted goes on before anything is handed out.
-    grow(cache / DEMO)
+    train(cache / DEMO)
     return cache / DEMO / checkpoint.label
 
 
@@ -195,7 +195,9 @@ def _on_disk(directory: Path, commit: str | None = None, told: Mapping[str, str 
         config, weights = files.config_file(directory), files.weight_files(directory)
         sha256 = {path.name: (told or {}).get(path.name) or files.sha256(path) for path in weights}
     except OSError as error:
-        raise Refusal(f"{error.filename or directory} cannot be read: {error.strerror}; mend and run again") from error
+        raise UserError(
+            f"{error.filename or directory} cannot be read: {error.strerror}; mend and run again"
+        ) from error
     return Files(directory, weights, config, sha256, commit)
 
 
@@ -221,7 +223,7 @@ def _from_hub(checkpoint: Checkpoint) -> Files:
     if files.is_index(form):
         weights += files.shards(hub.download(revision, weights) / form)
         if absent := [file for file in weights if file not in revision.files]:
-            raise Refusal(
+            raise UserError(
                 f"{repo} revision {revision.name} is incomplete on the hub: {form} names {absent[0]}, "
                 "which is not there; leave it out"
             )
@@ -250,13 +252,13 @@ def _find(checkpoint: Checkpoint) -> hub.Revision | Path:
 
 
 def _form(revision: hub.Revision) -> str:
-    """The form of weights to take.  Raises `Refusal` when the revision is no checkpoint."""
+    """The form of weights to take.  Raises `UserError` when the revision is no checkpoint."""
     where, found = f"{revision.repo} revision {revision.name}", files.some(sorted(revision.files))
     if files.CONFIG not in revision.files:
-        raise Refusal(f"{where} is no checkpoint: no {files.CONFIG} in it; found there: {found}")
+        raise UserError(f"{where} is no checkpoint: no {files.CONFIG} in it; found there: {found}")
     form = files.best_form(revision.files)
     if form is None:
-        raise Refusal(f"{where} holds no weights ({files.FORMS_TOLD}); found there: {found}")
+        raise UserError(f"{where} holds no weights ({files.FORMS_TOLD}); found there: {found}")
     return form
 
 
@@ -266,7 +268,7 @@ def _beside(revision: hub.Revision) -> list[str]:
 
 @dataclass(frozen=True)
 class _Need:
-    supply: Supply
+    supply: Availability
     missing: Mapping[str, int | None] = field(default_factory=dict)
     """Bytes of every blob that is not on disk."""
 
@@ -275,27 +277,27 @@ def _need(checkpoint: Checkpoint, cache: Path) -> _Need:
     try:
         if checkpoint.model == DEMO:
             directory = cache / DEMO / checkpoint.label
-            return _Need(Supply(checkpoint, files.n_bytes(directory) if directory.is_dir() else None))
+            return _Need(Availability(checkpoint, files.n_bytes(directory) if directory.is_dir() else None))
         if os.path.isabs(checkpoint.location):
             directory = files.config_file(Path(checkpoint.location)).parent
-            return _Need(Supply(checkpoint, files.n_bytes(directory)))
+            return _Need(Availability(checkpoint, files.n_bytes(directory)))
         return _hub_need(checkpoint)
-    except Refusal as refusal:
-        return _Need(Supply(checkpoint, problem=str(refusal)))
+    except UserError as refusal:
+        return _Need(Availability(checkpoint, problem=str(refusal)))
 
 
 def _hub_need(checkpoint: Checkpoint) -> _Need:
     revision = _find(checkpoint)
     if isinstance(revision, Path):
-        return _Need(Supply(replace(checkpoint, commit=revision.name), files.n_bytes(revision)))
+        return _Need(Availability(replace(checkpoint, commit=revision.name), files.n_bytes(revision)))
     form = _form(revision)
     weights = [form]
     if files.is_index(form):
-        # Told by their names: a plan fetches nothing, the index neither.
+        # Finding by their names: a plan fetches nothing, the index neither.
         weights += [file for file in revision.files if files.looks_like_shard(file, form)]
     n_bytes = _sum([revision.files[file].size for file in weights])
     missing = hub.missing(revision, {*weights, *_beside(revision)})
-    return _Need(Supply(replace(checkpoint, commit=revision.commit), n_bytes), missing)
+    return _Need(Availability(replace(checkpoint, commit=revision.commit), n_bytes), missing)
 
 
 def _sum(sizes: Sequence[int | None]) -> int | None:

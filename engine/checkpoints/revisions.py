@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 
 STUDY = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 80000, 100000, 120000, 143000)
 """Steps of the published study's checkpoints; it took the last one from `main`."""
@@ -22,7 +22,7 @@ _FEW = 12
 
 
 @dataclass(frozen=True)
-class Shelf:
+class RevisionIndex:
     """The checkpoints that one model name stands for."""
 
     model: str
@@ -37,8 +37,8 @@ class Shelf:
     """Whether a label is taken as it is, unlisted, to be looked for when it is fetched."""
 
 
-def pick(shelf: Shelf, item: str) -> Mapping[str, int]:
-    """Label -> step of what one word of `--checkpoints` names.  Raises `Refusal` for what is not on the shelf."""
+def select(shelf: RevisionIndex, item: str) -> Mapping[str, int]:
+    """Label -> step of what one word of `--checkpoints` names.  Raises `UserError` for what is not on the shelf."""
     if item in _SETS:
         return _SETS[item](shelf)
     if ".." in item:
@@ -59,7 +59,7 @@ def step_of(label: str) -> int:
     return int(found[1]) if found else UNKNOWN
 
 
-def unknown(item: str, model: str, held: Collection[str]) -> Refusal:
+def unknown(item: str, model: str, held: Collection[str]) -> UserError:
     """What was asked for is not there; the nearest steps or spellings are."""
     asked = int(item) if _NUMBER.fullmatch(item) else step_of(item)
     steps = {step_of(name) for name in held} - {UNKNOWN}
@@ -71,13 +71,13 @@ def unknown(item: str, model: str, held: Collection[str]) -> Refusal:
         near = [name for name in held if step_of(name) in around]
     else:
         near = difflib.get_close_matches(item, held, n=3, cutoff=0.5) or _in_order(held)[:3]
-    return Refusal(
+    return UserError(
         f"--checkpoints {item}: not among the {len(held)} checkpoints of {model}; "
         f"near it are {', '.join(_in_order(near)) or 'none'}; write labels, a range A..B, study, log or all"
     )
 
 
-def _all(shelf: Shelf) -> Mapping[str, int]:
+def _all(shelf: RevisionIndex) -> Mapping[str, int]:
     """Everything, without `main` where it is one of the others."""
     held = dict(shelf.listing())
     if (last := held.get("main", UNKNOWN)) >= 0 and list(held.values()).count(last) > 1:
@@ -85,15 +85,15 @@ def _all(shelf: Shelf) -> Mapping[str, int]:
     return held
 
 
-def _numbered(shelf: Shelf) -> Mapping[str, int]:
+def _numbered(shelf: RevisionIndex) -> Mapping[str, int]:
     return {label: step for label, step in _all(shelf).items() if step >= 0}
 
 
-def _log(shelf: Shelf) -> Mapping[str, int]:
+def _log(shelf: RevisionIndex) -> Mapping[str, int]:
     """Steps 0, 1, 2, 4 ... 512, 1000, 2000, 4000 ... as far as they are there, the first and the last."""
     held = _numbered(shelf)
     if not held:
-        raise Refusal(f"--checkpoints log: no checkpoint of {shelf.model} has a step number; {_listed(shelf)}")
+        raise UserError(f"--checkpoints log: no checkpoint of {shelf.model} has a step number; {_listed(shelf)}")
     ends = (min(held.values()), max(held.values()))
     return {label: step for label, step in held.items() if step in ends or _is_log(step)}
 
@@ -104,27 +104,27 @@ def _is_log(step: int) -> bool:
     return (step <= 512 or rest == 0) and power & (power - 1) == 0
 
 
-def _study(shelf: Shelf) -> Mapping[str, int]:
+def _study(shelf: RevisionIndex) -> Mapping[str, int]:
     by_step = {step: label for label, step in sorted(_numbered(shelf).items(), reverse=True)}
     if shelf.listing().get("main") == STUDY[-1]:
         by_step[STUDY[-1]] = "main"
     if absent := [step for step in STUDY if step not in by_step]:
-        raise Refusal(
+        raise UserError(
             f"--checkpoints study: {shelf.model} lacks {len(absent)} of the {len(STUDY)} published steps, "
             f"the first is {absent[0]}; {_listed(shelf)}; write labels, a range A..B, log or all"
         )
     return {by_step[step]: step for step in STUDY}
 
 
-_SETS: dict[str, Callable[[Shelf], Mapping[str, int]]] = {"study": _study, "log": _log, "all": _all}
+_SETS: dict[str, Callable[[RevisionIndex], Mapping[str, int]]] = {"study": _study, "log": _log, "all": _all}
 
 
-def _range(shelf: Shelf, item: str) -> Mapping[str, int]:
+def _range(shelf: RevisionIndex, item: str) -> Mapping[str, int]:
     ends = [_end(shelf, end) for end in item.split("..")]
     if len(ends) != 2 or min(ends) < 0:
-        raise Refusal(f"--checkpoints {item}: a range has a known step at both ends, e.g. step1000..step8000")
+        raise UserError(f"--checkpoints {item}: a range has a known step at both ends, e.g. step1000..step8000")
     if ends[0] > ends[1]:
-        raise Refusal(f"--checkpoints {item} ends before it begins; write the smaller step first")
+        raise UserError(f"--checkpoints {item} ends before it begins; write the smaller step first")
     held = _numbered(shelf)
     picked = {label: step for label, step in held.items() if ends[0] <= step <= ends[1]}
     if not picked:
@@ -132,7 +132,7 @@ def _range(shelf: Shelf, item: str) -> Mapping[str, int]:
     return picked
 
 
-def _end(shelf: Shelf, end: str) -> int:
+def _end(shelf: RevisionIndex, end: str) -> int:
     """The step of one end of a range, which need not be there itself."""
     if _NUMBER.fullmatch(end):
         return int(end)
@@ -142,17 +142,17 @@ def _end(shelf: Shelf, end: str) -> int:
     return step_of(end) if step_of(end) >= 0 else shelf.listing().get(end, UNKNOWN)
 
 
-def _number(shelf: Shelf, item: str) -> Mapping[str, int]:
+def _number(shelf: RevisionIndex, item: str) -> Mapping[str, int]:
     held = _numbered(shelf)
     found = {label: step for label, step in held.items() if step == int(item)}
     if not found:
         raise unknown(item, shelf.model, held)
     if len(found) > 1:
-        raise Refusal(f"--checkpoints {item}: {shelf.model} has {', '.join(found)} at that step; write one of them")
+        raise UserError(f"--checkpoints {item}: {shelf.model} has {', '.join(found)} at that step; write one of them")
     return found
 
 
-def _listed(shelf: Shelf) -> str:
+def _listed(shelf: RevisionIndex) -> str:
     names = _in_order(shelf.listing())
     return f"it has {', '.join(names)}" if len(names) <= _FEW else f"it has {len(names)}, {names[0]} to {names[-1]}"
 

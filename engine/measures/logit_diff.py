@@ -6,13 +6,14 @@ that are neither answer do, and saturates; a rank sees only order.  Logits here 
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from ..study.patch_settings import PatchSettings
 
 NAMED = ("even", "odd", "all")
 """Subsets that have columns of their own in the timeline."""
@@ -127,9 +128,9 @@ def strongest(run: xr.Dataset, direction: str) -> pd.DataFrame:
     return pd.DataFrame(columns | {"rate": success(values).mean("trial").values}, index=done.checkpoint.values)
 
 
-def format_timeline(run: xr.Dataset, settings: dict[str, Any]) -> str:
+def format_timeline(run: xr.Dataset, settings: PatchSettings) -> str:
     """The timeline as a plain table, with a line that says how to read it."""
-    frame = timeline(run, settings["direction"])
+    frame = timeline(run, settings.direction)
     table = pd.DataFrame(index=frame.index)
     table["step"] = [str(step) if step >= 0 else "?" for step in frame["step"]]
     for name in ("clean", "corrupt", *NAMED):
@@ -137,20 +138,20 @@ def format_timeline(run: xr.Dataset, settings: dict[str, Any]) -> str:
             pairs = zip(frame[name], frame[f"{name}_rate"], strict=True)
             table[name] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in pairs]
     if not set(NAMED) & set(frame):
-        best = strongest(run, settings["direction"])
+        best = strongest(run, settings.direction)
         table["strongest"] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in zip(best["mean"], best["rate"], strict=True)]
         table["heads"] = [label if len(label) <= 24 else f"{label[:23]}…" for label in best["subset"]]
     if "strength" in frame:
         table["strength"] = [f"{value:+.2f}" for value in frame["strength"]]
-    if not settings["joint"]:
+    if not settings.joint:
         table["best layer"] = frame["best_layer"].astype(str)
     judge = "all heads" if "all" in run.subset.values else "the strongest subset"
     n = run.sizes["trial"]
     where = f"the row's best layer (most moved by {judge})"
-    if settings["joint"]:
-        where = f"layers {', '.join(map(str, settings['layers']))} at once"
+    if settings.joint:
+        where = f"layers {', '.join(map(str, settings.layers))} at once"
     return (
         f"{table.to_string()}\n"
         f"mean logit difference (right - wrong, nats) and success rate over {n} distinct prompt{'s' * (n != 1)}; "
-        f"patched columns: {settings['direction']} at {where}"
+        f"patched columns: {settings.direction} at {where}"
     )

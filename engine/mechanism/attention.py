@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..checkpoints.attention_hook import AttentionMode
-from ..replay.layers import Giving, Steps
+from ..replay.layers import FixedZ, LayerRunner
 
 TO = ("first", "previous", "itself", "digits")
 """Shares of a head's attention that are kept: to the prompt's first token, to the one before the read position, to the
@@ -18,7 +18,7 @@ read position itself, to all tokens that hold a digit.  They may overlap, and ne
 class _Asking(AttentionMode):
     """An attention mode that keeps the query of the read position, and gives a fixed z."""
 
-    giving: Giving
+    giving: FixedZ
     heard: list[tuple[Tensor, float]] = field(default_factory=list)
 
     @property
@@ -30,16 +30,16 @@ class _Asking(AttentionMode):
         return self.giving(layer, query, key, value, scaling)
 
 
-def attention(steps: Steps, layer: int) -> Float[Tensor, "trial head position"]:
+def attention(runner: LayerRunner, layer: int) -> Float[Tensor, "trial head position"]:
     """The target run's attention from its read position; zero at positions past it.
 
     The layer's own way from the residual stream to the query is run again for that one position, rotation included.
     """
-    ground = steps.ground
-    asking = _Asking(Giving(ground.patched("z", layer, ground.target)[:, None], ground.longest))
-    steps.through(layer, ground.patched("resid_pre", layer, ground.target)[:, None], asking)
+    inputs = runner.inputs
+    asking = _Asking(FixedZ(inputs.patched("z", layer, inputs.target)[:, None], inputs.longest))
+    runner.through(layer, inputs.patched("resid_pre", layer, inputs.target)[:, None], asking)
     [(query, scaling)] = asking.heard
-    return attend_from(query, ground.run("key", layer, ground.target), ground.positions[ground.target, :, 0], scaling)
+    return attend_from(query, inputs.run("key", layer, inputs.target), inputs.positions[inputs.target, :, 0], scaling)
 
 
 def attend_from(

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..checkpoints.attention_hook import AttentionMode, attending
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
 from ..replay.additive_layers import output_weight
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 from .readout import rounding
 
 CIRCUITS = ("QK", "OV")
@@ -58,48 +58,48 @@ class Circuit:
 
 
 @torch.no_grad()
-def circuits(skeleton: Skeleton, layers: Sequence[int]) -> dict[int, tuple[Circuit, Circuit]]:
+def circuits(resident: ResidentModel, layers: Sequence[int]) -> dict[int, tuple[Circuit, Circuit]]:
     """QK and OV of each layer, in tensors of their own.
 
-    Found by running the layer's own way into attention on unit vectors, not from a table of modules.  Raises `Refusal`
+    Found by running the layer's own way into attention on unit vectors, not from a table of modules.  Raises `UserError`
     for an architecture whose queries, keys or values are no linear function of the normed residual stream.
     """
-    d_model = skeleton.anatomy.d_model
-    units = torch.eye(d_model, device=skeleton.device, dtype=skeleton.dtype)
+    d_model = resident.architecture.d_model
+    units = torch.eye(d_model, device=resident.device, dtype=resident.dtype)
     draw = torch.Generator().manual_seed(0)
     some = torch.randn(1, d_model, generator=draw).to(units)
     rows = torch.cat([units, torch.zeros_like(some), some])[None]
     # At position 0 nothing is rotated.
-    calls = skeleton.layer_calls(torch.zeros(rows.shape[:2], dtype=torch.long, device=skeleton.device))
+    calls = resident.layer_calls(torch.zeros(rows.shape[:2], dtype=torch.long, device=resident.device))
     found = {}
     for layer in layers:
-        projections = [_projection(skeleton, given, some[0]) for given in _projected(skeleton, layer, rows, calls)]
-        query, key, value = (_by_query_head(skeleton, weight) for weight in projections)
-        output = output_weight(skeleton, layer).transpose(1, 2).clone()
+        projections = [_projection(resident, given, some[0]) for given in _projected(resident, layer, rows, calls)]
+        query, key, value = (_by_query_head(resident, weight) for weight in projections)
+        output = output_weight(resident, layer).transpose(1, 2).clone()
         found[layer] = Circuit(query, key), Circuit(value, output)
     return found
 
 
 def _projection(
-    skeleton: Skeleton, given: Float[Tensor, "head row width"], some: Float[Tensor, " d_model"]
+    resident: ResidentModel, given: Float[Tensor, "head row width"], some: Float[Tensor, " d_model"]
 ) -> Float[Tensor, "head d_model width"]:
     """The matrix that makes of unit vectors what was given: rows are units, zero, and one to check with."""
     bias, check = given[:, -2], given[:, -1]
     weight = given[:, :-2] - bias[:, None]
     allowed = rounding(given.dtype) * check.abs().max()
     if not (torch.einsum("m,hmd->hd", some, weight) + bias - check).abs().max() <= allowed:
-        raise Refusal(
-            f"{skeleton.anatomy.architecture} norms or clips its queries, keys or values; its QK and OV circuits are "
+        raise UserError(
+            f"{resident.architecture.name} norms or clips its queries, keys or values; its QK and OV circuits are "
             "no products of weights and are not supported; leave weights out of --parts"
         )
     return weight
 
 
 def _by_query_head(
-    skeleton: Skeleton, weight: Float[Tensor, "some_head d_model width"]
+    resident: ResidentModel, weight: Float[Tensor, "some_head d_model width"]
 ) -> Float[Tensor, "head d_model width"]:
     """One a query head, where several share a key and value head."""
-    return weight.repeat_interleave(skeleton.anatomy.n_heads // len(weight), dim=0)
+    return weight.repeat_interleave(resident.architecture.n_heads // len(weight), dim=0)
 
 
 class _Attended(Exception):
@@ -119,11 +119,11 @@ class _Stopping(AttentionMode):
 
 
 def _projected(
-    skeleton: Skeleton, layer: int, rows: Float[Tensor, "one row d_model"], calls: Sequence[Any]
+    resident: ResidentModel, layer: int, rows: Float[Tensor, "one row d_model"], calls: Sequence[Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value (head, row, width) of `rows` that no norm has changed."""
     args, kwargs = calls[layer]
-    block, stopping = skeleton.layer_modules()[layer], _Stopping()
+    block, stopping = resident.layer_modules()[layer], _Stopping()
     with _without_norm(block, rows), attending(stopping):
         try:
             block(rows, *args, **kwargs)

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
 from ..replay.additive_layers import layer_output, output_weight
-from ..replay.layers import Steps
-from ..study.study import Refusal
+from ..replay.layers import LayerRunner
+from ..runtime.errors import UserError
 from .readout import MEND, readout, rounding
 
 
@@ -41,20 +41,20 @@ class Attribution:
         return self.heads.double().sum((0, 1)) + self.rest.double().sum(0) + self.start + self.constant
 
 
-def attribute(steps: Steps, layers: Sequence[int]) -> Attribution:
+def attribute(runner: LayerRunner, layers: Sequence[int]) -> Attribution:
     """The target run's shares; `layers` go up to the last without a gap.
 
-    Raises `Refusal` for an architecture whose heads do not write straight into the residual stream.
+    Raises `UserError` for an architecture whose heads do not write straight into the residual stream.
     """
-    skeleton, ground = steps.skeleton, steps.ground
-    z = {layer: ground.patched("z", layer, ground.target)[:, 0] for layer in layers}
-    entered = {layer: ground.patched("resid_pre", layer, ground.target)[:, 0] for layer in layers}
-    left = layer_output(steps, layers[-1], z[layers[-1]][:, None])[:, 0]
-    read = readout(skeleton, left, ground.answers)
+    resident, inputs = runner.resident, runner.inputs
+    z = {layer: inputs.patched("z", layer, inputs.target)[:, 0] for layer in layers}
+    entered = {layer: inputs.patched("resid_pre", layer, inputs.target)[:, 0] for layer in layers}
+    left = layer_output(runner, layers[-1], z[layers[-1]][:, None])[:, 0]
+    read = readout(resident, left, inputs.answers)
     heads, rest = [], []
     for layer in layers:
-        _refuse_other_writing(steps, layer)
-        by_head = torch.einsum("hvm,tm->thv", output_weight(skeleton, layer).float(), read.direction)
+        _refuse_other_writing(runner, layer)
+        by_head = torch.einsum("hvm,tm->thv", output_weight(resident, layer).float(), read.direction)
         heads.append((z[layer].float() * by_head).sum(-1).T)
         after = entered.get(layer + 1, left)
         written = ((after.float() - entered[layer].float()) * read.direction).sum(-1)
@@ -63,29 +63,29 @@ def attribute(steps: Steps, layers: Sequence[int]) -> Attribution:
     return Attribution(torch.stack(heads), torch.stack(rest), start, read.constant)
 
 
-def _refuse_other_writing(steps: Steps, layer: int) -> None:
-    """Raise `Refusal` where a push on z reaches the residual stream otherwise than as W_O leaves it.
+def _refuse_other_writing(runner: LayerRunner, layer: int) -> None:
+    """Raise `UserError` where a push on z reaches the residual stream otherwise than as W_O leaves it.
 
     What comes after W_O in the layer is silenced, so that only the direct way is open.
     """
-    skeleton = steps.skeleton
-    z = steps.ground.patched("z", layer, steps.ground.target)
+    resident = runner.resident
+    z = runner.inputs.patched("z", layer, runner.inputs.target)
     push = torch.ones_like(z) * z.std()
-    with _silenced_after_output(skeleton, layer):
-        before, after = (layer_output(steps, layer, given) for given in (z, z + push))
-    expected = push.flatten(-2) @ output_weight(skeleton, layer).flatten(0, 1)
+    with _silenced_after_output(resident, layer):
+        before, after = (layer_output(runner, layer, given) for given in (z, z + push))
+    expected = push.flatten(-2) @ output_weight(resident, layer).flatten(0, 1)
     allowed = rounding(before.dtype) * before.abs().max()
     if not (after - before - expected).abs().max() <= allowed + 0.01 * expected.abs().max():
-        raise Refusal(
-            f"{skeleton.anatomy.architecture} scales or norms what its heads write before it joins the residual "
+        raise UserError(
+            f"{resident.architecture.name} scales or norms what its heads write before it joins the residual "
             f"stream; direct logit attribution is not supported for it{MEND}"
         )
 
 
 @contextmanager
-def _silenced_after_output(skeleton: Skeleton, layer: int) -> Iterator[None]:
+def _silenced_after_output(resident: ResidentModel, layer: int) -> Iterator[None]:
     """While the body runs, every module with weights that comes after W_O in the layer gives zero."""
-    project = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+    project = resident.model.get_submodule(resident.architecture.out_proj[layer])
     attended: list[bool] = []
 
     def silence(module: nn.Module, _args: Any, output: Any) -> Any:
@@ -97,7 +97,7 @@ def _silenced_after_output(skeleton: Skeleton, layer: int) -> Iterator[None]:
     def begin(_module: nn.Module, _args: Any) -> None:
         attended.clear()
 
-    block = skeleton.layer_modules()[layer]
+    block = resident.layer_modules()[layer]
     with ExitStack() as stack:
         stack.callback(block.register_forward_pre_hook(begin).remove)
         for module in block.modules():

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checkpoints.model import Skeleton
-from ..study.study import ROUNDING, Refusal
+from ..checkpoints.model import ResidentModel
+from ..runtime.errors import UserError
+from ..study.study import ROUNDING
 
 ROUNDINGS = 64
 """What was found by trying holds within so many roundings of the largest value."""
@@ -39,15 +40,17 @@ class Readout:
         return (resid.float() * self.direction).sum(-1) + self.constant
 
 
-def readout(skeleton: Skeleton, resid: Float[Tensor, "trial d_model"], answers: Int[Tensor, "trial answer"]) -> Readout:
+def readout(
+    resident: ResidentModel, resid: Float[Tensor, "trial d_model"], answers: Int[Tensor, "trial answer"]
+) -> Readout:
     """The readout of runs whose last layer left `resid`.
 
     Freezing the scale is what makes a head's share of the logits well defined (Elhage et al. 2021, A Mathematical
-    Framework for Transformer Circuits; Wang et al. 2022, arXiv:2211.00593).  Raises `Refusal` where the logits are no
+    Framework for Transformer Circuits; Wang et al. 2022, arXiv:2211.00593).  Raises `UserError` where the logits are no
     such product.
     """
-    norm = _FrozenNorm.found(skeleton, resid)
-    unembed = skeleton.model.get_output_embeddings()
+    norm = _FrozenNorm.found(resident, resid)
+    unembed = resident.model.get_output_embeddings()
     weight, bias = unembed.weight, getattr(unembed, "bias", None)
     assert isinstance(weight, Tensor)
     right, wrong = weight[answers].float().unbind(1)
@@ -55,7 +58,7 @@ def readout(skeleton: Skeleton, resid: Float[Tensor, "trial d_model"], answers: 
     if bias is not None:
         constant = constant + bias[answers].float() @ constant.new_tensor([1.0, -1.0])
     found = Readout(norm.back(right - wrong), constant)
-    _refuse_other_logits(skeleton, found, resid, answers)
+    _refuse_other_logits(resident, found, resid, answers)
     return found
 
 
@@ -71,18 +74,18 @@ class _FrozenNorm:
     """Up to a factor that the gain has the inverse of."""
 
     @classmethod
-    def found(cls, skeleton: Skeleton, resid: Float[Tensor, "trial d_model"]) -> "_FrozenNorm":
+    def found(cls, resident: ResidentModel, resid: Float[Tensor, "trial d_model"]) -> "_FrozenNorm":
         """By trying: what is odd is the norm, what is even its bias; ones are nothing to one that centres.
 
-        Raises `Refusal` where what stands before the unembedding is no LayerNorm and no RMSNorm.
+        Raises `UserError` where what stands before the unembedding is no LayerNorm and no RMSNorm.
         """
         signs = torch.ones_like(resid[0])
         signs[1::2] = -1
         probes = torch.stack([resid, -resid], dim=1), torch.stack([signs, -signs, signs.abs()])[None]
-        normed, tried = (skeleton.before_unembedding(probe).float() for probe in probes)
+        normed, tried = (resident.before_unembedding(probe).float() for probe in probes)
         if normed.shape[2] != resid.shape[1]:
-            raise Refusal(
-                f"{skeleton.anatomy.architecture} projects its residual stream before it unembeds it; direct logit "
+            raise UserError(
+                f"{resident.architecture.name} projects its residual stream before it unembeds it; direct logit "
                 f"attribution is not supported for it{MEND}"
             )
         bias, odd = normed.mean((0, 1)), (normed[:, 0] - normed[:, 1]) / 2
@@ -93,8 +96,8 @@ class _FrozenNorm:
         scale = (unscaled**2).sum(1) / (unscaled * odd).sum(1)
         allowed = rounding(resid.dtype) * normed.abs().max()
         if not (unscaled / scale[:, None] - odd).abs().max() <= allowed:
-            raise Refusal(
-                f"{skeleton.anatomy.architecture} ends in no LayerNorm and no RMSNorm; direct logit attribution is not "
+            raise UserError(
+                f"{resident.architecture.name} ends in no LayerNorm and no RMSNorm; direct logit attribution is not "
                 f"supported for it{MEND}"
             )
         return cls(gain, bias, is_centred, scale)
@@ -108,12 +111,12 @@ def _centred(values: Tensor, is_centred: bool) -> Tensor:
     return values - values.mean(-1, keepdim=True) if is_centred else values
 
 
-def _refuse_other_logits(skeleton: Skeleton, found: Readout, resid: Tensor, answers: Tensor) -> None:
-    logits = skeleton.answer_logits(resid[:, None], answers)[:, 0].float()
+def _refuse_other_logits(resident: ResidentModel, found: Readout, resid: Tensor, answers: Tensor) -> None:
+    logits = resident.answer_logits(resid[:, None], answers)[:, 0].float()
     terms = found.direction.abs().amax(1) * resid.float().abs().amax(1) + logits.abs().amax(1)
     allowed = rounding(resid.dtype) * terms
     if not ((found.of(resid) - logits[:, 0] + logits[:, 1]).abs() <= allowed).all():
-        raise Refusal(
-            f"{skeleton.anatomy.architecture} scales or caps its logits; direct logit attribution is not supported "
+        raise UserError(
+            f"{resident.architecture.name} scales or caps its logits; direct logit attribution is not supported "
             f"for it{MEND}"
         )

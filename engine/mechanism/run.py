@@ -9,18 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..capture.run import Outcome
-from ..checkpoints.model import Skeleton, Wardrobe
-from ..checkpoints.revisions import Shelf, pick
-from ..replay.layers import Steps
-from ..replay.patch_inputs import Direction, Ground
+from ..checkpoints.model import ModelLoader, ResidentModel
+from ..checkpoints.revisions import RevisionIndex, select
+from ..replay.cached_checkpoints import LoadedCheckpoint, load_each
+from ..replay.layers import LayerRunner
+from ..replay.patch_inputs import PatchInputs
 from ..replay.replay import replay, runs_at_once
-from ..replay.run import Worn, each_worn
+from ..runtime.errors import UserError, VerificationError
+from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
 from ..store.activations import Activations
 from ..store.store import Store
-from ..study.prompts import Trials, align
-from ..study.study import RUNS, Arithmetic, Inexact, Refusal, tolerance
+from ..study.alignment import align
+from ..study.patch_settings import Direction
+from ..study.prompts import Trials
+from ..study.study import RUNS, Arithmetic, tolerance
 from .attention import attention, shares
 from .attribution_patching import estimated_effect
 from .circuits import CIRCUITS, Circuit, circuits
@@ -32,7 +35,7 @@ Circuits = Mapping[int, tuple[Circuit, Circuit]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class MechanismPlan:
     """What is asked of every checkpoint of one store."""
 
     settings: dict[str, Any]
@@ -54,15 +57,15 @@ class Plan:
         return self.parts != ("weights",)
 
 
-def spell_out(
+def make_plan(
     store: Store,
     parts: Sequence[str] = PARTS,
     direction: Direction = "denoise",
     dtype: Arithmetic | None = None,
-) -> Plan:
-    """Raises `Refusal` for what the store cannot answer."""
+) -> MechanismPlan:
+    """Raises `UserError` for what the store cannot answer."""
     if "resid_pre" not in store.kinds():
-        raise Refusal(
+        raise UserError(
             f"{store.path} was cached with --sites z, which holds no residual stream; cache again with --sites all "
             "--overwrite"
         )
@@ -70,18 +73,18 @@ def spell_out(
     layers = range(store.layers[0], store.layers[-1] + 1)
     arithmetic: Arithmetic = dtype or store.study["dtype"]
     settings = {"parts": list(ordered), "direction": direction, "positions": "last", "dtype": arithmetic}
-    return Plan(settings, store.trials(), layers, ordered, direction, arithmetic)
+    return MechanismPlan(settings, store.trials(), layers, ordered, direction, arithmetic)
 
 
 def wanted(store: Store, asked: Sequence[str] = ("all",)) -> dict[str, dict[str, str]]:
     """The finished checkpoints that words of `--checkpoints` name, in order of training, each with its neighbours.
 
-    Raises `Refusal` for what the store does not hold.
+    Raises `UserError` for what the store does not hold.
     """
     labels = list(store.complete())
     steps = {row.label: row.step for row in store.rows() if row.label in labels}
-    shelf = Shelf(str(store.path), lambda: steps, "all")
-    chosen = {label for word in asked for label in pick(shelf, word)}
+    shelf = RevisionIndex(str(store.path), lambda: steps, "all")
+    chosen = {label for word in asked for label in select(shelf, word)}
     neighbours = {
         label: {"previous": labels[index - 1] if index else "", "last": labels[-1]}
         for index, label in enumerate(labels)
@@ -91,7 +94,7 @@ def wanted(store: Store, asked: Sequence[str] = ("all",)) -> dict[str, dict[str,
 
 def measure_series(
     store: Store,
-    plan: Plan,
+    plan: MechanismPlan,
     run: MechanismRun,
     missing: Mapping[str, Mapping[str, str]],
     cache: Path,
@@ -101,22 +104,22 @@ def measure_series(
     """Measure every missing checkpoint; `done` hears of each.
 
     Weights that cannot be had, also those that were only to be compared with, are an `Outcome` with a problem; what
-    would be compared with them is NaN, and done again the next time.  Raises `Inexact` where the shares of a logit
+    would be compared with them is NaN, and done again the next time.  Raises `VerificationError` where the shares of a logit
     difference do not sum to it.
     """
     compared = _Compared(plan.layers)
     visits = _visits(missing) if "weights" in plan.parts else [(label, True) for label in missing]
-    wardrobe = Wardrobe(plan.dtype, machine)
+    loader = ModelLoader(plan.dtype, machine)
     first_layer = plan.layers[0] if plan.reads_runs else None
-    worn_ones = each_worn(store, [label for label, _ in visits], cache, wardrobe, first_layer)
-    for (label, is_measured), (_, worn) in zip(visits, worn_ones, strict=True):
-        if isinstance(worn, Refusal):
-            yield Outcome(label, str(worn))
+    checkpoints = load_each(store, [label for label, _ in visits], cache, loader, first_layer)
+    for (label, is_measured), (_, checkpoint) in zip(visits, checkpoints, strict=True):
+        if isinstance(checkpoint, UserError):
+            yield Outcome(label, str(checkpoint))
             continue
         if "weights" in plan.parts:
-            compared.hold(label, worn.skeleton)
+            compared.hold(label, checkpoint.resident)
         if is_measured:
-            values: Values = _of_runs(store, plan, label, worn) if plan.reads_runs else {}
+            values: Values = _of_runs(store, plan, label, checkpoint) if plan.reads_runs else {}
             neighbours: dict[str, str] = {}
             if "weights" in plan.parts:
                 weights, neighbours = compared.with_neighbours(label, missing[label])
@@ -150,9 +153,9 @@ class _Compared:
         self.layers = layers
         self._held: dict[str, Circuits] = {}
 
-    def hold(self, label: str, skeleton: Skeleton) -> None:
+    def hold(self, label: str, resident: ResidentModel) -> None:
         if label not in self._held:
-            self._held[label] = circuits(skeleton, self.layers)
+            self._held[label] = circuits(resident, self.layers)
 
     def forget(self, label: str, missing: Mapping[str, Mapping[str, str]]) -> None:
         """Drop all but `label` and the last."""
@@ -184,28 +187,33 @@ class _Compared:
 
 
 @torch.no_grad()
-def _of_runs(store: Store, plan: Plan, label: str, worn: Worn) -> Values:
+def _of_runs(store: Store, plan: MechanismPlan, label: str, checkpoint: LoadedCheckpoint) -> Values:
     """All that is measured of one checkpoint's runs."""
-    assert worn.activations is not None
+    assert checkpoint.activations is not None
     values: Values = {}
     alignment = align(plan.trials, "last")
     directions: dict[str, Direction] = {"clean": "noise", "corrupt": "denoise"}
-    lay = {run: Ground.lay(worn.skeleton, worn.activations, plan.trials, alignment, directions[run]) for run in RUNS}
-    steps = {run: Steps(worn.skeleton, ground) for run, ground in lay.items()}
+    lay = {
+        run: PatchInputs.from_capture(
+            checkpoint.resident, checkpoint.activations, plan.trials, alignment, directions[run]
+        )
+        for run in RUNS
+    }
+    runners = {run: LayerRunner(checkpoint.resident, inputs) for run, inputs in lay.items()}
     if "attribution" in plan.parts:
-        values |= _attribution(plan, steps)
+        values |= _attribution(plan, runners)
         values["self_check"] = _self_check(store, plan, label, values)
     if "attention" in plan.parts:
-        values["attention"] = _attention(plan, steps)
+        values["attention"] = _attention(plan, runners)
     if "patching" in plan.parts:
         target = next(run for run in RUNS if directions[run] == plan.direction)
-        values["effect"] = exact_effect(plan, worn.skeleton, worn.activations, worn.memory)
-        values["estimate"] = estimated_effect(steps[target], plan.layers).cpu().numpy()
+        values["effect"] = exact_effect(plan, checkpoint.resident, checkpoint.activations, checkpoint.memory)
+        values["estimate"] = estimated_effect(runners[target], plan.layers).cpu().numpy()
     return values
 
 
-def _attribution(plan: Plan, steps: Mapping[str, Steps]) -> Values:
-    found = [attribute(steps[run], plan.layers) for run in RUNS]
+def _attribution(plan: MechanismPlan, runners: Mapping[str, LayerRunner]) -> Values:
+    found = [attribute(runners[run], plan.layers) for run in RUNS]
 
     def by_run(parts: list[Tensor]) -> np.ndarray:
         return torch.stack(parts, dim=-2).cpu().numpy()
@@ -218,7 +226,7 @@ def _attribution(plan: Plan, steps: Mapping[str, Steps]) -> Values:
     }
 
 
-def _self_check(store: Store, plan: Plan, label: str, values: Values) -> np.ndarray:
+def _self_check(store: Store, plan: MechanismPlan, label: str, values: Values) -> np.ndarray:
     """The largest difference between the sum of all shares and the stored logit difference, in nats."""
     logits = store.answer_logits(store.index(label))
     total = values["attribution"].sum((0, 1), dtype=np.float64) + values["attribution_rest"].sum(0, dtype=np.float64)
@@ -226,7 +234,7 @@ def _self_check(store: Store, plan: Plan, label: str, values: Values) -> np.ndar
     difference = np.abs(total - (logits[..., 0] - logits[..., 1])).max()
     allowed = tolerance(plan.dtype, store.study["dtype"])
     if not difference <= allowed:
-        raise Inexact(
+        raise VerificationError(
             f"{label}: the shares of heads and all else sum to a logit difference that is {difference:.2g} off, more "
             f"than {allowed:.2g}; either the weights are not those that were cached (cache again with --overwrite) or "
             "headlapse does not compute this architecture rightly"
@@ -234,31 +242,31 @@ def _self_check(store: Store, plan: Plan, label: str, values: Values) -> np.ndar
     return np.asarray(difference)
 
 
-def _attention(plan: Plan, steps: Mapping[str, Steps]) -> np.ndarray:
+def _attention(plan: MechanismPlan, runners: Mapping[str, LayerRunner]) -> np.ndarray:
     """(layer, head, run, trial, to)"""
     found = []
     for index, run in enumerate(RUNS):
-        ground = steps[run].ground
+        inputs = runners[run].inputs
         has_digit = np.vectorize(lambda text: any(map(str.isdigit, text)), otypes=[bool])
-        digits = torch.from_numpy(has_digit(plan.trials.token_text[index])).to(ground.device)
-        read = ground.positions[ground.target, :, 0]
-        of_layers = [shares(attention(steps[run], layer), read, digits) for layer in plan.layers]
+        digits = torch.from_numpy(has_digit(plan.trials.token_text[index])).to(inputs.device)
+        read = inputs.positions[inputs.target, :, 0]
+        of_layers = [shares(attention(runners[run], layer), read, digits) for layer in plan.layers]
         found.append(torch.stack(of_layers).transpose(1, 2))
     return torch.stack(found, dim=2).cpu().numpy()
 
 
-def exact_effect(plan: Plan, skeleton: Skeleton, activations: Activations, memory: int) -> np.ndarray:
+def exact_effect(plan: MechanismPlan, resident: ResidentModel, activations: Activations, memory: int) -> np.ndarray:
     """How far patching each head by itself moves the logit difference, replayed: (layer, head, trial), in nats."""
-    n_heads = skeleton.anatomy.n_heads
+    n_heads = resident.architecture.n_heads
     none_and_each = np.eye(n_heads + 1, n_heads, k=-1, dtype=bool)
     found = replay(
-        skeleton,
+        resident,
         activations,
         plan.trials,
         align(plan.trials, "last"),
         plan.direction,
         sites=[(layer,) for layer in plan.layers],
         mask=none_and_each,
-        runs=runs_at_once(skeleton, plan.trials.n_trials, memory),
+        runs=runs_at_once(resident, plan.trials.n_trials, memory),
     )
     return found[:, 1:] - found[:, :1]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..store import zarr_group
 from ..store.store import Store
-from ..store.zarr_group import CheckpointArrays, Row
+from ..store.zarr_group import CheckpointArrays, CheckpointRow
 from ..study.study import RUNS
 from .attention import TO
 from .circuits import CIRCUITS
@@ -62,18 +62,18 @@ class MechanismRun(CheckpointArrays):
         ]
 
 
-def place(store: Store) -> Path:
+def mechanism_path(store: Store) -> Path:
     return store.path / "mechanism"
 
 
 def open_mechanism(store: Store, settings: Mapping[str, Any]) -> MechanismRun:
     """The store's group, made where it is not there, grown where the store has grown since.
 
-    Raises `Refusal` when it is there with other settings, spelling out the difference.
+    Raises `UserError` when it is there with other settings, spelling out the difference.
     """
-    path = place(store)
+    path = mechanism_path(store)
     if not path.exists():
-        with zarr_group.appearing(path) as partial:
+        with zarr_group.atomic_write(path) as partial:
             _make(partial, settings, store.rows(), store)
     zarr_group.refuse_difference(
         path, zarr_group.attributes(path)["mechanism"], settings, "ask as before, or replace it with --overwrite"
@@ -83,7 +83,7 @@ def open_mechanism(store: Store, settings: Mapping[str, Any]) -> MechanismRun:
     return run
 
 
-def _make(path: Path, settings: Mapping[str, Any], rows: Sequence[Row], store: Store) -> None:
+def _make(path: Path, settings: Mapping[str, Any], rows: Sequence[CheckpointRow], store: Store) -> None:
     group = zarr_group.start(path, rows)
     kept = {name: dims for part in settings["parts"] for name, dims in ARRAYS[part].items()}
     axes: dict[str, Any] = {"run": RUNS, "to": TO, "circuit": CIRCUITS}

@@ -1,6 +1,6 @@
 """Layers whose heads add up: under parallel residual a patch only adds its heads' differences to what leaves the layer.
 
-Whether they do is found by trying, once per layer of a skeleton, and not from a table of architectures.
+Whether they do is found by trying, once per layer of a resident, and not from a table of architectures.
 """
 
 from contextlib import ExitStack
@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...kernels.mix import head_deltas
-from ..checkpoints.model import Skeleton
-from .layers import Giving, Steps
+from ..checkpoints.model import ResidentModel
+from .layers import FixedZ, LayerRunner
 
 
 @dataclass(frozen=True)
-class Sums:
+class AdditiveLayer:
     """A layer whose heads add up: patching it only adds the patched heads' differences to what leaves it."""
 
     unpatched: Float[Tensor, "trial patched d_model"]
@@ -27,65 +27,65 @@ class Sums:
     """(z_source - z_target) W_O, head by head."""
 
 
-def sums_of(steps: Steps, layer: int) -> Sums | None:
+def additive_layer(runner: LayerRunner, layer: int) -> AdditiveLayer | None:
     """The layer's sums where its heads add up, None where they do not."""
-    skeleton, ground = steps.skeleton, steps.ground
-    if layer not in skeleton.heads_add_up:
-        skeleton.heads_add_up[layer] = not _is_seen(steps, layer) and _adds_up(steps, layer)
-    if not skeleton.heads_add_up[layer]:
+    resident, inputs = runner.resident, runner.inputs
+    if layer not in resident.heads_add_up:
+        resident.heads_add_up[layer] = not _is_seen(runner, layer) and _adds_up(runner, layer)
+    if not resident.heads_add_up[layer]:
         return None
-    target, source = ground.patched("z", layer, ground.target), ground.source_z(layer)
-    if layer + 1 < skeleton.anatomy.n_layers:
-        unpatched = ground.patched("resid_pre", layer + 1, ground.target)
+    target, source = inputs.patched("z", layer, inputs.target), inputs.source_z(layer)
+    if layer + 1 < resident.architecture.n_layers:
+        unpatched = inputs.patched("resid_pre", layer + 1, inputs.target)
     else:
-        unpatched = layer_output(steps, layer, target)
-    return Sums(unpatched, head_deltas(source, target, output_weight(skeleton, layer)))
+        unpatched = layer_output(runner, layer, target)
+    return AdditiveLayer(unpatched, head_deltas(source, target, output_weight(resident, layer)))
 
 
-def output_weight(skeleton: Skeleton, layer: int) -> Float[Tensor, "head head_dim d_model"]:
+def output_weight(resident: ResidentModel, layer: int) -> Float[Tensor, "head head_dim d_model"]:
     """W_O, head by head, whatever way round the model's own module keeps it."""
-    project: Any = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+    project: Any = resident.model.get_submodule(resident.architecture.out_proj[layer])
     weight: Tensor
     if isinstance(project, nn.Linear):
         weight = project.weight.T
     else:
-        units = torch.eye(skeleton.anatomy.n_heads * skeleton.anatomy.value_dim).to(project.weight)
+        units = torch.eye(resident.architecture.n_heads * resident.architecture.value_dim).to(project.weight)
         weight = project(units) - project(torch.zeros_like(units[:1]))
-    return weight.unflatten(0, (skeleton.anatomy.n_heads, -1))
+    return weight.unflatten(0, (resident.architecture.n_heads, -1))
 
 
-def _adds_up(steps: Steps, layer: int) -> bool:
+def _adds_up(runner: LayerRunner, layer: int) -> bool:
     """Whether a push on z arrives in the residual stream as W_O leaves it, without another factor, say."""
-    z = steps.ground.patched("z", layer, steps.ground.target)
+    z = runner.inputs.patched("z", layer, runner.inputs.target)
     push = torch.ones_like(z) * z.std()
-    before, after = (layer_output(steps, layer, given) for given in (z, z + push))
-    expected = push.flatten(-2) @ output_weight(steps.skeleton, layer).flatten(0, 1)
+    before, after = (layer_output(runner, layer, given) for given in (z, z + push))
+    expected = push.flatten(-2) @ output_weight(runner.resident, layer).flatten(0, 1)
     rounding = 32 * torch.finfo(before.dtype).eps * before.abs().max()
     return bool((after - before - expected).abs().max() <= rounding + 0.01 * expected.abs().max())
 
 
-def _is_seen(steps: Steps, layer: int) -> bool:
+def _is_seen(runner: LayerRunner, layer: int) -> bool:
     """Whether any weight of the layer but W_O works on what attention gave: told by NaN, which nothing sheds."""
     saw: list[bool] = []
 
     def look(_module: nn.Module, args: tuple[object, ...]) -> None:
         saw.append(any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in args))
 
-    skeleton = steps.skeleton
-    project = skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+    resident = runner.resident
+    project = resident.model.get_submodule(resident.architecture.out_proj[layer])
     with ExitStack() as stack:
-        for module in skeleton.layer_modules()[layer].modules():
+        for module in resident.layer_modules()[layer].modules():
             if module is not project and next(module.parameters(recurse=False), None) is not None:
                 stack.callback(module.register_forward_pre_hook(look).remove)
-        z = steps.ground.patched("z", layer, steps.ground.target)
-        layer_output(steps, layer, torch.full_like(z, torch.nan))
+        z = runner.inputs.patched("z", layer, runner.inputs.target)
+        layer_output(runner, layer, torch.full_like(z, torch.nan))
     assert saw, "a layer has weights besides W_O"
     return any(saw)
 
 
 def layer_output(
-    steps: Steps, layer: int, z: Float[Tensor, "trial patched head head_dim"]
+    runner: LayerRunner, layer: int, z: Float[Tensor, "trial patched head head_dim"]
 ) -> Float[Tensor, "trial patched d_model"]:
     """What leaves `layer` in the target run when its heads give `z`."""
-    resid_pre = steps.ground.patched("resid_pre", layer, steps.ground.target)
-    return steps.through(layer, resid_pre[:, None], Giving(z[:, None], steps.ground.longest))[:, 0]
+    resid_pre = runner.inputs.patched("resid_pre", layer, runner.inputs.target)
+    return runner.through(layer, resid_pre[:, None], FixedZ(z[:, None], runner.inputs.longest))[:, 0]

@@ -1,4 +1,4 @@
-"""One layer at a time: the patched positions of many runs, side by side, through a layer of the skeleton."""
+"""One layer at a time: the patched positions of many runs, side by side, through a layer of the resident."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +10,24 @@ from torch import Tensor
 from ...kernels.attend import attend_shared_prefix
 from ...kernels.mix import mix_heads
 from ..checkpoints.attention_hook import AttentionMode, attending
-from ..checkpoints.model import Skeleton
-from .patch_inputs import Ground
+from ..checkpoints.model import ResidentModel
+from .patch_inputs import PatchInputs
 
 Resid = Float[Tensor, "trial run patched d_model"]
 
 
-class Steps:
-    """The layers of a skeleton on one checkpoint's ground, a step each.
+class LayerRunner:
+    """The layers of a resident on one checkpoint's inputs, a step each.
 
     What the model hands its layers besides the residual stream (rotary angles, say) is recorded once, for `most` runs;
     fewer runs get as much of it as they have rows.
     """
 
-    def __init__(self, skeleton: Skeleton, ground: Ground, most: int = 1) -> None:
-        self.skeleton, self.ground = skeleton, ground
-        self._modules = skeleton.layer_modules()
-        positions = ground.positions[ground.target].repeat(1, most)
-        self._calls, self._n_rows = skeleton.layer_calls(positions), positions.shape[1]
+    def __init__(self, resident: ResidentModel, inputs: PatchInputs, most: int = 1) -> None:
+        self.resident, self.inputs = resident, inputs
+        self._modules = resident.layer_modules()
+        positions = inputs.positions[inputs.target].repeat(1, most)
+        self._calls, self._n_rows = resident.layer_calls(positions), positions.shape[1]
 
     def through(self, layer: int, resid_pre: Resid, mode: AttentionMode) -> Resid:
         """The residual stream after `layer`, whose attention does as `mode` says."""
@@ -40,7 +40,7 @@ class Steps:
 
     def logit_diff(self, resid: Resid) -> Float[Tensor, "run trial"]:
         """Right minus wrong, in nats, of residual streams that left the last layer."""
-        right, wrong = self.skeleton.answer_logits(self.read(resid), self.ground.answers).float().unbind(-1)
+        right, wrong = self.resident.answer_logits(self.read(resid), self.inputs.answers).float().unbind(-1)
         return (right - wrong).T
 
     def read(self, resid: Resid, ahead: int = 0) -> Float[Tensor, "trial run d_model"]:
@@ -48,7 +48,7 @@ class Steps:
         if resid.shape[2] == 1:
             return resid[:, :, 0]
         trial = torch.arange(len(resid), device=resid.device)
-        return resid[trial, :, self.ground.read + ahead]
+        return resid[trial, :, self.inputs.read + ahead]
 
     def _first(self, n_rows: int, given: Any) -> Any:
         """Of everything that has as many rows as were recorded, (batch, row, ...) or (row), the first."""
@@ -63,7 +63,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class Giving:
+class FixedZ:
     """An attention mode whose heads give a fixed z."""
 
     z: Float[Tensor, "trial run patched head head_dim"]
@@ -74,32 +74,32 @@ class Giving:
 
 
 @dataclass(frozen=True)
-class Replaying:
+class SharedPrefixAttention:
     """An attention mode in which every run attends to the target run's prefix and to itself."""
 
-    ground: Ground
+    inputs: PatchInputs
     patched: Bool[Tensor, "run head"] | None
     """The heads that take their z from the source run, where the layer is patched in any run."""
 
     @property
     def longest(self) -> int:
-        return self.ground.longest
+        return self.inputs.longest
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        ground, n_patched = self.ground, self.ground.positions.shape[2]
+        inputs, n_patched = self.inputs, self.inputs.positions.shape[2]
         query, key, value = (x.unflatten(2, (-1, n_patched)) for x in (query, key, value))
-        source = None if self.patched is None else ground.patched("z", layer, ground.source)
+        source = None if self.patched is None else inputs.patched("z", layer, inputs.source)
         z = attend_shared_prefix(
             query,
             key,
             value,
-            ground.prefix("key", layer),
-            ground.prefix("value", layer),
-            ground.prefix_length,
+            inputs.prefix("key", layer),
+            inputs.prefix("value", layer),
+            inputs.prefix_length,
             scaling,
-            source if ground.all_valid else None,
-            self.patched if ground.all_valid else None,
+            source if inputs.all_valid else None,
+            self.patched if inputs.all_valid else None,
         )
-        if source is not None and self.patched is not None and not ground.all_valid:
-            z = torch.where(ground.valid[:, None, :, None, None], mix_heads(z, source, self.patched), z)
+        if source is not None and self.patched is not None and not inputs.all_valid:
+            z = torch.where(inputs.valid[:, None, :, None, None], mix_heads(z, source, self.patched), z)
         return z.flatten(1, 2)

@@ -1,18 +1,17 @@
 """What is known before anything is replayed: one checkpoint's captured runs, read as source and target."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
 from ..store.activations import Activations
-from ..study.prompts import Alignment, Trials
+from ..study.alignment import Alignment
+from ..study.patch_settings import Direction
+from ..study.prompts import Trials
 from ..study.study import RUNS
-
-Direction = Literal["denoise", "noise"]
 
 Site = tuple[int, ...]
 """Layers patched jointly, with the same heads; most often a single one.  Ascending."""
@@ -25,7 +24,7 @@ def source_and_target(direction: Direction) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Ground:
+class PatchInputs:
     """One checkpoint's runs, read as source and target, on the device that computes."""
 
     activations: Activations
@@ -59,19 +58,24 @@ class Ground:
     """What was read and cut out before: every wave needs the same."""
 
     @classmethod
-    def lay(
-        cls, skeleton: Skeleton, activations: Activations, trials: Trials, alignment: Alignment, direction: Direction
-    ) -> "Ground":
+    def from_capture(
+        cls,
+        resident: ResidentModel,
+        activations: Activations,
+        trials: Trials,
+        alignment: Alignment,
+        direction: Direction,
+    ) -> "PatchInputs":
         source, target = source_and_target(direction)
         prefix = alignment.positions[target, :, 0]
         arrays = (alignment.positions, alignment.valid, alignment.read, trials.answer_tokens, prefix)
-        positions, valid, read, answers, prefix_length = (torch.from_numpy(x).to(skeleton.device) for x in arrays)
+        positions, valid, read, answers, prefix_length = (torch.from_numpy(x).to(resident.device) for x in arrays)
         return cls(
             activations=activations,
             source=source,
             target=target,
-            device=skeleton.device,
-            dtype=skeleton.dtype,
+            device=resident.device,
+            dtype=resident.dtype,
             longest=int(trials.length.max()),
             positions=positions,
             valid=valid,

@@ -15,13 +15,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
+from ..runtime.errors import UserError, VerificationError
 from ..store.store import Answers
-from ..study.prompts import Alignment, Trials, spell
-from ..study.study import RUNS, Inexact, Refusal
+from ..study.alignment import Alignment
+from ..study.patch_settings import Direction
+from ..study.prompts import Trials, spell
+from ..study.study import RUNS
 from ..study.tasks.contrast import Tokenizer
 from .greedy_decoding import Texts, Tokens, generate_once, generate_patched, row_of, stock_generate
-from .patch_inputs import Direction, Site, source_and_target
+from .patch_inputs import Site, source_and_target
 from .reference import choose_pairs
 
 MOST_TEXTS = 4096
@@ -32,7 +35,7 @@ VERIFIED = 2
 
 
 @dataclass(frozen=True)
-class Graft:
+class PatchedGeneration:
     """One text to generate: heads take their z from one prompt, where another prompt is read."""
 
     target: Tokens
@@ -48,12 +51,12 @@ class Graft:
 
 
 def refuse_too_many(n_tokens: int, n_sites: int, n_subsets: int, n_trials: int) -> None:
-    """Raises `Refusal` for more texts than `MOST_TEXTS`, or a number of tokens that is none."""
+    """Raises `UserError` for more texts than `MOST_TEXTS`, or a number of tokens that is none."""
     if n_tokens < 0:
-        raise Refusal(f"--generate {n_tokens}: give a number of tokens, e.g. 20")
+        raise UserError(f"--generate {n_tokens}: give a number of tokens, e.g. 20")
     n_texts = n_sites * n_subsets * n_trials
     if n_tokens and n_texts > MOST_TEXTS:
-        raise Refusal(
+        raise UserError(
             f"--generate {n_tokens}: {n_sites:,} layers x {n_subsets:,} subsets x {n_trials:,} prompts are "
             f"{n_texts:,} texts a checkpoint, more than {MOST_TEXTS:,}; name fewer --subsets or --layers, "
             "or leave --generate out"
@@ -61,7 +64,7 @@ def refuse_too_many(n_tokens: int, n_sites: int, n_subsets: int, n_trials: int) 
 
 
 def answers(
-    skeleton: Skeleton,
+    resident: ResidentModel,
     tokenizer: Tokenizer,
     trials: Trials,
     alignment: Alignment,
@@ -73,15 +76,15 @@ def answers(
 ) -> Answers:
     """`n_tokens` greedy tokens of every patched run and of both unpatched ones.
 
-    Raises `Inexact` where one of a few that are generated again by definition is another.
+    Raises `VerificationError` where one of a few that are generated again by definition is another.
     """
     rows = _prompts(trials)
-    plain = [Graft(rows[run][trial]) for run in range(len(RUNS)) for trial in range(trials.n_trials)]
+    plain = [PatchedGeneration(rows[run][trial]) for run in range(len(RUNS)) for trial in range(trials.n_trials)]
     patched = list(_grafts(rows, alignment, direction, sites, mask))
     grafts = plain + patched
-    texts = _generated(skeleton, grafts, n_tokens)
+    texts = _generated(resident, grafts, n_tokens)
     for place, _ in choose_pairs(label, [(index,) for index in range(len(grafts))], 1, VERIFIED):
-        _require_same(skeleton, grafts[place], texts.tokens[place], n_tokens, label)
+        _require_same(resident, grafts[place], texts.tokens[place], n_tokens, label)
 
     shape = (len(sites), len(mask), trials.n_trials)
     target = source_and_target(direction)[1]
@@ -149,41 +152,43 @@ def _grafts(
     direction: Direction,
     sites: Sequence[Site],
     mask: Bool[np.ndarray, "subset head"],
-) -> Iterator[Graft]:
+) -> Iterator[PatchedGeneration]:
     """In order of site, subset and trial."""
     source, target = source_and_target(direction)
     for site in sites:
         for heads in mask:
             for trial, is_real in enumerate(alignment.valid):
                 into, out_of = (tuple(alignment.positions[run, trial][is_real].tolist()) for run in (target, source))
-                yield Graft(rows[target][trial], rows[source][trial], site, tuple(heads.tolist()), into, out_of)
+                yield PatchedGeneration(
+                    rows[target][trial], rows[source][trial], site, tuple(heads.tolist()), into, out_of
+                )
 
 
-def _generated(skeleton: Skeleton, grafts: Sequence[Graft], n_tokens: int) -> Texts:
+def _generated(resident: ResidentModel, grafts: Sequence[PatchedGeneration], n_tokens: int) -> Texts:
     """Every text; where nothing is patched, one for all layers."""
-    keys = [graft if any(graft.heads) else Graft(graft.target) for graft in grafts]
-    return generate_once(skeleton, keys, lambda some, most: generate_grafted(skeleton, some, n_tokens, most))
+    keys = [graft if any(graft.heads) else PatchedGeneration(graft.target) for graft in grafts]
+    return generate_once(resident, keys, lambda some, most: generate_grafted(resident, some, n_tokens, most))
 
 
 @torch.inference_mode()
-def generate_grafted(skeleton: Skeleton, grafts: Sequence[Graft], n_tokens: int, most: int) -> Texts:
-    """`n_tokens` greedy tokens for every graft, `most` of them side by side: those that `by_definition` gives."""
+def generate_grafted(resident: ResidentModel, grafts: Sequence[PatchedGeneration], n_tokens: int, most: int) -> Texts:
+    """`n_tokens` greedy tokens for every graft, `most` of them side by side: those that `reference_generate` gives."""
     return generate_patched(
-        skeleton,
+        resident,
         [graft.target for graft in grafts],
-        lambda batch: _grafting(skeleton, [grafts[index] for index in batch]),
-        lambda index: by_definition(skeleton, grafts[index], n_tokens),
+        lambda batch: _grafting(resident, [grafts[index] for index in batch]),
+        lambda index: reference_generate(resident, grafts[index], n_tokens),
         n_tokens,
         most,
     )
 
 
 @torch.inference_mode()
-def by_definition(skeleton: Skeleton, graft: Graft, n_tokens: int) -> list[int]:
+def reference_generate(resident: ResidentModel, graft: PatchedGeneration, n_tokens: int) -> list[int]:
     """The same as anyone would write it: transformers' own `generate`, one prompt, hooks that act on the prompt."""
     read: set[int] = set()
-    with skeleton.stock("default"), ExitStack() as stack:
-        z = _source_z(skeleton, graft.source, graft.site)
+    with resident.stock("default"), ExitStack() as stack:
+        z = _source_z(resident, graft.source, graft.site)
 
         def patch(layer: int):
             def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -199,21 +204,23 @@ def by_definition(skeleton: Skeleton, graft: Graft, n_tokens: int) -> list[int]:
             return hook
 
         for layer in graft.site:
-            stack.callback(_projection(skeleton, layer).register_forward_pre_hook(patch(layer)).remove)
-        return stock_generate(skeleton, graft.target, n_tokens)
+            stack.callback(_projection(resident, layer).register_forward_pre_hook(patch(layer)).remove)
+        return stock_generate(resident, graft.target, n_tokens)
 
 
-def _require_same(skeleton: Skeleton, graft: Graft, made: list[int], n_tokens: int, label: str) -> None:
-    again = by_definition(skeleton, graft, n_tokens)
+def _require_same(
+    resident: ResidentModel, graft: PatchedGeneration, made: list[int], n_tokens: int, label: str
+) -> None:
+    again = reference_generate(resident, graft, n_tokens)
     if again != made:
-        raise Inexact(
+        raise VerificationError(
             f"{label}: in a batch the tokens are {made}, by transformers' own generate {again}; headlapse does not "
             "compute this architecture rightly"
         )
 
 
 @contextmanager
-def _grafting(skeleton: Skeleton, grafts: Sequence[Graft]) -> Iterator[None]:
+def _grafting(resident: ResidentModel, grafts: Sequence[PatchedGeneration]) -> Iterator[None]:
     """At the body's first forward, which reads the prompts, every graft's heads take their z from its source."""
     by_layer: dict[int, list[int]] = {}
     for row, graft in enumerate(grafts):
@@ -223,19 +230,23 @@ def _grafting(skeleton: Skeleton, grafts: Sequence[Graft]) -> Iterator[None]:
     for layer, rows in by_layer.items():
         for row in rows:
             sources.setdefault(grafts[row].source, set()).add(layer)
-    z = {source: _source_z(skeleton, source, sorted(layers)) for source, layers in sources.items()}
+    z = {source: _source_z(resident, source, sorted(layers)) for source, layers in sources.items()}
     with ExitStack() as stack:
         for layer, rows in by_layer.items():
-            hook = _Once(skeleton, rows, [grafts[row] for row in rows], [z[grafts[row].source][layer] for row in rows])
-            stack.callback(_projection(skeleton, layer).register_forward_pre_hook(hook).remove)
+            hook = _PromptOnlyHook(
+                resident, rows, [grafts[row] for row in rows], [z[grafts[row].source][layer] for row in rows]
+            )
+            stack.callback(_projection(resident, layer).register_forward_pre_hook(hook).remove)
         yield
 
 
-class _Once:
+class _PromptOnlyHook:
     """The hook of one layer on the rows of a batch that are patched there; it acts once."""
 
-    def __init__(self, skeleton: Skeleton, rows: Sequence[int], grafts: Sequence[Graft], z: Sequence[Tensor]) -> None:
-        device = skeleton.device
+    def __init__(
+        self, resident: ResidentModel, rows: Sequence[int], grafts: Sequence[PatchedGeneration], z: Sequence[Tensor]
+    ) -> None:
+        device = resident.device
         self.is_over = False
         places = [(row, into, graft.heads) for row, graft in zip(rows, grafts, strict=True) for into in graft.into]
         self.row, self.into, self.heads = (torch.tensor(column, device=device) for column in zip(*places, strict=True))
@@ -251,24 +262,24 @@ class _Once:
 
 
 def _source_z(
-    skeleton: Skeleton, source: Tokens, layers: Sequence[int]
+    resident: ResidentModel, source: Tokens, layers: Sequence[int]
 ) -> dict[int, Float[Tensor, "position head head_dim"]]:
     """z of one prompt, run by itself."""
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int):
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            kept[layer] = args[0][0].unflatten(-1, (skeleton.anatomy.n_heads, -1))
+            kept[layer] = args[0][0].unflatten(-1, (resident.architecture.n_heads, -1))
 
         return hook
 
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(_projection(skeleton, layer).register_forward_pre_hook(keep(layer)).remove)
+            stack.callback(_projection(resident, layer).register_forward_pre_hook(keep(layer)).remove)
         if layers:
-            skeleton.model(row_of(skeleton, source), use_cache=False, logits_to_keep=1)
+            resident.model(row_of(resident, source), use_cache=False, logits_to_keep=1)
     return kept
 
 
-def _projection(skeleton: Skeleton, layer: int) -> nn.Module:
-    return skeleton.model.get_submodule(skeleton.anatomy.out_proj[layer])
+def _projection(resident: ResidentModel, layer: int) -> nn.Module:
+    return resident.model.get_submodule(resident.architecture.out_proj[layer])

@@ -15,17 +15,20 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..capture.run import Outcome
-from ..checkpoints.model import Wardrobe, load_tokenizer
+from ..checkpoints.model import ModelLoader, load_tokenizer
 from ..measures.logit_diff import finished
+from ..runtime.errors import UserError, VerificationError
+from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
 from ..store.store import Store, TextRun
-from ..study.study import Arithmetic, Inexact, Refusal
+from ..study.patch_settings import PatchRequest, PatchSettings
+from ..study.study import Arithmetic
 from ..study.subsets import Subsets, parse_layers, parse_subsets
 from ..study.tasks.contrast import Contrast
-from .greedy_decoding import Condition, Texts, Tokens, by_definition, generate, generate_once
+from .cached_checkpoints import LoadedCheckpoint, load_each
+from .greedy_decoding import Condition, Texts, Tokens, generate, generate_once, reference_generate
 from .reference import choose_pairs
-from .run import Sweep, Worn, each_worn, joined, shortened
+from .run import joined, shortened
 
 SUBSETS = ("none", "even", "odd")
 LAYERS = ("6",)
@@ -45,10 +48,10 @@ RATES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class PublishedPlan:
     """The study's procedure, spelled out for one store."""
 
-    settings: dict[str, Any]
+    settings: PatchSettings
     contrasts: tuple[Contrast, ...]
     layers: tuple[int, ...]
     subsets: Subsets
@@ -60,39 +63,38 @@ class Plan:
         return len(self.layers) * len(self.subsets) * len(self.contrasts)
 
 
-def name_of(asked: Sweep) -> str:
+def name_of(request: PatchRequest) -> str:
     """What the run is called when the user does not say."""
-    words = ["published", "layers" + "+".join(asked.layers)]
-    words += [joined(asked.subsets)] if asked.subsets != SUBSETS else []
-    words += [asked.dtype] if asked.dtype else []
+    words = ["published", "layers" + "+".join(request.layers)]
+    words += [joined(request.subsets)] if request.subsets != SUBSETS else []
+    words += [request.dtype] if request.dtype else []
     return shortened("-".join(words))
 
 
-def spell_out(asked: Sweep, store: Store) -> Plan:
-    """Raises `Refusal` for what the study's procedure does not have, or the model."""
-    plain = Sweep()
+def make_plan(request: PatchRequest, store: Store) -> PublishedPlan:
+    """Raises `UserError` for what the study's procedure does not have, or the model."""
+    plain = PatchRequest()
     for flag in ("joint", "positions", "direction", "measures"):
-        if getattr(asked, flag) != getattr(plain, flag):
-            raise Refusal(
+        if getattr(request, flag) != getattr(plain, flag):
+            raise UserError(
                 f"--protocol published copies from the start, one layer at a time, and scores texts; leave --{flag} out"
             )
-    if asked.generate:
-        raise Refusal(f"--protocol published generates {N_TOKENS} tokens as it is; leave --generate out")
+    if request.generate:
+        raise UserError(f"--protocol published generates {N_TOKENS} tokens as it is; leave --generate out")
     every = range(store.layers[-1] + 1)
-    if asked.layers == LAYERS and int(LAYERS[0]) not in every:
-        raise Refusal(
+    if request.layers == LAYERS and int(LAYERS[0]) not in every:
+        raise UserError(
             f"--protocol published patches layer {LAYERS[0]}, this model has layers 0 to {every[-1]}; say --layers"
         )
-    layers = tuple(parse_layers(asked.layers, every))
-    dtype: Arithmetic = asked.dtype or store.study["dtype"]
-    settings = {
-        "protocol": "published", "layers": list(layers), "subsets": list(asked.subsets), "dtype": dtype,
-        "n_tokens": N_TOKENS,
-    }  # fmt: skip
-    return Plan(settings, store.trials().contrasts, layers, parse_subsets(asked.subsets, store.n_heads), dtype)
+    layers = tuple(parse_layers(request.layers, every))
+    dtype: Arithmetic = request.dtype or store.study["dtype"]
+    settings = PatchSettings("published", layers=layers, subsets=request.subsets, dtype=dtype, n_tokens=N_TOKENS)
+    return PublishedPlan(
+        settings, store.trials().contrasts, layers, parse_subsets(request.subsets, store.n_heads), dtype
+    )
 
 
-def open_run(store: Store, plan: Plan, name: str, device: str) -> TextRun:
+def open_run(store: Store, plan: PublishedPlan, name: str, device: str) -> TextRun:
     """The run `name` of the store, made where it is not there."""
     run = store.open_texts(name, plan.settings, plan.layers, plan.subsets.labels, plan.subsets.mask, N_TOKENS)
     run.group.attrs["device"] = device
@@ -101,7 +103,7 @@ def open_run(store: Store, plan: Plan, name: str, device: str) -> TextRun:
 
 def patch_series(
     store: Store,
-    plan: Plan,
+    plan: PublishedPlan,
     run: TextRun,
     missing: Sequence[str],
     cache: Path,
@@ -110,22 +112,22 @@ def patch_series(
 ) -> Iterator[Outcome]:
     """Generate every text at every missing checkpoint, and one of them again by definition.
 
-    Raises `Inexact` where the two differ.
+    Raises `VerificationError` where the two differ.
     """
-    for label, worn in each_worn(store, missing, cache, Wardrobe(plan.dtype, machine), first_layer=None):
-        if isinstance(worn, Refusal):
-            yield Outcome(label, str(worn))
+    for label, checkpoint in load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer=None):
+        if isinstance(checkpoint, UserError):
+            yield Outcome(label, str(checkpoint))
             continue
-        _write(plan, run, label, worn)
+        _write(plan, run, label, checkpoint)
         done(plan.n_runs)
         yield Outcome(label)
 
 
-def _write(plan: Plan, run: TextRun, label: str, worn: Worn) -> None:
-    tokenizer = load_tokenizer(worn.files.config.parent)
+def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedCheckpoint) -> None:
+    tokenizer = load_tokenizer(checkpoint.files.config.parent)
     conditions = _conditions(plan, tokenizer)
-    texts = _generated(worn, conditions)
-    _require_same(worn, conditions, texts, label)
+    texts = _generated(checkpoint, conditions)
+    _require_same(checkpoint, conditions, texts, label)
     shape = (len(plan.layers), len(plan.subsets), len(plan.contrasts))
     decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in texts.tokens]
     token = np.full((len(decoded), N_TOKENS), -1, dtype=np.int32)
@@ -149,7 +151,7 @@ def succeeds(text: str, contrast: Contrast) -> bool:
     return contrast.answer.strip().lower() in said and contrast.wrong.strip().lower() not in said
 
 
-def _conditions(plan: Plan, tokenizer: Any) -> list[Condition]:
+def _conditions(plan: PublishedPlan, tokenizer: Any) -> list[Condition]:
     """In order of layer, subset and trial."""
 
     def read(prompt: str) -> Tokens:
@@ -164,22 +166,24 @@ def _conditions(plan: Plan, tokenizer: Any) -> list[Condition]:
     ]
 
 
-def _generated(worn: Worn, conditions: Sequence[Condition]) -> Texts:
+def _generated(checkpoint: LoadedCheckpoint, conditions: Sequence[Condition]) -> Texts:
     """Every text; where nothing is patched, one for all layers."""
     keys = [condition if any(condition.slices) else _unpatched(condition) for condition in conditions]
-    return generate_once(worn.skeleton, keys, lambda some, most: generate(worn.skeleton, some, N_TOKENS, most))
+    return generate_once(
+        checkpoint.resident, keys, lambda some, most: generate(checkpoint.resident, some, N_TOKENS, most)
+    )
 
 
 def _unpatched(condition: Condition) -> Condition:
     return Condition(condition.clean, condition.corrupt, 0, condition.slices)
 
 
-def _require_same(worn: Worn, conditions: Sequence[Condition], texts: Texts, label: str) -> None:
-    """Generate one random text again by definition.  Raises `Inexact` when it is another."""
+def _require_same(checkpoint: LoadedCheckpoint, conditions: Sequence[Condition], texts: Texts, label: str) -> None:
+    """Generate one random text again by definition.  Raises `VerificationError` when it is another."""
     [(at, _)] = choose_pairs(label, [(index,) for index in range(len(conditions))], 1, 1)
-    again = by_definition(worn.skeleton, conditions[at], N_TOKENS)
+    again = reference_generate(checkpoint.resident, conditions[at], N_TOKENS)
     if again != texts.tokens[at]:
-        raise Inexact(
+        raise VerificationError(
             f"{label}: in a batch the tokens are {texts.tokens[at]}, by transformers' own generate {again}; headlapse "
             "does not compute this architecture rightly"
         )

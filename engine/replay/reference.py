@@ -9,10 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..checkpoints.model import Skeleton
-from ..study.prompts import Alignment, Trials
-from ..study.study import Inexact
-from .patch_inputs import Direction, Site, source_and_target
+from ..checkpoints.model import ResidentModel
+from ..runtime.errors import VerificationError
+from ..study.alignment import Alignment
+from ..study.patch_settings import Direction
+from ..study.prompts import Trials
+from .patch_inputs import Site, source_and_target
 
 
 def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int) -> list[tuple[int, int]]:
@@ -29,7 +31,7 @@ def choose_trials(label: str, n_trials: int, most: int) -> list[int]:
 
 
 def hooked_logit_diff(
-    skeleton: Skeleton,
+    resident: ResidentModel,
     trials: Trials,
     alignment: Alignment,
     direction: Direction,
@@ -40,19 +42,19 @@ def hooked_logit_diff(
     A patch is the layers and the heads that are patched.  The source run's z is taken from a full forward of its own,
     not from the store.
     """
-    right, wrong = torch.from_numpy(trials.answer_tokens).to(skeleton.device).T
-    trial = torch.arange(trials.n_trials, device=skeleton.device)
+    right, wrong = torch.from_numpy(trials.answer_tokens).to(resident.device).T
+    trial = torch.arange(trials.n_trials, device=resident.device)
 
     def logit_diff(logits: Tensor) -> Tensor:
         return (logits[trial, 0, right] - logits[trial, 0, wrong]).float()
 
     last = trials.length[..., None] - 1
-    return hooked(skeleton, trials, alignment, direction, patches, last, logit_diff).cpu().numpy()
+    return hooked(resident, trials, alignment, direction, patches, last, logit_diff).cpu().numpy()
 
 
 @torch.inference_mode()
 def hooked(
-    skeleton: Skeleton,
+    resident: ResidentModel,
     trials: Trials,
     alignment: Alignment,
     direction: Direction,
@@ -64,23 +66,23 @@ def hooked(
     source, target = source_and_target(direction)
     into, out_of = alignment.positions[target], alignment.positions[source]
     found = []
-    with skeleton.stock() as model:
+    with resident.stock() as model:
         layers = {layer for site, _ in patches for layer in site}
-        projections = {layer: model.get_submodule(skeleton.anatomy.out_proj[layer]) for layer in layers}
+        projections = {layer: model.get_submodule(resident.architecture.out_proj[layer]) for layer in layers}
         with _reading(projections) as z:
-            stock_logits(skeleton, trials, source, read)
+            stock_logits(resident, trials, source, read)
         for site, heads in patches:
             patched = {layer: projections[layer] for layer in site}
-            with _writing(patched, z, into, out_of, alignment.valid, heads, skeleton.anatomy.n_heads):
-                logits = stock_logits(skeleton, trials, target, read)
+            with _writing(patched, z, into, out_of, alignment.valid, heads, resident.architecture.n_heads):
+                logits = stock_logits(resident, trials, target, read)
             found.append(reading(logits))
     return torch.stack(found)
 
 
 def require_exact(difference: float, allowed: float, where: str) -> None:
-    """Raise `Inexact` when replay and the hooked forward are further apart than `allowed` (nats)."""
+    """Raise `VerificationError` when replay and the hooked forward are further apart than `allowed` (nats)."""
     if not difference <= allowed:
-        raise Inexact(
+        raise VerificationError(
             f"{where}: replay differs from a full hooked forward by {difference:.2g}, more than {allowed:.2g}; either "
             "the weights are not those that were cached (cache again with --overwrite) or headlapse does not compute "
             "this architecture rightly"
@@ -88,15 +90,15 @@ def require_exact(difference: float, allowed: float, where: str) -> None:
 
 
 def stock_logits(
-    skeleton: Skeleton, trials: Trials, run: int, read: Int[np.ndarray, "run trial read"]
+    resident: ResidentModel, trials: Trials, run: int, read: Int[np.ndarray, "run trial read"]
 ) -> Float[Tensor, "trial read vocab"]:
     """What the model, as it attends now, makes of each prompt of a run at the positions `read`."""
     arrays = (trials.tokens, trials.length, read)
-    tokens, length, positions = (torch.from_numpy(x[run]).to(skeleton.device) for x in arrays)
-    real = torch.arange(tokens.shape[1], device=skeleton.device) < length[:, None]
+    tokens, length, positions = (torch.from_numpy(x[run]).to(resident.device) for x in arrays)
+    real = torch.arange(tokens.shape[1], device=resident.device) < length[:, None]
     kept, which = torch.unique(positions, return_inverse=True)
-    logits = skeleton.model(tokens, attention_mask=real.long(), use_cache=False, logits_to_keep=kept).logits
-    return logits[torch.arange(len(tokens), device=skeleton.device)[:, None], which]
+    logits = resident.model(tokens, attention_mask=real.long(), use_cache=False, logits_to_keep=kept).logits
+    return logits[torch.arange(len(tokens), device=resident.device)[:, None], which]
 
 
 @contextmanager

@@ -20,13 +20,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ...kernels.mix import add_deltas, mix_heads
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
 from ..runtime.resources import as_many_as_fit
 from ..store.activations import Activations
-from ..study.prompts import Alignment, Trials
-from .additive_layers import Sums, sums_of
-from .layers import Giving, Replaying, Resid, Steps
-from .patch_inputs import Direction, Ground, Site
+from ..study.alignment import Alignment
+from ..study.patch_settings import Direction
+from ..study.prompts import Trials
+from .additive_layers import AdditiveLayer, additive_layer
+from .layers import FixedZ, LayerRunner, Resid, SharedPrefixAttention
+from .patch_inputs import PatchInputs, Site
 
 ROWS = {"cpu": 1024, "cuda": 65_536}
 """Rows (trials x runs x positions) of one wave, by kind of device: wide enough for speed, small enough to hold."""
@@ -35,13 +37,13 @@ WIDEST = 32
 """A generous estimate of what a layer holds of a row at once, in widths of the residual stream."""
 
 
-Reading = Callable[[Steps, Resid], Float[Tensor, "reading run trial"]]
+Reading = Callable[[LayerRunner, Resid], Float[Tensor, "reading run trial"]]
 """Numbers that are read off residual streams that left the last layer."""
 
 
 @torch.inference_mode()
 def replay(
-    skeleton: Skeleton,
+    resident: ResidentModel,
     activations: Activations,
     trials: Trials,
     alignment: Alignment,
@@ -57,14 +59,16 @@ def replay(
     the target run is otherwise left alone.  `done` hears how many patched runs each wave of at
     most `runs` finished.
     """
-    ground = Ground.lay(skeleton, activations, trials, alignment, direction)
-    return read_off(skeleton, ground, sites, mask, lambda steps, resid: steps.logit_diff(resid)[None], done, runs)[0]
+    inputs = PatchInputs.from_capture(resident, activations, trials, alignment, direction)
+    return replay_reading(
+        resident, inputs, sites, mask, lambda runner, resid: runner.logit_diff(resid)[None], done, runs
+    )[0]
 
 
 @torch.inference_mode()
-def read_off(
-    skeleton: Skeleton,
-    ground: Ground,
+def replay_reading(
+    resident: ResidentModel,
+    inputs: PatchInputs,
     sites: Sequence[Site],
     mask: Bool[np.ndarray, "subset head"],
     reading: Reading,
@@ -73,33 +77,33 @@ def read_off(
     n_readings: int = 1,
 ) -> Float[np.ndarray, "reading site subset trial"]:
     """Whatever `reading` makes of every patched run, in `n_readings` numbers each; otherwise as `replay`."""
-    _, n_trials, n_patched = ground.positions.shape
-    subsets = torch.from_numpy(mask).to(skeleton.device)
-    result = torch.empty(n_readings, len(sites), len(mask), n_trials, device=skeleton.device)
+    _, n_trials, n_patched = inputs.positions.shape
+    subsets = torch.from_numpy(mask).to(resident.device)
+    result = torch.empty(n_readings, len(sites), len(mask), n_trials, device=resident.device)
     n_done = 0
 
     def run(most: int) -> None:
         nonlocal n_done
         done(-n_done)  # none, unless memory did not hold the waves that were tried before
         n_done = 0
-        replaying = _Replay(Steps(skeleton, ground, most), subsets)
+        replaying = _Replay(LayerRunner(resident, inputs, most), subsets)
         for wave in waves(sites, len(mask), most):
-            read = reading(replaying.steps, replaying.resid(wave)).split([group.n_runs for group in wave], dim=1)
+            read = reading(replaying.runner, replaying.resid(wave)).split([group.n_runs for group in wave], dim=1)
             for group, part in zip(wave, read, strict=True):
                 result[:, group.index, group.first : group.last] = part
             finished = sum(group.n_runs for group in wave) * n_trials
             n_done += finished
             done(finished)
 
-    as_many_as_fit(run, min(runs or runs_at_once(skeleton, n_trials * n_patched), len(sites) * len(mask)))
+    as_many_as_fit(run, min(runs or runs_at_once(resident, n_trials * n_patched), len(sites) * len(mask)))
     return result.cpu().numpy()
 
 
-def runs_at_once(skeleton: Skeleton, rows_per_run: int, memory: int = 2**40) -> int:
+def runs_at_once(resident: ResidentModel, rows_per_run: int, memory: int = 2**40) -> int:
     """Runs (of all trials) that go through the layers together, within `memory` (bytes)."""
-    body = skeleton.anatomy
-    kind = torch.device(skeleton.device).type
-    bytes_per_row = WIDEST * max(body.d_model, body.n_heads * body.head_dim) * skeleton.dtype.itemsize
+    body = resident.architecture
+    kind = torch.device(resident.device).type
+    bytes_per_row = WIDEST * max(body.d_model, body.n_heads * body.head_dim) * resident.dtype.itemsize
     rows = min(ROWS.get(kind, ROWS["cpu"]), memory // bytes_per_row)
     return max(1, rows // rows_per_run)
 
@@ -141,10 +145,10 @@ def waves(sites: Sequence[Site], n_subsets: int, most: int) -> Iterator[list[Gro
 class _Replay:
     """One checkpoint's patched runs of the given subsets, wave by wave."""
 
-    def __init__(self, steps: Steps, subsets: Bool[Tensor, "subset head"]) -> None:
-        self.steps, self.ground, self.subsets = steps, steps.ground, subsets
-        self.n_layers = steps.skeleton.anatomy.n_layers
-        self._sums: dict[int, Sums | None] = {}
+    def __init__(self, runner: LayerRunner, subsets: Bool[Tensor, "subset head"]) -> None:
+        self.runner, self.inputs, self.subsets = runner, runner.inputs, subsets
+        self.n_layers = runner.resident.architecture.n_layers
+        self._sums: dict[int, AdditiveLayer | None] = {}
 
     def resid(self, wave: Sequence[Group]) -> Resid:
         """What leaves the last layer, of the wave's groups one after another."""
@@ -152,7 +156,9 @@ class _Replay:
         resid: Resid | None = None
         for layer in range(wave[0].site[0], self.n_layers):
             if resid is not None:
-                resid = self.steps.through(layer, resid, Replaying(self.ground, self._patched(running, layer)))
+                resid = self.runner.through(
+                    layer, resid, SharedPrefixAttention(self.inputs, self._patched(running, layer))
+                )
             starting = [group for group in wave if group.site[0] == layer]
             started = [self._start(group) for group in starting]
             running += starting
@@ -171,13 +177,13 @@ class _Replay:
 
     def _start(self, group: Group) -> Resid:
         """The residual stream after the first patched layer."""
-        layer, heads, ground = group.site[0], self._heads(group), self.ground
+        layer, heads, inputs = group.site[0], self._heads(group), self.inputs
         if layer not in self._sums:
-            self._sums[layer] = sums_of(self.steps, layer)
+            self._sums[layer] = additive_layer(self.runner, layer)
         sums = self._sums[layer]
         if sums is not None:
             return add_deltas(sums.unpatched, sums.deltas, heads)
         # Nothing upstream has changed: the target's own z is the captured one.
-        z = mix_heads(ground.patched("z", layer, ground.target)[:, None], ground.source_z(layer), heads)
-        resid_pre = ground.patched("resid_pre", layer, ground.target)[:, None].expand(-1, group.n_runs, -1, -1)
-        return self.steps.through(layer, resid_pre, Giving(z, ground.longest))
+        z = mix_heads(inputs.patched("z", layer, inputs.target)[:, None], inputs.source_z(layer), heads)
+        resid_pre = inputs.patched("resid_pre", layer, inputs.target)[:, None].expand(-1, group.n_runs, -1, -1)
+        return self.runner.through(layer, resid_pre, FixedZ(z, inputs.longest))

@@ -15,17 +15,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..capture.forward import capture
-from ..checkpoints.model import Skeleton
+from ..checkpoints.model import ResidentModel
 from ..measures.logit_diff import kl, log_probability, rank
 from ..store.activations import Activations
+from ..study.alignment import Alignment
 from ..study.answers import answer, continued, lengthened
-from ..study.prompts import Alignment, Trials
+from ..study.patch_settings import Direction
+from ..study.prompts import Trials
 from ..study.study import RUNS, Measure
 from .additive_layers import layer_output
-from .layers import Resid, Steps
-from .patch_inputs import Direction, Ground, Site
+from .layers import LayerRunner, Resid
+from .patch_inputs import PatchInputs, Site
 from .reference import hooked, stock_logits
-from .replay import Reading, read_off, runs_at_once
+from .replay import Reading, replay_reading, runs_at_once
 
 BLOCK = {"cpu": 2**28, "cuda": 2**32}
 """Bytes that a block of rows of the whole vocabulary takes, by kind of device."""
@@ -47,7 +49,7 @@ def known_tokens(tokenizer: Any) -> Int[np.ndarray, " token"]:
 class Vocabulary:
     """The logits of all tokens, for a block of rows at a time."""
 
-    skeleton: Skeleton
+    resident: ResidentModel
 
     unknown: Int[Tensor, " token"]
     """Rows of the unembedding that belong to no token."""
@@ -56,15 +58,15 @@ class Vocabulary:
     """Rows of a block."""
 
     @classmethod
-    def of(cls, skeleton: Skeleton, known: Int[np.ndarray, " token"], memory: int) -> "Vocabulary":
+    def of(cls, resident: ResidentModel, known: Int[np.ndarray, " token"], memory: int) -> "Vocabulary":
         """Blocks that take at most a quarter of `memory` (bytes)."""
-        weight = skeleton.model.get_output_embeddings().weight
+        weight = resident.model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
-        unknown = torch.from_numpy(np.setdiff1d(np.arange(len(weight)), known)).to(skeleton.device)
+        unknown = torch.from_numpy(np.setdiff1d(np.arange(len(weight)), known)).to(resident.device)
         # The logits as they come, and three times in float32: converted, normalised and compared.
-        bytes_per_row = len(weight) * (skeleton.dtype.itemsize + 3 * 4)
-        block = min(BLOCK.get(torch.device(skeleton.device).type, BLOCK["cpu"]), memory // 4)
-        return cls(skeleton, unknown, max(1, block // bytes_per_row))
+        bytes_per_row = len(weight) * (resident.dtype.itemsize + 3 * 4)
+        block = min(BLOCK.get(torch.device(resident.device).type, BLOCK["cpu"]), memory // 4)
+        return cls(resident, unknown, max(1, block // bytes_per_row))
 
     def only_known(self, logits: Float[Tensor, "*run vocab"]) -> Float[Tensor, "*run vocab"]:
         """In float32, without the rows that belong to no token.  Logits that are float32 already are written into."""
@@ -80,10 +82,10 @@ class Vocabulary:
         for trial in range(0, n_trials, by_trial):
             for run in range(0, n_runs, by_run):
                 trials, runs = slice(trial, trial + by_trial), slice(run, run + by_run)
-                yield trials, runs, self.only_known(self.skeleton.logits(resid[trials, runs]))
+                yield trials, runs, self.only_known(self.resident.logits(resid[trials, runs]))
 
 
-def of_logits(
+def compute_measures(
     measures: Sequence[Measure],
     logits: Float[Tensor, "trial run vocab"],
     right: Int[Tensor, " trial"],
@@ -103,11 +105,11 @@ def of_logits(
 
 
 @dataclass(frozen=True)
-class Told:
+class AnswerContinuation:
     """Prompts behind which an answer is told, token by token."""
 
-    ground: Ground
-    reverse: Ground
+    inputs: PatchInputs
+    reverse: PatchInputs
     """The same with source and target exchanged."""
 
     tokens: Int[Tensor, "trial token"]
@@ -115,12 +117,12 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Further:
+class VocabularyMeasures:
     """Reads some measures, and the logit difference with them, at one checkpoint."""
 
     vocabulary: Vocabulary
-    ground: Ground
-    reverse: Ground
+    inputs: PatchInputs
+    reverse: PatchInputs
     """The same with source and target exchanged."""
 
     measures: tuple[Measure, ...]
@@ -129,7 +131,7 @@ class Further:
     sequence: bool
     """Whether the whole answers are scored besides."""
 
-    told: tuple[Told, ...]
+    told: tuple[AnswerContinuation, ...]
     """Right and wrong; nothing where answers are their branching tokens, or are not scored."""
 
     clean: Float[Tensor, "trial vocab"] | None
@@ -141,7 +143,7 @@ class Further:
     @torch.inference_mode()
     def prepare(
         cls,
-        skeleton: Skeleton,
+        resident: ResidentModel,
         activations: Activations,
         trials: Trials,
         alignment: Alignment,
@@ -149,39 +151,39 @@ class Further:
         measures: Sequence[Measure],
         known: Int[np.ndarray, " token"],
         memory: int = 2**33,
-    ) -> "Further":
+    ) -> "VocabularyMeasures":
         """Run what no store holds: the prompts with their answers, where the answers go on, and the last layer."""
-        vocabulary = Vocabulary.of(skeleton, known, memory)
-        grounds = _both_ways(skeleton, activations, trials, alignment, direction)
+        vocabulary = Vocabulary.of(resident, known, memory)
+        both_inputs = _both_ways(resident, activations, trials, alignment, direction)
         sequence = "sequence" in measures
         tokens = [answer(trials, which) for which in (RIGHT, WRONG)] if sequence else []
-        told: tuple[Told, ...] = ()
+        told: tuple[AnswerContinuation, ...] = ()
         if any(part.shape[1] > 1 for part in tokens):
             told = tuple(
-                Told(
-                    *_told(skeleton, trials, alignment, direction, which, memory),
-                    torch.from_numpy(tokens[which]).to(skeleton.device),
+                AnswerContinuation(
+                    *_told(resident, trials, alignment, direction, which, memory),
+                    torch.from_numpy(tokens[which]).to(resident.device),
                 )
                 for which in (RIGHT, WRONG)
             )
-        clean = _clean_log_probs(vocabulary, _into(grounds, "clean")) if "kl" in measures else None
+        clean = _clean_log_probs(vocabulary, _into(both_inputs, "clean")) if "kl" in measures else None
         at_once = tuple(name for name in measures if name != "sequence")
-        return cls(vocabulary, *grounds, at_once, sequence, told, clean, memory)
+        return cls(vocabulary, *both_inputs, at_once, sequence, told, clean, memory)
 
     def patched(
         self, sites: Sequence[Site], mask: Bool[np.ndarray, "subset head"], done: Any = lambda _runs: None
     ) -> dict[str, Float[np.ndarray, "site subset trial"]]:
         """Every measure of every patched run, and `logit_diff`; `done` hears as in `replay`."""
-        skeleton = self.vocabulary.skeleton
+        resident = self.vocabulary.resident
 
-        def read(ground: Ground, reading: Reading, n_readings: int, done: Any) -> np.ndarray:
-            runs = runs_at_once(skeleton, ground.valid.numel(), self.memory)
-            return read_off(skeleton, ground, sites, mask, reading, done, runs, n_readings)
+        def read(inputs: PatchInputs, reading: Reading, n_readings: int, done: Any) -> np.ndarray:
+            runs = runs_at_once(resident, inputs.valid.numel(), self.memory)
+            return replay_reading(resident, inputs, sites, mask, reading, done, runs, n_readings)
 
         names = ("logit_diff", *self.measures)
-        found = dict(zip(names, read(self.ground, self._read, len(names), done), strict=True))
+        found = dict(zip(names, read(self.inputs, self._read, len(names), done), strict=True))
         if self.told:
-            right, wrong = (read(one.ground, self._reads(one), 1, lambda _runs: None)[0] for one in self.told)
+            right, wrong = (read(one.inputs, self._reads(one), 1, lambda _runs: None)[0] for one in self.told)
             found["sequence"] = right - wrong
         elif self.sequence:
             found["sequence"] = found["logit_diff"]
@@ -191,11 +193,11 @@ class Further:
     def unpatched(self) -> dict[str, Float[np.ndarray, "run trial"]]:
         """The same of the runs as they were captured."""
         names = ("logit_diff", *self.measures)
-        by_run = [self._unpatched(_into((self.ground, self.reverse), run), self._read) for run in RUNS]
+        by_run = [self._unpatched(_into((self.inputs, self.reverse), run), self._read) for run in RUNS]
         found = dict(zip(names, np.stack(by_run, axis=1), strict=True))
         if self.told:
             right, wrong = (
-                np.stack([self._unpatched(_into((one.ground, one.reverse), run), self._reads(one))[0] for run in RUNS])
+                np.stack([self._unpatched(_into((one.inputs, one.reverse), run), self._reads(one))[0] for run in RUNS])
                 for one in self.told
             )
             found["sequence"] = right - wrong
@@ -203,29 +205,29 @@ class Further:
             found["sequence"] = found["logit_diff"]
         return found
 
-    def _unpatched(self, ground: Ground, reading: Reading) -> Float[np.ndarray, "reading trial"]:
-        steps = Steps(self.vocabulary.skeleton, ground)
-        return reading(steps, _left(steps))[:, 0].cpu().numpy()
+    def _unpatched(self, inputs: PatchInputs, reading: Reading) -> Float[np.ndarray, "reading trial"]:
+        runner = LayerRunner(self.vocabulary.resident, inputs)
+        return reading(runner, _left(runner))[:, 0].cpu().numpy()
 
-    def _read(self, steps: Steps, resid: Resid) -> Float[Tensor, "reading run trial"]:
+    def _read(self, runner: LayerRunner, resid: Resid) -> Float[Tensor, "reading run trial"]:
         """The logit difference, and the measures of one position."""
-        logit_diff = steps.logit_diff(resid)
+        logit_diff = runner.logit_diff(resid)
         if not self.measures:
             return logit_diff[None]
         found = logit_diff.new_empty(len(self.measures), *resid.shape[:2])
-        for trials, runs, logits in self.vocabulary.blocks(steps.read(resid)):
-            right = steps.ground.answers[trials, RIGHT]
+        for trials, runs, logits in self.vocabulary.blocks(runner.read(resid)):
+            right = runner.inputs.answers[trials, RIGHT]
             clean = None if self.clean is None else self.clean[trials]
-            found[:, trials, runs] = of_logits(self.measures, logits, right, clean)
+            found[:, trials, runs] = compute_measures(self.measures, logits, right, clean)
         return torch.cat([logit_diff[None], found.transpose(1, 2)])
 
-    def _reads(self, told: Told) -> Reading:
+    def _reads(self, told: AnswerContinuation) -> Reading:
         """The log-probability of an answer, token by token."""
 
-        def read(steps: Steps, resid: Resid) -> Float[Tensor, "reading run trial"]:
+        def read(runner: LayerRunner, resid: Resid) -> Float[Tensor, "reading run trial"]:
             total = torch.zeros(resid.shape[:2], device=resid.device)
             for ahead, token in enumerate(told.tokens.T):
-                for trials, runs, logits in self.vocabulary.blocks(steps.read(resid, ahead)):
+                for trials, runs, logits in self.vocabulary.blocks(runner.read(resid, ahead)):
                     total[trials, runs] += _counted(logits, token[trials, None].expand(logits.shape[:-1]))
             return total.T[None]
 
@@ -243,7 +245,7 @@ class Hooked:
 
 
 @torch.inference_mode()
-def by_hook(
+def hooked_measures(
     vocabulary: Vocabulary,
     trials: Trials,
     alignment: Alignment,
@@ -252,25 +254,27 @@ def by_hook(
     measures: Sequence[Measure],
     tolerance: float,
 ) -> Hooked:
-    """What `Further` should read.  `tolerance` is that of a logit difference, in nats.
+    """What `VocabularyMeasures` should read.  `tolerance` is that of a logit difference, in nats.
 
     A probability may be off by as much, the divergence by as much and as large a part of itself, an answer by as much
     a token; a rank by the tokens whose logits are within it.
     """
-    skeleton = vocabulary.skeleton
+    resident = vocabulary.resident
     last = trials.length[..., None] - 1
-    right = torch.from_numpy(trials.answer_tokens[:, RIGHT]).to(skeleton.device)
+    right = torch.from_numpy(trials.answer_tokens[:, RIGHT]).to(resident.device)
     at_once = [name for name in measures if name != "sequence"]
-    with skeleton.stock():
-        clean = vocabulary.only_known(stock_logits(skeleton, trials, RUNS.index("clean"), last)[:, 0]).log_softmax(-1)
+    with resident.stock():
+        clean = vocabulary.only_known(stock_logits(resident, trials, RUNS.index("clean"), last)[:, 0]).log_softmax(-1)
 
     def read(logits: Float[Tensor, "trial read vocab"]) -> Float[Tensor, "trial measure"]:
         logits = vocabulary.only_known(logits)
         near = (logits[:, 0] - logits[:, 0].gather(1, right[:, None])).abs() <= tolerance
-        found = of_logits(at_once, logits, right, clean)[..., 0].T if at_once else logits.new_empty(len(logits), 0)
+        found = (
+            compute_measures(at_once, logits, right, clean)[..., 0].T if at_once else logits.new_empty(len(logits), 0)
+        )
         return torch.cat([found, near.sum(1, keepdim=True) - 1], dim=1)
 
-    found = hooked(skeleton, trials, alignment, direction, patches, last, read).cpu().numpy()
+    found = hooked(resident, trials, alignment, direction, patches, last, read).cpu().numpy()
     values: dict[str, np.ndarray] = {name: found[..., place] for place, name in enumerate(at_once)}
     allowed: dict[str, np.ndarray] = {name: np.full_like(found[..., 0], tolerance) for name in measures}
     if "rank" in measures:
@@ -290,15 +294,15 @@ def _answer_by_hook(
     vocabulary: Vocabulary, trials: Trials, alignment: Alignment, direction: Direction, patches: Patches, which: int
 ) -> Float[np.ndarray, "patch trial"]:
     """The log-probability of an answer, in nats."""
-    skeleton, tokens = vocabulary.skeleton, answer(trials, which)
-    longer = continued(trials, which, skeleton.anatomy.context)
+    resident, tokens = vocabulary.resident, answer(trials, which)
+    longer = continued(trials, which, resident.architecture.context)
     read = np.minimum(trials.length[..., None] - 1 + np.arange(tokens.shape[1]), longer.tokens.shape[2] - 1)
-    token = torch.from_numpy(tokens).to(skeleton.device)
+    token = torch.from_numpy(tokens).to(resident.device)
 
     def score(logits: Float[Tensor, "trial read vocab"]) -> Float[Tensor, " trial"]:
         return _counted(vocabulary.only_known(logits), token).sum(1)
 
-    return hooked(skeleton, longer, alignment, direction, patches, read, score).cpu().numpy()
+    return hooked(resident, longer, alignment, direction, patches, read, score).cpu().numpy()
 
 
 def _counted(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
@@ -307,34 +311,36 @@ def _counted(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) ->
 
 
 def _both_ways(
-    skeleton: Skeleton, activations: Activations, trials: Trials, alignment: Alignment, direction: Direction
-) -> tuple[Ground, Ground]:
+    resident: ResidentModel, activations: Activations, trials: Trials, alignment: Alignment, direction: Direction
+) -> tuple[PatchInputs, PatchInputs]:
     reverse: Direction = "noise" if direction == "denoise" else "denoise"
-    there, back = (Ground.lay(skeleton, activations, trials, alignment, way) for way in (direction, reverse))
+    there, back = (
+        PatchInputs.from_capture(resident, activations, trials, alignment, way) for way in (direction, reverse)
+    )
     return there, back
 
 
-def _into(grounds: tuple[Ground, Ground], run: str) -> Ground:
+def _into(both_inputs: tuple[PatchInputs, PatchInputs], run: str) -> PatchInputs:
     """The one of both whose target is `run`."""
-    return next(ground for ground in grounds if ground.target == RUNS.index(run))
+    return next(inputs for inputs in both_inputs if inputs.target == RUNS.index(run))
 
 
 def _told(
-    skeleton: Skeleton, trials: Trials, alignment: Alignment, direction: Direction, which: int, memory: int
-) -> tuple[Ground, Ground]:
-    longer = continued(trials, which, skeleton.anatomy.context)
+    resident: ResidentModel, trials: Trials, alignment: Alignment, direction: Direction, which: int, memory: int
+) -> tuple[PatchInputs, PatchInputs]:
+    longer = continued(trials, which, resident.architecture.context)
     further = answer(trials, which).shape[1] - 1
     rows = lengthened(alignment, further, longer.tokens.shape[2])
-    return _both_ways(skeleton, capture(skeleton, longer, memory), longer, rows, direction)
+    return _both_ways(resident, capture(resident, longer, memory), longer, rows, direction)
 
 
-def _left(steps: Steps) -> Resid:
+def _left(runner: LayerRunner) -> Resid:
     """What left the last layer of the target run, as captured."""
-    last = steps.skeleton.anatomy.n_layers - 1
-    return layer_output(steps, last, steps.ground.patched("z", last, steps.ground.target))[:, None]
+    last = runner.resident.architecture.n_layers - 1
+    return layer_output(runner, last, runner.inputs.patched("z", last, runner.inputs.target))[:, None]
 
 
-def _clean_log_probs(vocabulary: Vocabulary, ground: Ground) -> Float[Tensor, "trial vocab"]:
-    steps = Steps(vocabulary.skeleton, ground)
-    parts = [logits[:, 0].log_softmax(-1) for _, _, logits in vocabulary.blocks(steps.read(_left(steps)))]
+def _clean_log_probs(vocabulary: Vocabulary, inputs: PatchInputs) -> Float[Tensor, "trial vocab"]:
+    runner = LayerRunner(vocabulary.resident, inputs)
+    parts = [logits[:, 0].log_softmax(-1) for _, _, logits in vocabulary.blocks(runner.read(_left(runner)))]
     return torch.cat(parts)

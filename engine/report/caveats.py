@@ -6,7 +6,8 @@ import numpy as np
 
 from ..measures.logit_diff import CLEAR_OF_ZERO
 from ..store.store import Store
-from ..study.prompts import Trials, align
+from ..study.alignment import align
+from ..study.prompts import Trials
 from ..study.study import RUNS, tolerance
 from .result import Result, listed
 
@@ -60,7 +61,7 @@ def _baseline(result: Result) -> str:
 
 def _alignment(trials: Trials, result: Result) -> str:
     """How many of the aligned positions hold the same token in both runs."""
-    alignment = align(trials, result.settings["positions"])
+    alignment = align(trials, result.settings.positions)
     trial = np.arange(trials.n_trials)[:, None]
     source, target = (trials.tokens[run][trial, alignment.positions[run]] for run in range(len(RUNS)))
     n, same = int(alignment.valid.sum()), int((source == target)[alignment.valid].sum())
@@ -108,7 +109,7 @@ def _choice(result: Result) -> str:
 
 
 def _arithmetic(store: Store, result: Result) -> str:
-    cached, patched = store.study["dtype"], result.settings["dtype"]
+    cached, patched = store.study["dtype"], result.settings.dtype
     allowed = tolerance(patched, cached)
     return f"Cached in {cached}, patched in {patched}: differences up to {allowed:.1g} nats are rounding."
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..measures.logit_diff import effect
 from ..statistics.bootstrap import interval
-from ..statistics.permutation import find_halvings, place
+from ..statistics.permutation import find_equal_splits, permutation_p_value
 from .plot_style import COLOURS, FAINT, MARKERS, WIDTH, label_steps, place_steps
 from .result import Result
 
@@ -22,7 +22,7 @@ DRAWN = 2000
 
 def draw_splits(result: Result) -> Figure | None:
     """Per layer every halving's difference at the last checkpoint, and even − odd among them; None unless all ran."""
-    found = find_halvings(result.run)
+    found = find_equal_splits(result.run)
     if found is None:
         return None
     nats = result.nats.isel(checkpoint=-1).transpose("layer", "subset").values
@@ -47,7 +47,9 @@ def draw_splits(result: Result) -> Figure | None:
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     beside = axes.secondary_yaxis("right")
-    beside.set_yticks(range(len(layers)), [f"p = {place(float(e), n):.3f}" for e, n in zip(even, null, strict=True)])
+    beside.set_yticks(
+        range(len(layers)), [f"p = {permutation_p_value(float(e), n):.3f}" for e, n in zip(even, null, strict=True)]
+    )
     beside.tick_params(length=0, labelsize=7.5)
     beside.spines[:].set_visible(False)
     figure.suptitle(f"Even heads against odd heads, at {result.last}", x=0.01, ha="left", fontsize=9.5, weight="bold")
@@ -57,7 +59,7 @@ def draw_splits(result: Result) -> Figure | None:
 
 def heads_alone(result: Result) -> xr.Dataset:
     """What patching each head alone does: `value`, `low` and `high` (checkpoint, layer, head) in nats."""
-    moved = effect(result.run.isel(subset=list(result.single_heads)), result.settings["direction"])
+    moved = effect(result.run.isel(subset=list(result.single_heads)), result.settings.direction)
     by_trial = moved.transpose("checkpoint", "layer", "subset", "trial").values.astype(float)
     low, high = interval(by_trial)
     dims = ("checkpoint", "layer", "head")

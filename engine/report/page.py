@@ -14,17 +14,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..measures.logit_diff import each_checkpoint, finished
-from ..mechanism.store import MechanismRun, place
+from ..mechanism.store import MechanismRun, mechanism_path
 from ..replay.published_protocol import examples, success_table
-from ..store.store import Store, twins
+from ..runtime.errors import UserError
+from ..store.store import Store, duplicate_weights
 from ..store.zarr_group import is_group
-from ..study.prompts import Trials, align
-from ..study.study import RUNS, Refusal, tolerance
+from ..study.alignment import align
+from ..study.prompts import Trials
+from ..study.study import RUNS, tolerance
 from .caveats import threats
 from .figures import draw
 from .findings.all_findings import findings
-from .findings.finding import Told
-from .findings.mechanism import tell_mechanism
+from .findings.finding import Finding
+from .findings.mechanism import mechanism_text
 from .plot_style import INK, PAPER, to_svg
 from .result import Result, heads_of, listed, ranges, read_result, signed
 
@@ -46,19 +48,19 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
 
     Returns the page's path.
 
-    Every file appears whole, the page last.  Raises `Refusal` where there is nothing to show.
+    Every file appears whole, the page last.  Raises `UserError` where there is nothing to show.
     """
     names = store.patch_names("corrected")
     if not names:
-        raise Refusal(f"{store.path} has no patched run yet; make one with: python scripts/patch.py {store.path}")
+        raise UserError(f"{store.path} has no patched run yet; make one with: python scripts/patch.py {store.path}")
     begun = [name for name in names if store.patch(name).complete()]
     result = read_result(store, name or (begun or names)[-1])
     if (out / "zarr.json").exists():
-        raise Refusal(f"--out {out} is a store; name a directory of its own for the report")
+        raise UserError(f"--out {out} is a store; name a directory of its own for the report")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise Refusal(f"--out {out}: there is a file in the way; name a directory") from None
+        raise UserError(f"--out {out}: there is a file in the way; name a directory") from None
     with _appearing(out / "timeline.csv") as partial:
         result.table.to_csv(partial)
     with _appearing(out / "patched.csv") as partial:
@@ -71,7 +73,7 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     return out / "index.html"
 
 
-def _numbers(found: Sequence[Told]) -> dict[str, pd.DataFrame]:
+def _numbers(found: Sequence[Finding]) -> dict[str, pd.DataFrame]:
     """What every finding rests on, by name."""
     return {told.name: told.numbers for told in found if told.numbers is not None}
 
@@ -91,7 +93,7 @@ def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> di
     return drawn
 
 
-def _write_numbers(found: Sequence[Told], out: Path) -> None:
+def _write_numbers(found: Sequence[Finding], out: Path) -> None:
     """What every finding rests on, as CSV."""
     named = _numbers(found)
     for name, numbers in named.items():
@@ -126,7 +128,7 @@ def _means(result: Result, one: xr.Dataset, index: int) -> xr.Dataset:
     return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in kept.items()} | plain)
 
 
-def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[Told]) -> str:
+def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[Finding]) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -146,7 +148,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[T
         n_rows=len(store.rows()),
         n_sites=result.run.sizes["layer"],
         prompts=trials.contrasts[:SHOWN_PROMPTS],
-        example=_example(trials, result.settings["positions"]),
+        example=_example(trials, result.settings.positions),
         figures={stem: _inline(svg, stem) for stem, svg in drawn.items()},
         mapped=heads_of(result.mapped),
         judge="all heads" if "all" in result.run.subset.values else "the strongest subset",
@@ -211,17 +213,17 @@ def _headline(result: Result) -> list[tuple[str, str, str]]:
     row = result.table.iloc[-1]
     best = max(result.shown, key=lambda name: row[name] if result.target == "corrupt" else -row[name])
     site = result.site(int(row["best_layer"]))
-    where = f"layers {site} together" if result.settings["joint"] else f"layer {site}"
+    where = f"layers {site} together" if result.settings.joint else f"layer {site}"
     named = [("clean", "clean, unpatched"), ("corrupt", "corrupt, unpatched"), (best, f"{heads_of(best)} of {where}")]
     return [(said, signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name, said in named]
 
 
-def _mechanism(store: Store) -> list[Told]:
+def _mechanism(store: Store) -> list[Finding]:
     """What `scripts/mechanism.py` measured, where it has finished a checkpoint."""
-    if not is_group(place(store)):
+    if not is_group(mechanism_path(store)):
         return []
-    run = MechanismRun(place(store))
-    return [tell_mechanism(run.dataset(), run.settings)] if run.complete() else []
+    run = MechanismRun(mechanism_path(store))
+    return [mechanism_text(run.dataset(), run.settings)] if run.complete() else []
 
 
 def _published(store: Store) -> dict[str, Any] | None:
@@ -236,7 +238,7 @@ def _published(store: Store) -> dict[str, Any] | None:
 def _self_check(store: Store, result: Result) -> dict[str, Any]:
     """Largest difference between replay and full hooked forwards, where it was seen, and what was allowed."""
     differences = result.run.self_check.values
-    allowed = tolerance(result.settings["dtype"], store.study["dtype"])
+    allowed = tolerance(result.settings.dtype, store.study["dtype"])
     if np.isnan(differences).all():
         return {"largest": None, "allowed": allowed}
     worst = int(np.nanargmax(differences))
@@ -262,7 +264,7 @@ def _warnings(store: Store, result: Result) -> list[str]:
         ),
         "the clean run itself fails on half of the prompts or more": list(result.table.index[right["clean"] <= 0.5]),
     }
-    return twins(store) + [f"{said}: {listed(labels)}" for said, labels in found.items() if labels]
+    return duplicate_weights(store) + [f"{said}: {listed(labels)}" for said, labels in found.items() if labels]
 
 
 @contextmanager

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from ..measures.logit_diff import NAMED, each_checkpoint, effect, finished, success, timeline
+from ..runtime.errors import UserError
 from ..store.store import Store
-from ..study.study import Refusal
+from ..study.patch_settings import PatchSettings
 
 STRONGEST = 3
 """So many of the strongest subsets stand in the timeline where none of `NAMED` was patched."""
@@ -21,7 +21,7 @@ class Result:
     """One patched run, reduced to its means over trials; only finished checkpoints, in order of training."""
 
     name: str
-    settings: dict[str, Any]
+    settings: PatchSettings
 
     run: xr.Dataset
     """Trial by trial, lazily."""
@@ -47,7 +47,7 @@ class Result:
     @property
     def target(self) -> str:
         """The run that was patched into."""
-        return "corrupt" if self.settings["direction"] == "denoise" else "clean"
+        return "corrupt" if self.settings.direction == "denoise" else "clean"
 
     @property
     def source(self) -> str:
@@ -56,10 +56,10 @@ class Result:
     @property
     def where(self) -> str:
         """Which layers are patched, in words."""
-        layers = self.settings["layers"]
+        layers = self.settings.layers
         if len(layers) == 1:
             return f"layer {layers[0]}"
-        return f"layers {ranges(layers)} together" if self.settings["joint"] else "one layer at a time"
+        return f"layers {ranges(layers)} together" if self.settings.joint else "one layer at a time"
 
     @property
     def last(self) -> str:
@@ -82,16 +82,16 @@ class Result:
 
     def site(self, layer: int) -> str:
         """What a place on the layer axis is called: several layers where they were patched jointly."""
-        return ranges(self.settings["layers"]) if self.settings["joint"] else str(layer)
+        return ranges(self.settings.layers) if self.settings.joint else str(layer)
 
 
 def read_result(store: Store, name: str) -> Result:
     """A patched run's means and timeline, one checkpoint in memory at a time.
 
-    Raises `Refusal` where it has no finished checkpoint.
+    Raises `UserError` where it has no finished checkpoint.
     """
     patch = store.patch(name)
-    run, direction = finished(patch.dataset()), patch.settings["direction"]
+    run, direction = finished(patch.dataset()), patch.settings.direction
     finite, means, rates, rows = [], [], [], []
     for one in each_checkpoint(run):
         held = [one[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
@@ -102,7 +102,7 @@ def read_result(store: Store, name: str) -> Result:
             rows.append(timeline(one, direction))
     if not rows:
         found = "only numbers that are not finite" if finite else "no finished checkpoint"
-        raise Refusal(f"patched run {name} of {store.path} has {found}; run its scripts/patch.py command again")
+        raise UserError(f"patched run {name} of {store.path} has {found}; run its scripts/patch.py command again")
     not_finite = tuple(map(str, run.checkpoint.values[~np.array(finite)]))
     run = run.isel(checkpoint=np.flatnonzero(finite))
     like = run.logit_diff.isel(trial=0).reset_coords(drop=True)

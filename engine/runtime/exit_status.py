@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
-from ..study.study import Inexact, Refusal
+from .errors import UserError, VerificationError
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -13,24 +13,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
-def tell_problems(problems: Mapping[str, str]) -> None:
+def print_problems(problems: Mapping[str, str]) -> None:
     """A line on stderr for every problem, with the labels of all that have it."""
     for problem in dict.fromkeys(problems.values()):
         labels = ", ".join(label for label in problems if problems[label] == problem)
         print(f"error: {labels}: {problem}", file=sys.stderr)
 
 
-def guarded(main: Callable[[], int]) -> int:
+def exit_status_of(main: Callable[[], int]) -> int:
     """Run `main` and return its exit status: 2 refused, 1 inexact or disk full, 130 interrupted."""
     # Idle OpenMP threads then soon sleep instead of spinning on: as fast alone, many times faster on a machine that
     # others use.  Read when torch is first imported, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         return main()
-    except Refusal as refusal:
+    except UserError as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return REFUSED
-    except Inexact as difference:
+    except VerificationError as difference:
         print(f"error: {difference}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:

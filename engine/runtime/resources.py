@@ -12,7 +12,7 @@ import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from ..study.study import Arithmetic, Refusal
+from .errors import UserError
 
 Result = TypeVar("Result")
 
@@ -29,11 +29,11 @@ class Machine:
     """Bytes that weights and what is computed with them may take together."""
 
     @classmethod
-    def asked(cls, device: str | None, memory: str | None = None, dtype: Arithmetic = "float32") -> "Machine":
-        """The machine a user asks for, or the default.  Raises `Refusal` when it is not to be had."""
+    def from_options(cls, device: str | None, memory: str | None = None, dtype: str = "float32") -> "Machine":
+        """The machine a user asks for, or the default.  Raises `UserError` when it is not to be had."""
         checked = _checked(device)
         if dtype == "tf32" and torch.device(checked).type != "cuda":
-            raise Refusal(f"--dtype tf32: {checked} does not compute in it, only CUDA devices do; use float32")
+            raise UserError(f"--dtype tf32: {checked} does not compute in it, only CUDA devices do; use float32")
         return cls(checked, _parse(memory) if memory else most_of_memory(checked))
 
     @property
@@ -87,7 +87,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * 512 * 1024 * 1024 / seconds
 
 
-def told_bytes(n_bytes: float) -> str:
+def format_bytes(n_bytes: float) -> str:
     """`1.5 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if n_bytes < 1000:
@@ -96,7 +96,7 @@ def told_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.1f} TB"
 
 
-def told_time(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """`80 s`, `12 min`, `3.5 h`, `20 days`, `1,000 years`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
@@ -112,7 +112,7 @@ def _checked(name: str | None) -> str:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0][:80]
-        raise Refusal(f"--device {name}: torch cannot compute there ({reason}); use cpu") from error
+        raise UserError(f"--device {name}: torch cannot compute there ({reason}); use cpu") from error
     return str(device)
 
 
@@ -120,5 +120,5 @@ def _parse(text: str) -> int:
     """Bytes of `8GB`, `500MB`, `1.5G`."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     if not found or float(found[1]) == 0:
-        raise Refusal(f"--memory {text}: not an amount of memory; write 8GB or 500MB")
+        raise UserError(f"--memory {text}: not an amount of memory; write 8GB or 500MB")
     return int(float(found[1]) * _UNITS[found[2].upper()])

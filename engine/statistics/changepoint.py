@@ -53,7 +53,7 @@ class Family:
     slow: Float[np.ndarray, "slow checkpoint"]
 
 
-def judge_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "checkpoint trial"]) -> Shape:
+def evaluate_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "checkpoint trial"]) -> Shape:
     """Compare a constant with sudden and with gradual changes by BIC (Schwarz 1978), fitted to the means.
 
     Sudden are a step and logistic curves that rise within `GAP` of the range covered, gradual a line and slower

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from ...kernels.walsh import subset_minima
 from ..measures.logit_diff import CLEAR_OF_ZERO, each_checkpoint, effect, finished
+from ..study.patch_settings import PatchSettings
 from ..study.subsets import draw_orders, label_of
 from . import shapley
 from .bootstrap import interval
@@ -21,10 +22,10 @@ SHARE = 0.8
 """Of what all heads do: a coalition is sufficient when it does as much, necessary when without it as much is lost."""
 
 MOST_WORK = 2**24
-"""Halvings times coalitions above which the place of parity is not worked out."""
+"""EqualSplits times coalitions above which the place of parity is not worked out."""
 
 
-def lattice_rows(mask: Bool[np.ndarray, "subset head"]) -> Int[np.ndarray, " coalition"] | None:
+def all_subset_rows(mask: Bool[np.ndarray, "subset head"]) -> Int[np.ndarray, " coalition"] | None:
     """Where each coalition stands along the subset axis, in order of their bits; None unless all of them are there."""
     n_heads = mask.shape[1]
     if len(mask) < 2**n_heads:
@@ -34,7 +35,7 @@ def lattice_rows(mask: Bool[np.ndarray, "subset head"]) -> Int[np.ndarray, " coa
     return rows if len(found) == 2**n_heads else None
 
 
-def coalitions(run: xr.Dataset, direction: str) -> xr.Dataset | None:
+def head_subset_statistics(run: xr.Dataset, direction: str) -> xr.Dataset | None:
     """Everything below, by checkpoint and layer, from the effect of every coalition in nats; None without the lattice.
 
     `shapley` (head) with `shapley_low` and `shapley_high`, the bootstrap interval over prompts; `banzhaf` (head);
@@ -45,7 +46,7 @@ def coalitions(run: xr.Dataset, direction: str) -> xr.Dataset | None:
     the number of heads (`parity_p`: its place among all halvings).
     """
     done = finished(run)
-    rows = lattice_rows(done.mask.values)
+    rows = all_subset_rows(done.mask.values)
     if rows is None or not done.sizes["checkpoint"]:
         return None
     found = []
@@ -147,14 +148,14 @@ def _slack(mean: np.ndarray) -> float:
     return 1e-6 * float(np.abs(mean).max())
 
 
-def sampled(run: xr.Dataset, settings: dict[str, Any]) -> xr.Dataset | None:
+def sampled(run: xr.Dataset, settings: PatchSettings) -> xr.Dataset | None:
     """Shapley values from sampled orders, where the patched run has them (`orders:N`); None where it has not.
 
     `shapley` (head) with `shapley_low` and `shapley_high`, the interval over prompts given these orders, and
     `shapley_error`, the standard error over pairs of orders given these prompts; by checkpoint and layer.
     """
     done = finished(run)
-    wanted = [int(word.partition(":")[2]) for word in settings["subsets"] if word.startswith("orders:")]
+    wanted = [int(word.partition(":")[2]) for word in settings.subsets if word.startswith("orders:")]
     if not wanted or not done.sizes["checkpoint"]:
         return None
     orders = np.array(draw_orders(max(wanted), done.sizes["head"]))
@@ -164,7 +165,7 @@ def sampled(run: xr.Dataset, settings: dict[str, Any]) -> xr.Dataset | None:
     rows = np.array([[row_of[heads.tobytes()] for heads in order] for order in begun])
     found = []
     for one in each_checkpoint(done):
-        values = effect(one, settings["direction"]).transpose("checkpoint", "layer", "subset", "trial").values[0]
+        values = effect(one, settings.direction).transpose("checkpoint", "layer", "subset", "trial").values[0]
         layers = [_of_orders(layer.astype(float)[rows], orders) for layer in values]
         found.append(xr.concat(layers, pd.Index(done.layer.values, name="layer")))
     return xr.concat(found, pd.Index(done.checkpoint.values, name="checkpoint"))

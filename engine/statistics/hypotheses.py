@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,10 +9,11 @@ import xarray as xr
 from jaxtyping import Int
 
 from ..measures.logit_diff import best_layer
-from ..report.findings.finding import Told
+from ..report.findings.finding import Finding
+from ..study.patch_settings import PatchSettings
 from .bootstrap import LEVEL
-from .changepoint import GAP, Shape, judge_shape
-from .onset import Onset, Series, comes_first, date, known_steps, onsets, pick, series_of
+from .changepoint import GAP, Shape, evaluate_shape
+from .onset import Onset, Series, compare_onsets, known_steps, onset_of, onsets, pick, series_of
 from .permutation import parity
 
 THIRDS = {"H1 early": (0, 1), "H2 middle": (1, 2), "H3 late": (2, 3)}
@@ -39,20 +39,20 @@ class Verdict:
     evidence: str
 
 
-def judge(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | None = None) -> list[Verdict]:
+def evaluate(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | None = None) -> list[Verdict]:
     """The five hypotheses, for one measure of how even and odd heads part.
 
     H1, H2, H3: it starts in the first, second, last third of the training, from step 0 to the last checkpoint, in
     steps.  Supported where the whole interval of the onset lies in the third, contradicted where none of it does, or
     nothing starts; undecided between, and where what starts may be chance: it is evident neither over prompts
-    (`onset.surely_past`) nor by `p`.  The evidence names the thirds of log(1 + step) as well, for much that a model
-    learns it learns early.  H4, H5: the change is gradual, sudden (`shape.judge_shape`).
+    (`onset.significant_checkpoints`) nor by `p`.  The evidence names the thirds of log(1 + step) as well, for much that a model
+    learns it learns early.  H4, H5: the change is gradual, sudden (`shape.evaluate_shape`).
 
     `p` is the place of even against odd among the halvings run where it is known, exact for these prompts: what other
     halvings show as well is no specialization of even heads, and supports nothing.  The values of one prompt are taken
     as they are: there is no interval, and nothing can be evident.
     """
-    onset, shape = date(steps, series), judge_shape(steps.astype(float), series.values)
+    onset, shape = onset_of(steps, series), evaluate_shape(steps.astype(float), series.values)
     one_prompt = series.values.shape[1] == 1
     stands_out, like_others = p is not None and p <= 1 - LEVEL, p is not None and p > 1 - LEVEL
     by_chance = onset.by is not None and onset.evident is None and not one_prompt and not stands_out
@@ -124,15 +124,15 @@ def hypotheses(run: xr.Dataset, direction: str, layer: int, unit: str = "nats") 
         return None
     against = parity(done)
     p = None if against is None else float(against["p"].loc[(done.checkpoint.values[-1], layer)])
-    return pd.DataFrame(map(vars, judge(done.step.values.astype(int), series, p)))
+    return pd.DataFrame(map(vars, evaluate(done.step.values.astype(int), series, p)))
 
 
-def tell_when(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]:
+def onset_findings(run: xr.Dataset, settings: PatchSettings) -> Iterator[Finding]:
     """Onsets, shapes and hypotheses at the layer that all heads move most at the last checkpoint.
 
     Nothing where fewer than three checkpoints of known steps are finished.
     """
-    done, direction = known_steps(run), settings["direction"]
+    done, direction = known_steps(run), settings.direction
     if done.sizes["checkpoint"] < FEWEST:
         return
     layer = int(best_layer(done, direction).values[-1])
@@ -142,16 +142,16 @@ def tell_when(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]:
         yield _tell_hypotheses(found, layer)
 
 
-def _tell_hypotheses(found: pd.DataFrame, layer: int) -> Told:
+def _tell_hypotheses(found: pd.DataFrame, layer: int) -> Finding:
     """Verdicts as a table, and beneath it each evidence once, with the hypotheses that it speaks to."""
     table = found.set_index("hypothesis")[["verdict"]].rename_axis(None)
     notes = [f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps to the last"]
     for evidence, alike in found.groupby("evidence", sort=False):
         notes.append(f"{', '.join(name.split()[0] for name in alike['hypothesis'])}: {evidence}")
-    return Told("The study's hypotheses", table, tuple(notes), "hypotheses", found.set_index("hypothesis"))
+    return Finding("The study's hypotheses", table, tuple(notes), "hypotheses", found.set_index("hypothesis"))
 
 
-def _tell_onsets(done: xr.Dataset, direction: str, layer: int) -> Told:
+def _tell_onsets(done: xr.Dataset, direction: str, layer: int) -> Finding:
     frame = onsets(done, direction)
     shown = frame[frame["layer"].isna() | (frame["layer"] == layer)]
     table = pd.DataFrame(
@@ -171,7 +171,7 @@ def _tell_onsets(done: xr.Dataset, direction: str, layer: int) -> Told:
         "BIC; falls deeper than noise over prompts falls anywhere"
     )
     notes = (how_to_read, *_jumps(shown), *_order(done, direction, layer))
-    return Told("When it starts", table, notes, "onsets", frame.set_index(["measure", "layer", "unit"]))
+    return Finding("When it starts", table, notes, "onsets", frame.set_index(["measure", "layer", "unit"]))
 
 
 def _deepest(falls: str) -> str:
@@ -198,7 +198,7 @@ def _order(done: xr.Dataset, direction: str, layer: int) -> list[str]:
     able, parted = pick(series, "clean right", "nats", None), pick(series, "even and odd part", "nats", layer)
     if able is None or parted is None:
         return []
-    order = comes_first(done.step.values.astype(int), able, parted)
+    order = compare_onsets(done.step.values.astype(int), able, parted)
     apart = " to ".join(f"{steps:,.0f}" if np.isfinite(steps) else "any number of" for steps in (order.low, order.high))
     return [
         f"capability (clean right) against specialization (even and odd part): {order.verdict}; it starts before it in "

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
 from .bootstrap import LEVEL, noise_of_means, resampled_means
-from .changepoint import judge_shape
+from .changepoint import evaluate_shape
 from .multiple_testing import adjust
 
 HALF, PATTERN = 0.5, 0.3
@@ -60,7 +60,7 @@ class Onset:
     """... and by `high`, both steps."""
 
     evident: int | None
-    """The first step from which on it is past the goal beyond chance (`surely_past`); None where it never is."""
+    """The first step from which on it is past the goal beyond chance (`significant_checkpoints`); None where it never is."""
 
     @property
     def censored(self) -> str:
@@ -73,7 +73,7 @@ class Onset:
         return f"by {self.by:,}" if self.after is None else f"{self.after:,} to {self.by:,}"
 
 
-def date(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
+def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     """The onset: the first checkpoint at which the mean is past the goal and still is at the next one (the last
     checkpoint may stand alone).
 
@@ -82,11 +82,11 @@ def date(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     goal passes it by chance sooner or later: an onset counts for something only where it is `evident` as well.
     """
     n = len(steps)
-    index = int(first_lasting(series.past(series.values.mean(1))))
-    found = np.atleast_1d(first_lasting(series.past(series.resampled)))
+    index = int(first_sustained(series.past(series.values.mean(1))))
+    found = np.atleast_1d(first_sustained(series.past(series.resampled)))
     tail = (1 - LEVEL) / 2
     low, high = (int(np.quantile(found, q, method="nearest")) for q in (tail, 1 - tail))
-    surely = np.flatnonzero(surely_past(series))
+    surely = np.flatnonzero(significant_checkpoints(series))
 
     def step(at: int) -> int | None:
         return int(steps[at]) if 0 <= at < n else None
@@ -95,7 +95,7 @@ def date(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     return Onset(step(index - 1) if index < n else None, step(index), step(low - 1), step(high), evident)
 
 
-def surely_past(series: Series) -> Bool[np.ndarray, " checkpoint"]:
+def significant_checkpoints(series: Series) -> Bool[np.ndarray, " checkpoint"]:
     """The checkpoints at which the mean over prompts is past the goal beyond chance, all of them taken together.
 
     t-tests over prompts (Student 1908), against the binomial tail for rates, since nothing between two bounds varies
@@ -124,7 +124,7 @@ def _p_above(series: Series, sign: int) -> Float[np.ndarray, " checkpoint"]:
     return np.where(error > 0, stdtr(n - 1, -above / np.where(error > 0, error, 1)), np.where(above > 0, 0.0, 1.0))
 
 
-def first_lasting(past: Bool[np.ndarray, "checkpoint *resample"]) -> Int[np.ndarray, "*resample"]:
+def first_sustained(past: Bool[np.ndarray, "checkpoint *resample"]) -> Int[np.ndarray, "*resample"]:
     """Index of the first checkpoint that is past, and so is the next or there is none; their number where none is."""
     followed = np.concatenate([past[1:], np.ones_like(past[:1])])
     lasting = past & followed
@@ -132,7 +132,7 @@ def first_lasting(past: Bool[np.ndarray, "checkpoint *resample"]) -> Int[np.ndar
 
 
 @dataclass(frozen=True)
-class Fall:
+class Decline:
     """A stretch of training over which a mean goes back."""
 
     start: int
@@ -148,7 +148,7 @@ class Fall:
         return f"{self.start:,} to {self.end:,}: -{self.depth:.2f}"
 
 
-def falls(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Fall]:
+def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decline]:
     """Every stretch over which the mean falls by more than noise would, the deepest first.
 
     Means over prompts fall by chance somewhere.  A fall is named when it is deeper than noise falls to that checkpoint
@@ -173,7 +173,7 @@ def falls(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Fall]:
         start = first + int(mean[first : end + 1].argmax())
         depth = float(mean[start] - mean[end])
         if depth > margins[end]:
-            found.append(Fall(int(steps[start]), int(steps[end]), depth, float(depth - margins[end])))
+            found.append(Decline(int(steps[start]), int(steps[end]), depth, float(depth - margins[end])))
             stretches += [(first, start + 1), (end, last)]
     return sorted(found, key=lambda fall: -fall.depth)
 
@@ -249,22 +249,22 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
     Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `goal`, `after` and `by` (steps between which it
     starts), `low` and `high` (their interval over prompts), `evident` (the first step at which it is past the goal
     beyond chance), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
-    seen are proportional, and over their logarithm), `falls` (stretches over which it goes back, the deepest first).
+    seen are proportional, and over their logarithm), `declines` (stretches over which it goes back, the deepest first).
     """
     done = known_steps(run)
     steps = done.step.values.astype(int)
     rows = []
     for series in series_of(done, direction):
-        onset = date(steps, series)
+        onset = onset_of(steps, series)
         rows.append(
             {
                 "measure": series.name, "layer": series.layer, "unit": series.unit, "goal": series.goal,
                 "after": onset.after, "by": onset.by, "low": onset.low, "high": onset.high,
                 "evident": onset.evident,
                 "censored": onset.censored, "onset": str(onset),
-                "shape": judge_shape(steps.astype(float), series.values).verdict,
-                "shape_log": judge_shape(np.log(np.maximum(steps, 1)), series.values).verdict,
-                "falls": "; ".join(map(str, falls(steps, series))),
+                "shape": evaluate_shape(steps.astype(float), series.values).verdict,
+                "shape_log": evaluate_shape(np.log(np.maximum(steps, 1)), series.values).verdict,
+                "falls": "; ".join(map(str, declines(steps, series))),
             }
         )  # fmt: skip
     return pd.DataFrame(rows).astype(dict.fromkeys(("layer", "after", "by", "low", "high", "evident"), "Int64"))
@@ -286,7 +286,7 @@ class Order:
     """Steps by which the other starts later, an interval over prompts and gaps; infinite where one never starts."""
 
 
-def comes_first(steps: Int[np.ndarray, " checkpoint"], one: Series, other: Series) -> Order:
+def compare_onsets(steps: Int[np.ndarray, " checkpoint"], one: Series, other: Series) -> Order:
     """Whether `one` starts before `other`: `first` or `later` where the interval of the difference is clear of zero and
     what starts first is evident.
 
@@ -294,16 +294,16 @@ def comes_first(steps: Int[np.ndarray, " checkpoint"], one: Series, other: Serie
     checkpoints, so that of two between the same ones nothing is said, and the interval is of the least and the greatest
     difference possible.
     """
-    found = [first_lasting(series.past(series.resampled)) for series in (one, other)]
+    found = [first_sustained(series.past(series.resampled)) for series in (one, other)]
     ends = np.concatenate([[-np.inf], steps.astype(float), [np.inf]])
     after, by = (np.stack([ends[at + shift] for at in found]) for shift in (0, 1))
     tail = (1 - LEVEL) / 2
     low = float(np.quantile(after[1] - by[0], tail, method="inverted_cdf"))
     high = float(np.quantile(by[1] - after[0], 1 - tail, method="inverted_cdf"))
     verdict = "undecided"
-    if low >= 0 and date(steps, one).evident is not None:
+    if low >= 0 and onset_of(steps, one).evident is not None:
         verdict = "first"
-    elif high <= 0 and date(steps, other).evident is not None:
+    elif high <= 0 and onset_of(steps, other).evident is not None:
         verdict = "later"
     return Order(verdict, float((found[0] < found[1]).mean()), float((found[0] > found[1]).mean()), low, high)
 

@@ -9,7 +9,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from ..measures.logit_diff import finished
-from ..report.findings.finding import Told
+from ..report.findings.finding import Finding
 from ..study.subsets import LARGEST_SWEEP, parse_subsets
 from .bootstrap import LEVEL, interval
 from .multiple_testing import NAMES, Correction, adjust
@@ -18,13 +18,13 @@ ROUNDING = 1e-5
 """Nats: differences up to this are float32 replay's rounding, and count as equal."""
 
 MANY = 2000
-"""Halvings beyond which a sample of them is offered."""
+"""EqualSplits beyond which a sample of them is offered."""
 
 TITLE = "Even against odd heads, among all ways to halve them"
 
 
 @dataclass(frozen=True)
-class Halvings:
+class EqualSplits:
     """Rows of a run's subsets that halve the heads: what even and odd are held against, and they themselves."""
 
     halves: list[int]
@@ -40,12 +40,12 @@ class Halvings:
     """Whether they are a random sample and not all."""
 
     @property
-    def n_halvings(self) -> int:
+    def n_splits(self) -> int:
         """Each counted once, even against odd among them."""
         return len({frozenset(pair) for pair in zip(self.halves, self.rests, strict=True)})
 
 
-def find_halvings(run: xr.Dataset) -> Halvings | None:
+def find_equal_splits(run: xr.Dataset) -> EqualSplits | None:
     """All halvings where all were run, else the sample that the run's `halvings:N` drew; None where neither is there.
 
     Halves that somebody chose are no sample: they are not held against.  A sample is drawn once and serves every layer
@@ -57,8 +57,8 @@ def find_halvings(run: xr.Dataset) -> Halvings | None:
     even = row_of.get((np.arange(n_heads) % 2 == 0).tobytes())
     if even is None:
         return None
-    if (rows := half_and_rest(mask)) is not None:
-        return Halvings(*rows, even=rows[0].index(even), sampled=False)
+    if (rows := halves_and_complements(mask)) is not None:
+        return EqualSplits(*rows, even=rows[0].index(even), sampled=False)
     words = [word for word in run.attrs.get("patch", {}).get("subsets", []) if word.startswith("halvings:")]
     if not words:
         return None
@@ -66,10 +66,10 @@ def find_halvings(run: xr.Dataset) -> Halvings | None:
     size = n_heads - n_heads // 2
     halves = [row for row in sorted(drawn) if mask[row].sum() == size]
     rests = [row_of[(~mask[row]).tobytes()] for row in halves]
-    return Halvings(halves, rests, halves.index(even), sampled=True)
+    return EqualSplits(halves, rests, halves.index(even), sampled=True)
 
 
-def half_and_rest(mask: Bool[np.ndarray, "subset head"]) -> tuple[list[int], list[int]] | None:
+def halves_and_complements(mask: Bool[np.ndarray, "subset head"]) -> tuple[list[int], list[int]] | None:
     """Rows of every half of the heads (the larger one where their number is odd) and of what it leaves.
 
     None unless all of them are there.
@@ -84,7 +84,7 @@ def half_and_rest(mask: Bool[np.ndarray, "subset head"]) -> tuple[list[int], lis
     return (halves.tolist(), found) if len(found) == len(halves) else None
 
 
-def place(value: float, null: Float[np.ndarray, " split"], slack: float = ROUNDING) -> float:
+def permutation_p_value(value: float, null: Float[np.ndarray, " split"], slack: float = ROUNDING) -> float:
     """Two-sided p: how often chance gives as much as `value`, which is one of the `null`, either way.
 
     Twice the smaller tail, the exact test of a labelling among all labellings (Fisher 1935; Good 2005, chapter 3).
@@ -95,7 +95,7 @@ def place(value: float, null: Float[np.ndarray, " split"], slack: float = ROUNDI
     return float(min(1.0, 2 * min((null >= value - slack).mean(), (null <= value + slack).mean())))
 
 
-def sampling_error(p: Float[np.ndarray, "*cell"], halvings: Halvings) -> Float[np.ndarray, "*cell"]:
+def sampling_error(p: Float[np.ndarray, "*cell"], halvings: EqualSplits) -> Float[np.ndarray, "*cell"]:
     """Standard error with which a sampled p stands for the exact one, binomial; zero where all halvings were run.
 
     With halves of equal size every halving counts towards both tails, so that p itself is a share of the halvings;
@@ -103,9 +103,9 @@ def sampling_error(p: Float[np.ndarray, "*cell"], halvings: Halvings) -> Float[n
     """
     if not halvings.sampled:
         return np.zeros_like(p)
-    tails = 1 if len(halvings.halves) == 2 * halvings.n_halvings else 2
+    tails = 1 if len(halvings.halves) == 2 * halvings.n_splits else 2
     share = p / tails
-    return tails * np.sqrt(share * (1 - share) / halvings.n_halvings)
+    return tails * np.sqrt(share * (1 - share) / halvings.n_splits)
 
 
 def parity(run: xr.Dataset, correction: Correction = "bh") -> pd.DataFrame | None:
@@ -116,7 +116,7 @@ def parity(run: xr.Dataset, correction: Correction = "bh") -> pd.DataFrame | Non
     `p_even`, `p_odd`: the places of even and of odd heads alone among the subsets of their size.
     """
     done = finished(run)
-    halvings = find_halvings(done)
+    halvings = find_equal_splits(done)
     if halvings is None:
         return None
     logit_diff = done.logit_diff.transpose("checkpoint", "layer", "subset", "trial").values
@@ -141,15 +141,15 @@ def parity(run: xr.Dataset, correction: Correction = "bh") -> pd.DataFrame | Non
 
 
 def _places(null: Float[np.ndarray, "checkpoint layer split"], at: int) -> Float[np.ndarray, "checkpoint layer"]:
-    return np.array([[place(layer[at], layer) for layer in checkpoint] for checkpoint in null])
+    return np.array([[permutation_p_value(layer[at], layer) for layer in checkpoint] for checkpoint in null])
 
 
-def tell_parity(run: xr.Dataset, correction: Correction = "bh") -> Told:
+def parity_finding(run: xr.Dataset, correction: Correction = "bh") -> Finding:
     """Per checkpoint the layer where even and odd differ most for chance, and how to read it."""
     frame = parity(run, correction)
-    halvings = find_halvings(run)
+    halvings = find_equal_splits(run)
     if frame is None or halvings is None:
-        return Told(TITLE, None, (_nothing_to_hold_against(run.sizes["head"]),))
+        return Finding(TITLE, None, (_nothing_to_hold_against(run.sizes["head"]),))
     order = pd.DataFrame({"p": frame["p"], "size": -frame["strength"].abs()})
     best = order.sort_values(["p", "size"], kind="stable").groupby("checkpoint", sort=False).head(1).index
     shown = frame.loc[[label for label in frame.index if label in set(best)]].reset_index("layer")
@@ -177,15 +177,15 @@ def tell_parity(run: xr.Dataset, correction: Correction = "bh") -> Told:
     )
     last = frame.loc[frame.index[-1][0]]
     by_layer = ", ".join(f"{layer}: {p:.3f}" for layer, p in last["p"].items())
-    return Told(TITLE, table, (how_to_read, f"layers at {frame.index[-1][0]} (p): {by_layer}"), "parity", frame)
+    return Finding(TITLE, table, (how_to_read, f"layers at {frame.index[-1][0]} (p): {by_layer}"), "parity", frame)
 
 
-def _told(halvings: Halvings, n_heads: int) -> str:
+def _told(halvings: EqualSplits, n_heads: int) -> str:
     """What p is a place among."""
     n, least = len(halvings.halves), 2 / len(halvings.halves)
     if not halvings.sampled:
         return f"all {n:,} halvings of {n_heads} heads (two-sided, at least {least:.2g})"
-    others = halvings.n_halvings - 1
+    others = halvings.n_splits - 1
     return (
         f"{others:,} random ones, each with what it leaves, of the {math.comb(n_heads, n_heads // 2):,} halvings of "
         f"{n_heads} heads (two-sided, (k + 1) / (N + 1), at least {least:.2g}, ± its standard error as a sample)"

@@ -6,7 +6,6 @@ A fault is a prompt that the target run fails.  Pure.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, best_layer, finished, recovered, success
-from ..report.findings.finding import Told
+from ..report.findings.finding import Finding
+from ..study.patch_settings import PatchSettings
 from .bootstrap import LEVEL, interval
 
 LISTED = 5
@@ -90,9 +90,9 @@ def _mean_and_interval(
     return found
 
 
-def tell_rates(run: xr.Dataset, settings: dict[str, Any]) -> Told:
+def rates_finding(run: xr.Dataset, settings: PatchSettings) -> Finding:
     """Per checkpoint the best layer's rates, and how to read them."""
-    direction = settings["direction"]
+    direction = settings.direction
     frame = rates(run, direction)
     best = best_layer(finished(run), direction)
     named = list(dict.fromkeys(frame.index.get_level_values("subset")))
@@ -104,10 +104,10 @@ def tell_rates(run: xr.Dataset, settings: dict[str, Any]) -> Told:
     table = pd.DataFrame(
         [list(row.values()) for row in rows], best.checkpoint.values, pd.MultiIndex.from_tuples(list(rows[0]))
     )
-    if not settings["joint"]:
+    if not settings.joint:
         table.insert(0, ("", "layer"), best.values.astype(int).astype(str))
     notes = (*_vacuous(frame, direction), _legend(frame, direction, named))
-    return Told("What is repaired, and what is broken", table, notes, "rates", frame)
+    return Finding("What is repaired, and what is broken", table, notes, "rates", frame)
 
 
 def _row(cells: pd.DataFrame, direction: str, named: Sequence[str]) -> dict[tuple[str, str], str]:

@@ -16,12 +16,14 @@ import zarr
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from ..runtime.errors import UserError
+from ..study.patch_settings import PatchSettings
 from ..study.prompts import Trials
-from ..study.study import RUNS, Measure, Refusal
+from ..study.study import RUNS, Measure
 from ..study.tasks.contrast import Contrast
 from . import zarr_group
 from .activations import Capture
-from .zarr_group import CheckpointArrays, Row
+from .zarr_group import CheckpointArrays, CheckpointRow
 
 FORMAT = 1
 """Version of the layout; a reader refuses another."""
@@ -39,16 +41,16 @@ DIMS = {
 
 
 class Store(CheckpointArrays):
-    """An open store.  Raises `Refusal` where there is none, or one of another format."""
+    """An open store.  Raises `UserError` where there is none, or one of another format."""
 
     def __init__(self, path: Path) -> None:
         if not zarr_group.is_group(path):
             there = "is there, but is no store" if path.exists() else "is no store"
-            raise Refusal(f"{path} {there}; python scripts/cache.py makes one, with --store at a place of its own")
+            raise UserError(f"{path} {there}; python scripts/cache.py makes one, with --store at a place of its own")
         super().__init__(path)
         found = self.attrs.get("headlapse_format")
         if found != FORMAT:
-            raise Refusal(
+            raise UserError(
                 f"{path} has store format {found}, this headlapse reads {FORMAT}; make it anew with --overwrite"
             )
 
@@ -89,7 +91,7 @@ class Store(CheckpointArrays):
         return StoredActivations(self, index)
 
     def write(self, label: str, captured: Capture, provenance: Mapping[str, Any]) -> None:
-        """Write one checkpoint, its completion mark last.  Raises `Refusal` when its shapes are not the store's."""
+        """Write one checkpoint, its completion mark last.  Raises `UserError` when its shapes are not the store's."""
         self._refuse_misfit(label, captured)
         index = self.index(label)
         for kind in self.kinds():
@@ -105,23 +107,23 @@ class Store(CheckpointArrays):
             found = [len(captured.kept[kind]), *captured.read(kind, 0).shape]
             held = [n_layers, *self.array(kind).shape[2:]]
             if found != held:
-                raise Refusal(
+                raise UserError(
                     f"{kind} of {label} has shape {found} (layer, run, trial, position, ...), {self.path} has {held}; "
                     "a checkpoint of another shape belongs in another --store"
                 )
 
     def patch_names(self, protocol: str | None = None) -> list[str]:
         """Names of the patched runs, the last written to last; all of them, or those of one protocol."""
-        paths = sorted(_patches(self.path), key=zarr_group.written)
+        paths = sorted(_patches(self.path), key=zarr_group.last_write_ns)
         if protocol is not None:
             paths = [path for path in paths if zarr_group.attributes(path)["patch"].get("protocol") == protocol]
         return [path.name for path in paths]
 
     def patch(self, name: str) -> "PatchedRun":
-        """A patched run.  Raises `Refusal` where there is none of that name."""
+        """A patched run.  Raises `UserError` where there is none of that name."""
         if name not in self.patch_names():
             held = ", ".join(self.patch_names()) or "none"
-            raise Refusal(
+            raise UserError(
                 f"{self.path} has no patched run {name}; it has {held}; make one with: python scripts/patch.py"
             )
         return PatchedRun(self.path / "patches" / name)
@@ -133,7 +135,7 @@ class Store(CheckpointArrays):
     def open_patch(
         self,
         name: str,
-        settings: Mapping[str, Any],
+        settings: PatchSettings,
         layers: Sequence[int],
         labels: Sequence[str],
         mask: Bool[np.ndarray, "subset head"],
@@ -143,7 +145,7 @@ class Store(CheckpointArrays):
         """The patched run `name`, made where it is not there, grown where the store has grown since.
 
         `measures` are kept beside the logit difference; with `n_tokens` so is a text of at most so many tokens.
-        Raises `Refusal` when it is there with other settings, spelling out the difference.
+        Raises `UserError` when it is there with other settings, spelling out the difference.
         """
         sizes = (self.rows(), layers, labels, mask, self.array("tokens").shape[1], measures, n_tokens)
         path = self._ready(name, settings, lambda partial: _make_patch(partial, settings, *sizes))
@@ -152,7 +154,7 @@ class Store(CheckpointArrays):
     def open_texts(
         self,
         name: str,
-        settings: Mapping[str, Any],
+        settings: PatchSettings,
         layers: Sequence[int],
         labels: Sequence[str],
         mask: Bool[np.ndarray, "subset head"],
@@ -163,15 +165,15 @@ class Store(CheckpointArrays):
         path = self._ready(name, settings, lambda partial: _make_texts(partial, settings, *sizes))
         return self._grown(TextRun(path))
 
-    def _ready(self, name: str, settings: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+    def _ready(self, name: str, settings: PatchSettings, make: Callable[[Path], None]) -> Path:
         """Where a patched run is, made where it is not there; refused where it is there with other settings."""
         path = self.path / "patches" / name
         if not path.exists():
             self.group.require_group("patches")
-            with zarr_group.appearing(path) as partial:
+            with zarr_group.atomic_write(path) as partial:
                 make(partial)
         mend = "give this run another --name, or replace it with --overwrite"
-        zarr_group.refuse_difference(path, zarr_group.attributes(path)["patch"], settings, mend)
+        zarr_group.refuse_difference(path, zarr_group.attributes(path)["patch"], settings.to_attributes(), mend)
         return path
 
     def _grown(self, run: "Run") -> "Run":
@@ -225,8 +227,8 @@ class AnyRun(CheckpointArrays):
     """The results of one patch, checkpoint by checkpoint."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.attrs["patch"])
+    def settings(self) -> PatchSettings:
+        return PatchSettings.from_attributes(self.attrs["patch"])
 
 
 class PatchedRun(AnyRun):
@@ -300,14 +302,14 @@ Run = TypeVar("Run", bound=AnyRun)
 def create_store(
     path: Path,
     study: Mapping[str, Any],
-    rows: Sequence[Row],
+    rows: Sequence[CheckpointRow],
     layers: Sequence[int],
     kinds: Sequence[str],
     trials: Trials,
     captured: Capture,
 ) -> Store:
     """A new store, shaped by a first capture; it appears at `path` only when whole."""
-    with zarr_group.appearing(path) as partial:
+    with zarr_group.atomic_write(path) as partial:
         group = zarr_group.start(partial, rows)
         zarr_group.put_axis(group, "run", RUNS)
         zarr_group.put_axis(group, "answer", ANSWERS)
@@ -338,7 +340,7 @@ def create_store(
     return Store(path)
 
 
-def twins(store: Store) -> list[str]:
+def duplicate_weights(store: Store) -> list[str]:
     """Warnings about checkpoints of different steps whose weight files are the same, byte for byte."""
     steps = {row.label: row.step for row in store.rows()}
     by_hash: dict[str, list[str]] = {}
@@ -353,12 +355,14 @@ def twins(store: Store) -> list[str]:
 
 
 def find_store(cache: Path) -> Path:
-    """The store under `cache` that was written to last.  Raises `Refusal` where there is none."""
+    """The store under `cache` that was written to last.  Raises `UserError` where there is none."""
     folders = [path for path in cache.iterdir() if path.is_dir()] if cache.is_dir() else []
-    found = [path for path in folders if zarr_group.is_group(path) and "headlapse_format" in zarr_group.attributes(path)]
+    found = [
+        path for path in folders if zarr_group.is_group(path) and "headlapse_format" in zarr_group.attributes(path)
+    ]
     if not found:
-        raise Refusal(f"there is no store under {cache}; make one with: python scripts/cache.py")
-    return max(found, key=lambda path: max(map(zarr_group.written, [path, *_patches(path)])))
+        raise UserError(f"there is no store under {cache}; make one with: python scripts/cache.py")
+    return max(found, key=lambda path: max(map(zarr_group.last_write_ns, [path, *_patches(path)])))
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -379,8 +383,8 @@ def _patches(path: Path) -> list[Path]:
 
 def _make_patch(
     path: Path,
-    settings: Mapping[str, Any],
-    rows: Sequence[Row],
+    settings: PatchSettings,
+    rows: Sequence[CheckpointRow],
     layers: Sequence[int],
     labels: Sequence[str],
     mask: Bool[np.ndarray, "subset head"],
@@ -398,22 +402,26 @@ def _make_patch(
     for name in ("logit_diff", *measures):
         zarr_group.put_empty(group, name, (n, len(layers), *one), (1, 1, *one), "float32", dims)
         for run in RUNS:
-            zarr_group.put_empty(group, f"{run}_{name}", (n, n_trials), (1, n_trials), "float32", ("checkpoint", "trial"))
+            zarr_group.put_empty(
+                group, f"{run}_{name}", (n, n_trials), (1, n_trials), "float32", ("checkpoint", "trial")
+            )
     for name in checks:
         zarr_group.put_empty(group, name, (n,), (1,), "float32", ("checkpoint",))
     if n_tokens:
         _put_texts(group, (n, len(layers), *one), n_tokens)
         for run in RUNS:
             for name, dtype in (("text", str), ("success", bool)):
-                zarr_group.put_empty(group, f"{run}_{name}", (n, n_trials), (1, n_trials), dtype, ("checkpoint", "trial"))
+                zarr_group.put_empty(
+                    group, f"{run}_{name}", (n, n_trials), (1, n_trials), dtype, ("checkpoint", "trial")
+                )
     coordinates = " ".join(["step", "complete", "mask", *checks, *(["n_near"] if n_tokens else [])])
-    group.attrs.update(patch=dict(settings), versions=zarr_group.package_versions(), coordinates=coordinates)
+    group.attrs.update(patch=settings.to_attributes(), versions=zarr_group.package_versions(), coordinates=coordinates)
 
 
 def _make_texts(
     path: Path,
-    settings: Mapping[str, Any],
-    rows: Sequence[Row],
+    settings: PatchSettings,
+    rows: Sequence[CheckpointRow],
     layers: Sequence[int],
     labels: Sequence[str],
     mask: Bool[np.ndarray, "subset head"],
@@ -427,7 +435,7 @@ def _make_texts(
     zarr_group.put(group, "mask", mask, ("subset", "head"))
     _put_texts(group, (len(rows), *shape), n_tokens)
     group.attrs.update(
-        patch=dict(settings), versions=zarr_group.package_versions(), coordinates="step complete mask n_near"
+        patch=settings.to_attributes(), versions=zarr_group.package_versions(), coordinates="step complete mask n_near"
     )
 
 

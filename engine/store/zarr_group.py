@@ -15,13 +15,13 @@ import numpy as np
 import xarray as xr
 import zarr
 
-from ..study.study import Refusal
+from ..runtime.errors import UserError
 
 _PACKAGES = ("headlapse", "torch", "transformers", "zarr", "numpy")
 
 
 @dataclass(frozen=True)
-class Row:
+class CheckpointRow:
     """One place on the checkpoint axis."""
 
     label: str
@@ -36,7 +36,7 @@ class CheckpointArrays:
         try:
             self.group = zarr.open_group(path, mode="r+")
         except (ValueError, OSError) as error:
-            raise Refusal(f"{path} cannot be read as a zarr store: {' '.join(str(error).split())}") from error
+            raise UserError(f"{path} cannot be read as a zarr store: {' '.join(str(error).split())}") from error
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -52,16 +52,16 @@ class CheckpointArrays:
         return np.asarray(self.array(name)[...])
 
     def dataset(self) -> xr.Dataset:
-        """Every array, lazily, with labelled dimensions.  Raises `Refusal` for a group cut off while growing."""
+        """Every array, lazily, with labelled dimensions.  Raises `UserError` for a group cut off while growing."""
         n = len(self.rows())
         if any(self.array(name).shape[0] != n for name in self._on_checkpoint_axis()):
-            raise Refusal(f"{self.path} was cut off while checkpoints were added; run that command again")
+            raise UserError(f"{self.path} was cut off while checkpoints were added; run that command again")
         return xr.open_zarr(self.path, consolidated=False, mask_and_scale=False)
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[CheckpointRow]:
         """Every checkpoint on the axis, complete or not, in the order of the axis."""
         return [
-            Row(str(label), int(step))
+            CheckpointRow(str(label), int(step))
             for label, step in zip(self.values("checkpoint"), self.values("step"), strict=False)
         ]
 
@@ -74,17 +74,17 @@ class CheckpointArrays:
     def index(self, label: str) -> int:
         return [row.label for row in self.rows()].index(label)
 
-    def add(self, rows: Sequence[Row]) -> None:
+    def add(self, rows: Sequence[CheckpointRow]) -> None:
         """Put checkpoints that are not there yet at the end of the axis, incomplete.
 
-        Raises `Refusal` when a label is there with another step.
+        Raises `UserError` when a label is there with another step.
         """
         held = self.rows()
         steps = {row.label: row.step for row in held}
         new = [row for row in rows if row not in held]
         if clash := [row for row in new if row.label in steps]:
             label, step = clash[0].label, clash[0].step
-            raise Refusal(
+            raise UserError(
                 f"{self.path} holds {label} as step {steps[label]}, now it is step {step}; use another --store"
             )
         everything = [*held, *new]
@@ -105,7 +105,7 @@ def dims_of(array: Any) -> tuple[str, ...]:
     return tuple(array.metadata.dimension_names)
 
 
-def start(path: Path, rows: Sequence[Row]) -> zarr.Group:
+def start(path: Path, rows: Sequence[CheckpointRow]) -> zarr.Group:
     """A new group with nothing but its checkpoint axis."""
     group = zarr.open_group(path, mode="w")
     put_axis(group, "checkpoint", [row.label for row in rows])
@@ -161,11 +161,11 @@ def package_versions() -> dict[str, str]:
 
 
 def refuse_difference(where: Path, held: Mapping[str, Any], asked: Mapping[str, Any], mend: str) -> None:
-    """Raise `Refusal` naming every field in which `asked` differs from what `held` says."""
+    """Raise `UserError` naming every field in which `asked` differs from what `held` says."""
     keys = [key for key in {**held, **asked} if held.get(key) != asked.get(key)]
     if keys:
         told = "; ".join(f"{key} is {_short(held.get(key))} there, {_short(asked.get(key))} asked" for key in keys)
-        raise Refusal(f"{where} answers another question: {told}; {mend}")
+        raise UserError(f"{where} answers another question: {told}; {mend}")
 
 
 def is_group(path: Path) -> bool:
@@ -182,14 +182,14 @@ def attributes(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def written(path: Path) -> int:
+def last_write_ns(path: Path) -> int:
     """When a group was made or a checkpoint of it completed, whichever was later, in nanoseconds."""
     marks = [path / "zarr.json", path / "complete" / "c"]
     return max(mark.stat().st_mtime_ns for mark in marks if mark.exists())
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A directory to write into that takes the name `path` once the body is through."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -200,15 +200,15 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise `Refusal` where `path` cannot be the place of a store: it is something else, or hidden, or has no name."""
+    """Raise `UserError` where `path` cannot be the place of a store: it is something else, or hidden, or has no name."""
     if not path.name or path.name.startswith("."):
-        raise Refusal(f"--store {path}: give a store's own folder, with a name that does not start with a dot")
+        raise UserError(f"--store {path}: give a store's own folder, with a name that does not start with a dot")
     if path.exists() and not is_group(path):
-        raise Refusal(f"{path} is there, is no store and is left alone; choose another --store")
+        raise UserError(f"{path} is there, is no store and is left alone; choose another --store")
 
 
 def remove(path: Path) -> None:
-    """Delete a store or group.  Raises `Refusal` for a directory that is none."""
+    """Delete a store or group.  Raises `UserError` for a directory that is none."""
     refuse_foreign(path)
     if not path.exists():
         return
@@ -226,7 +226,7 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refusal(f"another run is writing {path}; wait for it, or use another --store") from None
+            raise UserError(f"another run is writing {path}; wait for it, or use another --store") from None
         yield
 
 

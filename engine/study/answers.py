@@ -9,8 +9,9 @@ from dataclasses import replace
 import numpy as np
 from jaxtyping import Bool, Int
 
-from .prompts import Alignment, Trials
-from .study import Refusal
+from ..runtime.errors import UserError
+from .alignment import Alignment
+from .prompts import Trials
 
 
 def answer(trials: Trials, which: int) -> Int[np.ndarray, "trial token"]:
@@ -23,13 +24,13 @@ def answer(trials: Trials, which: int) -> Int[np.ndarray, "trial token"]:
 def continued(trials: Trials, which: int, context: int) -> Trials:
     """The trials with all of an answer but its last token appended to either prompt, as tokens without their text.
 
-    Raises `Refusal` where the model takes no rows of that length (`context`, tokens).
+    Raises `UserError` where the model takes no rows of that length (`context`, tokens).
     """
     tokens = answer(trials, which)
     further = (tokens >= 0).sum(axis=1) - 1
     length = trials.length + further
     if length.max() > context:
-        raise Refusal(
+        raise UserError(
             f"--measures sequence: prompt and answer take {length.max()} tokens, the model's context is {context}; "
             "leave sequence out"
         )

@@ -1,14 +1,14 @@
 """Contrasts as tokens: the token at which their answers branch, and how their positions are aligned."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Int, Shaped
 
-from .study import RUNS, Refusal
+from ..runtime.errors import UserError
+from .study import RUNS
 from .tasks.contrast import Contrast, Tokenizer
 from .tasks.jsonl import file_digest, read_contrasts
 from .tasks.registry import SEED, TASKS
@@ -17,9 +17,6 @@ DEFAULT_TRIALS = 15
 
 PATIENCE = 10_000
 """Contrasts that a built-in task may lose to a tokenizer before it is given up."""
-
-COLUMNS, BLOCKS = 12, 3
-"""A view of token rows is cut into blocks of so many columns, and after so many blocks."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +57,14 @@ class Trials:
         )
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """Which position of the one run belongs to which position of the other."""
-
-    spec: str
-
-    positions: Int[np.ndarray, "run trial patched"]
-    """Ascending; where `valid` is False they point at padding."""
-
-    valid: Bool[np.ndarray, "trial patched"]
-
-    read: Int[np.ndarray, " trial"]
-    """Index along `patched` of the last real token, whose logits are compared."""
-
-    def only(self, chosen: Sequence[int]) -> "Alignment":
-        """That of some of the trials."""
-        return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
-
-
 def check_task(task: str) -> None:
-    """Raises `Refusal` for a name that is no built-in task's and no good JSON Lines file's."""
+    """Raises `UserError` for a name that is no built-in task's and no good JSON Lines file's."""
     if task not in TASKS:
         read_contrasts(task)
 
 
 def load_contrasts(task: str, tokenizer: Tokenizer) -> Iterable[Contrast]:
-    """A built-in task's contrasts, or a JSON Lines file's.  Raises `Refusal` that names line and mend."""
+    """A built-in task's contrasts, or a JSON Lines file's.  Raises `UserError` that names line and mend."""
     return TASKS[task].contrasts(SEED, tokenizer) if task in TASKS else read_contrasts(task)
 
 
@@ -100,7 +78,7 @@ class _Unreadable(ValueError):
 
 
 @dataclass(frozen=True)
-class _Row:
+class _PromptTokens:
     """One prompt and the answers' common beginning, up to the branching token."""
 
     tokens: tuple[int, ...]
@@ -116,15 +94,15 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
     """The first `n_trials` contrasts of a task whose answers branch, as tokens; identical ones once.
 
     Without `n_trials`, 15 of a built-in task and all of a file.  `context` is the longest row the model takes, in
-    tokens.  Raises `Refusal` for a line that does not branch; a built-in task draws another contrast instead.
+    tokens.  Raises `UserError` for a line that does not branch; a built-in task draws another contrast instead.
     """
     if n_trials is not None and n_trials < 1:
-        raise Refusal(f"--trials {n_trials}: at least one trial is needed")
+        raise UserError(f"--trials {n_trials}: at least one trial is needed")
     if not tokenizer.is_fast:
-        raise Refusal("the model's tokenizer tells no character offsets; save it with a tokenizer.json (a fast one)")
+        raise UserError("the model's tokenizer tells no character offsets; save it with a tokenizer.json (a fast one)")
     built_in = task in TASKS
     wanted = DEFAULT_TRIALS if built_in and n_trials is None else n_trials
-    kept: dict[tuple[_Row, ...], Contrast] = {}
+    kept: dict[tuple[_PromptTokens, ...], Contrast] = {}
     dropped: dict[Contrast, str] = {}
     drawn = 0
     for contrast in islice(load_contrasts(task, tokenizer), wanted and wanted + PATIENCE * built_in):
@@ -139,7 +117,7 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
         except _Unreadable as reason:
             found, mend = reason.args
             if not built_in:
-                raise Refusal(f"{contrast.source}: {found}; {mend}") from None
+                raise UserError(f"{contrast.source}: {found}; {mend}") from None
             dropped[contrast] = found
             continue
         drawn += 1
@@ -147,16 +125,16 @@ def draw_trials(task: str, n_trials: int | None, tokenizer: Tokenizer, context: 
     if built_in and wanted is not None and drawn < wanted:
         why = f", {len(dropped)} were dropped ({next(iter(dropped.values()))})" if dropped else ""
         mend = f"ask for at most {drawn}" if drawn else "write a JSON Lines file of prompts that this tokenizer takes"
-        raise Refusal(f"--task {task} --trials {wanted}: only {drawn} can be drawn{why}; {mend}")
+        raise UserError(f"--task {task} --trials {wanted}: only {drawn} can be drawn{why}; {mend}")
     return _trials(kept, tuple(_notes(task, n_trials, kept, dropped)), tokenizer)
 
 
-def _rows(contrast: Contrast, tokenizer: Tokenizer, context: int) -> tuple[_Row, ...]:
+def _rows(contrast: Contrast, tokenizer: Tokenizer, context: int) -> tuple[_PromptTokens, ...]:
     rows = tuple(_row(prompt, contrast, tokenizer) for prompt in (contrast.clean, contrast.corrupt))
     for run, row in zip(RUNS, rows, strict=True):
         if len(row.tokens) > context:
             found = f"the {run} prompt takes {len(row.tokens)} tokens, the model's context is {context}"
-            raise Refusal(f"{contrast.source}: {found}; write a shorter prompt or take a model with a longer context")
+            raise UserError(f"{contrast.source}: {found}; write a shorter prompt or take a model with a longer context")
     if (rows[0].shared, rows[0].continuation) != (rows[1].shared, rows[1].continuation):
         found = f"{contrast.answer!r} and {contrast.wrong!r} read as other tokens after clean than after corrupt"
         raise _Unreadable(found, "let both prompts end alike, for instance in a colon")
@@ -183,7 +161,7 @@ def spell(contrast: Contrast, prompt: str, tokenizer: Tokenizer) -> Spelling:
     return Spelling(row.shared, right, wrong)
 
 
-def _check_replaced(rows: tuple[_Row, ...], tokenizer: Tokenizer) -> None:
+def _check_replaced(rows: tuple[_PromptTokens, ...], tokenizer: Tokenizer) -> None:
     """Raises `_Unreadable` unless tokens correspond one by one and each answer is known by its branching token."""
     clean, corrupt = (row.tokens for row in rows)
     mend = "write words that the tokenizer reads as equally many tokens, neither the beginning of the other"
@@ -198,7 +176,7 @@ def _check_replaced(rows: tuple[_Row, ...], tokenizer: Tokenizer) -> None:
         raise _Unreadable(f"the answers part at {long!r} against {short!r}, its beginning", mend)
 
 
-def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Row:
+def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _PromptTokens:
     """Tokenize the prompt with either answer and find where the two part.  Raises `_Unreadable`."""
     texts = [prompt + contrast.answer, prompt + contrast.wrong]
     coded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
@@ -219,7 +197,7 @@ def _row(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Row:
     if at == 0:
         raise _Unreadable("no token of the prompt is left to run", "write a prompt that the tokenizer can see")
     run = list(zip(right[:at], coded["offset_mapping"][0][:at], strict=True))
-    return _Row(
+    return _PromptTokens(
         tokens=tuple(right[:at]),
         shared=tuple(token for token, (_, end) in run if end > len(prompt)),
         answers=(right[at], wrong[at]),
@@ -250,7 +228,7 @@ def _true_start(text: str, span: tuple[int, int], piece: str) -> int:
 
 
 def _notes(
-    task: str, asked: int | None, kept: Mapping[tuple[_Row, ...], Contrast], dropped: Mapping[Contrast, str]
+    task: str, asked: int | None, kept: Mapping[tuple[_PromptTokens, ...], Contrast], dropped: Mapping[Contrast, str]
 ) -> Iterator[str]:
     contrasts = kept.values()
     drawn = sum(contrast.repeats for contrast in contrasts)
@@ -273,7 +251,7 @@ def _glued(contrast: Contrast) -> bool:
     return not prompts and not answers
 
 
-def _trials(kept: Mapping[tuple[_Row, ...], Contrast], notes: tuple[str, ...], tokenizer: Tokenizer) -> Trials:
+def _trials(kept: Mapping[tuple[_PromptTokens, ...], Contrast], notes: tuple[str, ...], tokenizer: Tokenizer) -> Trials:
     runs = tuple(zip(*kept, strict=True))
     length = np.array([[len(row.tokens) for row in run] for run in runs])
     real = np.arange(length.max()) < length[..., None]
@@ -289,7 +267,7 @@ def _trials(kept: Mapping[tuple[_Row, ...], Contrast], notes: tuple[str, ...], t
     return Trials(tokens, length, answer_tokens, token_text, contrasts, notes, continuation)
 
 
-def _continuation(rows: Sequence[_Row]) -> Int[np.ndarray, "trial answer token"]:
+def _continuation(rows: Sequence[_PromptTokens]) -> Int[np.ndarray, "trial answer token"]:
     longest = max(len(tokens) for row in rows for tokens in row.continuation)
     return np.array([[(*tokens, *[-1] * (longest - len(tokens))) for tokens in row.continuation] for row in rows])
 
@@ -300,62 +278,3 @@ def same_tokens(one: Trials, other: Trials) -> bool:
     if one.continuation is not None and other.continuation is not None:
         fields.append("continuation")
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in fields)
-
-
-def align(trials: Trials, spec: str) -> Alignment:
-    """Positions to patch: `last`, `end:K` (the last K, aligned from the end) or `all` (position p to position p).
-
-    Raises `Refusal`, with a view of both token rows, where prompts are too short or of different length.
-    """
-    if spec == "all":
-        return _align_all(trials)
-    number = re.fullmatch("end:([0-9]{1,9})", "end:1" if spec == "last" else spec)
-    k = int(number[1]) if number else 0
-    if k < 1:
-        raise Refusal(f"--positions {spec}: not a choice; write last, end:K (the last K, at least 1) or all")
-    trial = int(trials.length.min(axis=0).argmin())
-    shortest = int(trials.length[:, trial].min())
-    if shortest < k:
-        found = f"{trials.contrasts[trial].source} has only {shortest} tokens; take end:{shortest} or fewer"
-        raise Refusal(f"--positions {spec}: {found}\n{_view(trials, trial, from_end=True)}")
-    return Alignment(
-        spec=spec,
-        positions=trials.length[..., None] - k + np.arange(k),
-        valid=np.ones((trials.n_trials, k), dtype=bool),
-        read=np.full(trials.n_trials, k - 1),
-    )
-
-
-def _align_all(trials: Trials) -> Alignment:
-    clean, corrupt = trials.length
-    if (clean != corrupt).any():
-        trial = int((clean != corrupt).argmax())
-        asked = "--positions all: clean and corrupt must be equally long"
-        found = f"{trials.contrasts[trial].source} has {clean[trial]} and {corrupt[trial]} tokens"
-        mend = "take last or end:K, or write prompts of equal length"
-        raise Refusal(f"{asked}; {found}; {mend}\n{_view(trials, trial, from_end=False)}")
-    position = np.arange(clean.max())
-    return Alignment(
-        spec="all",
-        positions=np.broadcast_to(position, (len(RUNS), trials.n_trials, len(position))).copy(),
-        valid=position < clean[:, None],
-        read=clean - 1,
-    )
-
-
-def _view(trials: Trials, trial: int, from_end: bool) -> str:
-    """Both token rows in columns under their positions, which `from_end` count back from -1."""
-    longest = int(trials.length[:, trial].max())
-    rows = [[str(p - longest if from_end else p) for p in range(longest)]]
-    for text, n in zip(trials.token_text[:, trial], trials.length[:, trial], strict=True):
-        cells, gap = [repr(str(piece)) for piece in text[:n]], [""] * (longest - n)
-        rows.append(gap + cells if from_end else cells + gap)
-    columns = list(zip(*rows, strict=True))
-    shown = columns[-COLUMNS * BLOCKS :] if from_end else columns[: COLUMNS * BLOCKS]
-    lines = [] if shown == columns else [f"({len(columns) - len(shown)} positions not shown)"]
-    for first in range(0, len(shown), COLUMNS):
-        block = [("position", *RUNS), *shown[first : first + COLUMNS]]
-        widths = [max(map(len, column)) for column in block]
-        for row in zip(*block, strict=True):
-            lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return "\n".join(lines)

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ..runtime.errors import UserError
+
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
@@ -23,14 +25,6 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 RUNS = ("clean", "corrupt")
 """Order of every `run` axis."""
-
-
-class Refusal(ValueError):
-    """What was asked cannot be done.  The message says what was asked, what was found and what to do."""
-
-
-class Inexact(RuntimeError):
-    """Replay and a full hooked forward disagree: the numbers must not be used."""
 
 
 def tolerance(*dtypes: Arithmetic) -> float:
@@ -59,6 +53,6 @@ class Study:
 
     def __post_init__(self) -> None:
         if self.trials is not None and self.trials < 1:
-            raise Refusal(f"--trials {self.trials}: at least one trial is needed")
+            raise UserError(f"--trials {self.trials}: at least one trial is needed")
         if self.sites != ("z",) and not all(re.fullmatch(r"all|\d+(-\d+)?", word) for word in self.sites):
-            raise Refusal(f"--sites {' '.join(self.sites)}: write all, layers such as 6 or 4-8, or z alone")
+            raise UserError(f"--sites {' '.join(self.sites)}: write all, layers such as 6 or 4-8, or z alone")

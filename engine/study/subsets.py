@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool
 
-from .study import Refusal
+from ..runtime.errors import UserError
 
 LANGUAGE = (
     "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, halvings:N, orders:N, or heads such as 0,2,4"
@@ -38,12 +38,12 @@ def parse_subsets(
 ) -> Subsets:
     """The subsets that `words` name, each once.
 
-    Raises `Refusal` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells what
+    Raises `UserError` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells what
     so many would take.
     """
     asked = sum(count_subsets(word, n_heads) for word in words)
     if asked > LARGEST_SWEEP:
-        raise Refusal(
+        raise UserError(
             f"--subsets {' '.join(words)}: {asked:,} subsets of {n_heads} heads is more than {LARGEST_SWEEP:,}; "
             f"{estimate(asked)}take balanced, size:K or a sample such as random:100000"
         )
@@ -86,7 +86,7 @@ def count_subsets(word: str, n_heads: int) -> int:
         case ("random", ":", n):
             return min(_whole(word, n, low=1), 2**n_heads)
         case ("halvings", ":", n):
-            return 2 * min(_whole(word, n, low=1) + 1, count_halvings(n_heads))
+            return 2 * min(_whole(word, n, low=1) + 1, count_equal_splits(n_heads))
         case ("orders", ":", n):
             return min(2 * _whole(word, n, low=1) * (n_heads + 1), 2**n_heads)
         case _:
@@ -94,7 +94,7 @@ def count_subsets(word: str, n_heads: int) -> int:
             return 1
 
 
-def count_halvings(n_heads: int) -> int:
+def count_equal_splits(n_heads: int) -> int:
     """Ways to part the heads into two halves (of an odd number one is larger by one)."""
     return math.comb(n_heads, n_heads // 2) // (1 if n_heads % 2 else 2)
 
@@ -154,7 +154,7 @@ def _sample_halvings(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]
     size = n_heads - n_heads // 2
     even = frozenset(range(0, n_heads, 2))
     yield even
-    if n > count_halvings(n_heads) // 2:
+    if n > count_equal_splits(n_heads) // 2:
         every = (frozenset(heads) for heads in combinations(range(n_heads), size) if n_heads % 2 or 0 in heads)
         yield from draw.sample([half for half in every if half != even], n - 1)
         return
@@ -187,9 +187,9 @@ def _heads(word: str, n_heads: int) -> frozenset[int]:
     try:
         heads = [int(part) for part in word.split(",")]
     except ValueError:
-        raise Refusal(f"--subsets {word}: not a subset; write {LANGUAGE}") from None
+        raise UserError(f"--subsets {word}: not a subset; write {LANGUAGE}") from None
     if not all(0 <= head < n_heads for head in heads):
-        raise Refusal(f"--subsets {word}: this model's heads are 0 to {n_heads - 1}")
+        raise UserError(f"--subsets {word}: this model's heads are 0 to {n_heads - 1}")
     return frozenset(heads)
 
 
@@ -197,12 +197,12 @@ def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
     value = int(number) if number.isdecimal() else None
     if value is None or value < low or (high is not None and value > high):
         bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise Refusal(f"--subsets {word}: needs a whole number {bound} after the colon")
+        raise UserError(f"--subsets {word}: needs a whole number {bound} after the colon")
     return value
 
 
 def parse_layers(words: Sequence[str], held: Sequence[int], flag: str = "--layers") -> list[int]:
-    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `Refusal` for one that is not in `held`."""
+    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `UserError` for one that is not in `held`."""
     layers: set[int] = set()
     for word in words:
         first, dash, last = word.partition("-")
@@ -211,9 +211,9 @@ def parse_layers(words: Sequence[str], held: Sequence[int], flag: str = "--layer
         elif first.isdecimal() and (last.isdecimal() if dash else True):
             layers.update(range(int(first), int(last or first) + 1))
         else:
-            raise Refusal(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
+            raise UserError(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
     if absent := sorted(layers - set(held)):
-        raise Refusal(f"{flag}: layer {absent[0]} is not there; the layers are {held[0]} to {held[-1]}")
+        raise UserError(f"{flag}: layer {absent[0]} is not there; the layers are {held[0]} to {held[-1]}")
     if not layers:
-        raise Refusal(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
+        raise UserError(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
     return sorted(layers)

@@ -7,35 +7,36 @@ import xarray as xr
 
 from ...measures.logit_diff import format_timeline
 from ...replay.published_protocol import format_texts
-from ...statistics.hypotheses import tell_when
+from ...statistics.hypotheses import onset_findings
 from ...statistics.multiple_testing import Correction
-from ...statistics.permutation import tell_parity
-from ...statistics.rates import tell_rates
-from .finding import Told
-from .measured import tell_measures
-from .shares import tell_coalitions
-from .texts import tell_answers
+from ...statistics.permutation import parity_finding
+from ...statistics.rates import rates_finding
+from ...study.patch_settings import PatchSettings
+from .finding import Finding
+from .measured import measures_finding
+from .shares import head_subset_findings
+from .texts import answers_finding
 
 
 def tell(
-    run: xr.Dataset, settings: dict[str, Any], study: dict[str, Any], correction: Correction = "bh"
+    run: xr.Dataset, settings: PatchSettings, study: dict[str, Any], correction: Correction = "bh"
 ) -> Iterator[str]:
     """Everything that a run of either protocol says."""
-    if settings["protocol"] == "published":
+    if settings.protocol == "published":
         yield format_texts(run, study)
         return
     yield format_timeline(run, settings)
     yield from map(str, findings(run, settings, correction))
 
 
-def findings(run: xr.Dataset, settings: dict[str, Any], correction: Correction = "bh") -> Iterator[Told]:
+def findings(run: xr.Dataset, settings: PatchSettings, correction: Correction = "bh") -> Iterator[Finding]:
     """Tables with how to read them, each only where the run has what it takes; p are adjusted by `correction`."""
-    if told := tell_measures(run, settings):
+    if told := measures_finding(run, settings):
         yield told
     if "text" in run:
-        yield tell_answers(run, settings)
+        yield answers_finding(run, settings)
     if {"even", "odd"} <= set(run.subset.values):
-        yield tell_parity(run, correction)
-        yield tell_rates(run, settings)
-    yield from tell_coalitions(run, settings)
-    yield from tell_when(run, settings)
+        yield parity_finding(run, correction)
+        yield rates_finding(run, settings)
+    yield from head_subset_findings(run, settings)
+    yield from onset_findings(run, settings)

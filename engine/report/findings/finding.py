@@ -6,7 +6,7 @@ import pandas as pd
 
 
 @dataclass(frozen=True)
-class Told:
+class Finding:
     """One finding, for the terminal and for the page."""
 
     title: str

@@ -1,13 +1,12 @@
 """The measures beside the logit difference, where a run kept some: their means, per checkpoint and layer."""
 
-from typing import Any
-
 import pandas as pd
 import xarray as xr
 
 from ...measures.logit_diff import NAMED, best_layer, finished
+from ...study.patch_settings import PatchSettings
 from ...study.study import MEASURES
-from .finding import Told
+from .finding import Finding
 
 CALLED = {
     "probability": "probability of the right branching token",
@@ -35,19 +34,19 @@ def means(run: xr.Dataset) -> pd.DataFrame:
     return pd.concat(tables, names=["measure"]) if tables else pd.DataFrame()
 
 
-def tell_measures(run: xr.Dataset, settings: dict[str, Any]) -> Told | None:
+def measures_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None:
     """Every measure at each checkpoint's best layer, which the logit difference chooses; None where none was kept."""
     numbers = means(run)
     if numbers.empty:
         return None
-    layer = best_layer(finished(run), settings["direction"])
+    layer = best_layer(finished(run), settings.direction)
     best = dict(zip(layer.checkpoint.values, layer.values, strict=True))
     at_best = [best[checkpoint] == here for _, checkpoint, here in numbers.index]
     table = numbers[at_best].droplevel("layer").map("{:.3g}".format)
     held = table.index.unique("measure")
     notes = [f"{name}: {CALLED[name]}" for name in held]
-    where = "at those layers" if settings["joint"] else "at the best layer by logit difference"
-    notes.append(f"means over prompts; patched columns: {settings['direction']} {where}")
+    where = "at those layers" if settings.joint else "at the best layer by logit difference"
+    notes.append(f"means over prompts; patched columns: {settings.direction} {where}")
     worst = ", ".join(f"{name} {float(run[f'self_check_{name}'].max()):.1e}" for name in held)
     told = ("; ".join(notes), f"self-check of these against full hooked forwards: largest differences {worst}")
-    return Told("Other measures", table, told, "measures", numbers)
+    return Finding("Other measures", table, told, "measures", numbers)

@@ -9,7 +9,7 @@ import xarray as xr
 
 from ...checkpoints.revisions import step_of
 from ...measures.logit_diff import finished
-from .finding import Told
+from .finding import Finding
 
 HEADS = ["layer", "head"]
 
@@ -35,7 +35,7 @@ def _correlation(one: xr.DataArray, other: xr.DataArray, dims: list[str]) -> xr.
     return (one * other).sum(dims) / spread.where(spread > 0)
 
 
-def tell_mechanism(run: xr.Dataset, settings: Mapping[str, Any]) -> Told:
+def mechanism_text(run: xr.Dataset, settings: Mapping[str, Any]) -> Finding:
     """One row a finished checkpoint, of the parts that were measured."""
     done = finished(run).load()
     table = pd.DataFrame(index=pd.Index(done.checkpoint.values, name=None))
@@ -48,7 +48,7 @@ def tell_mechanism(run: xr.Dataset, settings: Mapping[str, Any]) -> Told:
             notes.append(note)
             for name, values in columns.items():
                 table[name] = values
-    return Told("Mechanism", table, tuple(notes), "mechanism", _numbers(done, settings))
+    return Finding("Mechanism", table, tuple(notes), "mechanism", _numbers(done, settings))
 
 
 Columns = tuple[dict[str, list[str]], str]

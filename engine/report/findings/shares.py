@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,32 +9,33 @@ import xarray as xr
 
 from ...measures.logit_diff import best_layer, finished
 from ...statistics.bootstrap import LEVEL
-from ...statistics.head_subsets import SHARE, coalitions, sampled
-from .finding import Told
+from ...statistics.head_subsets import SHARE, head_subset_statistics, sampled
+from ...study.patch_settings import PatchSettings
+from .finding import Finding
 
 SHOWN = 3
 """Heads named in a row of the table, and pairs of them."""
 
 
-def tell_coalitions(run: xr.Dataset, settings: dict[str, Any]) -> Iterator[Told]:
+def head_subset_findings(run: xr.Dataset, settings: PatchSettings) -> Iterator[Finding]:
     """Each head's share; from the whole lattice also how many heads it takes, and which pairs work together.
 
     Nothing where neither the lattice nor orders were run.
     """
     done = finished(run)
-    exact = coalitions(done, settings["direction"])
+    exact = head_subset_statistics(done, settings.direction)
     found = sampled(done, settings) if exact is None else exact
     if found is None:
         return
-    best = best_layer(done, settings["direction"]).astype(int)
-    unit = f"nats towards the {'clean' if settings['direction'] == 'denoise' else 'corrupt'} run"
+    best = best_layer(done, settings.direction).astype(int)
+    unit = f"nats towards the {'clean' if settings.direction == 'denoise' else 'corrupt'} run"
     yield _tell_shares(found, best, unit)
     if exact is not None:
         yield _tell_sizes(exact, best, unit)
         yield _tell_pairs(exact, best, unit)
 
 
-def _tell_shares(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
+def _tell_shares(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     """Per checkpoint, at its best layer: the heads of the largest Shapley values, who is enough, who is needed."""
     rows = {}
     for label, one in _best(found, best):
@@ -47,7 +47,7 @@ def _tell_shares(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
             rows[label]["parity"] = _parity(one)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
     by_head = found[[name for name, values in found.items() if values.dims[-1:] == ("head",)]].to_dataframe()
-    return Told("Each head's share", table, (_how_to_read("shapley_error" not in found, unit),), "shapley", by_head)
+    return Finding("Each head's share", table, (_how_to_read("shapley_error" not in found, unit),), "shapley", by_head)
 
 
 def _how_to_read(exact: bool, unit: str) -> str:
@@ -64,7 +64,7 @@ def _how_to_read(exact: bool, unit: str) -> str:
     )
 
 
-def _tell_sizes(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
+def _tell_sizes(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     """At the last checkpoint's best layer: what so many heads do at least and at most; even ones at least."""
     numbers = found.curve.to_dataset("quantile").rename({0.0: "least", 0.5: "median", 1.0: "most"})
     numbers = numbers.assign(least_of_even=found.worst_even, place=found.worst_even_p)
@@ -79,10 +79,12 @@ def _tell_sizes(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
         "whose least is as good: any k even heads do it only where that row says so, and parity has to do with it only "
         "where p is small"
     )
-    return Told("How many heads it takes", table.rename_axis(columns="heads"), (note,), "sizes", numbers.to_dataframe())
+    return Finding(
+        "How many heads it takes", table.rename_axis(columns="heads"), (note,), "sizes", numbers.to_dataframe()
+    )
 
 
-def _tell_pairs(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
+def _tell_pairs(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     """At the last checkpoint's best layer: the pairs of heads that do most more, or less, than one by one."""
     label, one = list(_best(found, best))[-1]
     note = (
@@ -90,7 +92,7 @@ def _tell_pairs(found: xr.Dataset, best: xr.DataArray, unit: str) -> Told:
         f"(Shapley interaction, {unit}; below zero each does what the other does already): {_strongest(one)}"
     )
     numbers = found[["interaction"]].to_dataframe().query("head < other")
-    return Told("Which heads work together", None, (note,), "pairs", numbers)
+    return Finding("Which heads work together", None, (note,), "pairs", numbers)
 
 
 def _best(found: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Dataset]]:

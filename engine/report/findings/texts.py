@@ -1,14 +1,14 @@
 """Generated answers of the corrected patch beside its logit differences.  Pure."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 import xarray as xr
 
 from ...measures.logit_diff import NAMED, best_layer, finished, success
+from ...study.patch_settings import PatchSettings
 from ...study.study import RUNS
-from .finding import Told
+from .finding import Finding
 
 SHOWN = 3
 """Subsets in the table where none of `NAMED` was patched: the first so many."""
@@ -32,23 +32,23 @@ def answer_rates(run: xr.Dataset) -> pd.DataFrame:
     return frame
 
 
-def tell_answers(run: xr.Dataset, settings: dict[str, Any]) -> Told:
+def answers_finding(run: xr.Dataset, settings: PatchSettings) -> Finding:
     """Success of the texts at each checkpoint's best layer, and the first prompt's texts at the last checkpoint."""
     done = finished(run)
     shown = [name for name in NAMED if name in done.subset.values] or list(map(str, done.subset.values[:SHOWN]))
-    frame, layers = answer_rates(run), best_layer(done, settings["direction"])
+    frame, layers = answer_rates(run), best_layer(done, settings.direction)
     rows: dict[str, dict[str, str]] = {}
     for label, layer in zip(map(str, done.checkpoint.values), layers.values.astype(int), strict=True):
         plain = {name: done[f"{name}_success"].sel(checkpoint=label).values.mean() for name in RUNS}
         patched = frame.loc[label, layer]["success"]
         rows[label] = {name: f"{share:.0%}" for name, share in {**plain, **patched.loc[shown]}.items()}
         rows[label]["agree"] = f"{frame.loc[label]['agree'].mean():.0%}"
-        rows[label] |= {} if settings["joint"] else {"layer": str(layer)}
+        rows[label] |= {} if settings.joint else {"layer": str(layer)}
     n, n_texts, n_near = done.sizes["trial"], done.success.size, int(done.n_near.sum())
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "checkpoint"
     notes = (
-        f"texts of {settings['generate']} greedy tokens that begin with the right answer, over {n} distinct "
+        f"texts of {settings.generate} greedy tokens that begin with the right answer, over {n} distinct "
         f"prompt{'s' * (n != 1)}, patched while the prompt is read; the beginning that both answers share is given",
         f"agree: of all {n_texts // len(rows):,} patched texts of a checkpoint, those of which the logit difference "
         "says the same",
@@ -56,7 +56,7 @@ def tell_answers(run: xr.Dataset, settings: dict[str, Any]) -> Told:
         "two texts of each checkpoint were generated again by transformers' own generate and are the same; "
         f"{n_near:,} of all texts had two next tokens as good as equal and come from it",
     )
-    return Told("What the model says", table, notes, "answers", frame)
+    return Finding("What the model says", table, notes, "answers", frame)
 
 
 def _examples(done: xr.Dataset, shown: Sequence[str], layer: int) -> list[str]:

@@ -4,7 +4,7 @@ import random
 import re
 from collections.abc import Iterator
 
-from ..study import Refusal
+from ...runtime.errors import UserError
 from .contrast import Contrast, Tokenizer
 from .sampling import MOST
 
@@ -23,13 +23,13 @@ def induction(seed: int, tokenizer: Tokenizer) -> Iterator[Contrast]:
     arXiv:2209.11895).
 
     Corrupt exchanges B with a word that comes later, which then is what followed A before.  Words and their frequencies
-    stay the same, and so does the repetition, up to the last token.  Raises `Refusal` where too few words are found.
+    stay the same, and so does the repetition, up to the last token.  Raises `UserError` where too few words are found.
     """
     draw = random.Random(seed)
     words = _words(tokenizer, draw)
     if len(words) < LENGTH:
         found = f"{LENGTH} words in small letters are needed, the tokenizer holds {len(words)}"
-        raise Refusal(f"--task induction: {found}; write a JSON Lines file of prompts that this tokenizer takes")
+        raise UserError(f"--task induction: {found}; write a JSON Lines file of prompts that this tokenizer takes")
     for _ in range(MOST):
         clean = draw.sample(words, LENGTH)
         at, other = sorted(draw.sample(range(REPEATED, LENGTH), 2))

@@ -6,21 +6,21 @@ import json
 import re
 from pathlib import Path
 
-from ..study import Refusal
+from ...runtime.errors import UserError
 from .contrast import FIELDS, FORM, Contrast
 from .registry import TASKS
 
 
 def read_contrasts(task: str) -> list[Contrast]:
-    """The contrasts of a JSON Lines file.  Raises `Refusal` that names line and mend."""
+    """The contrasts of a JSON Lines file.  Raises `UserError` that names line and mend."""
     try:
         lines = _read(task).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise Refusal(f"line {line} of {task}: not UTF-8 text; save the file as UTF-8") from None
+        raise UserError(f"line {line} of {task}: not UTF-8 text; save the file as UTF-8") from None
     contrasts = [_parse(line, f"line {n} of {task}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not contrasts:
-        raise Refusal(f"--task {task}: the file is empty; write one {FORM} a line")
+        raise UserError(f"--task {task}: the file is empty; write one {FORM} a line")
     return contrasts
 
 
@@ -33,14 +33,14 @@ def _read(task: str) -> bytes:
     try:
         return Path(task).read_bytes()
     except IsADirectoryError:
-        raise Refusal(f"--task {task}: a directory; name the JSON Lines file in it") from None
+        raise UserError(f"--task {task}: a directory; name the JSON Lines file in it") from None
     except (FileNotFoundError, NotADirectoryError):
         near = difflib.get_close_matches(task, TASKS, n=1)
         meant = f"did you mean {near[0]}? " if near else ""
         choice = f"built in are {', '.join(TASKS)}; a file holds one {FORM} a line"
-        raise Refusal(f"--task {task}: no built-in task and no such file; {meant}{choice}") from None
+        raise UserError(f"--task {task}: no built-in task and no such file; {meant}{choice}") from None
     except OSError as error:
-        raise Refusal(f"--task {task}: cannot be read ({error.strerror}); name a readable JSON Lines file") from None
+        raise UserError(f"--task {task}: cannot be read ({error.strerror}); name a readable JSON Lines file") from None
 
 
 def _parse(line: str, source: str) -> Contrast:
@@ -48,17 +48,17 @@ def _parse(line: str, source: str) -> Contrast:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise Refusal(f"{source}: not JSON ({detail}); write one {FORM} a line") from None
+        raise UserError(f"{source}: not JSON ({detail}); write one {FORM} a line") from None
     if not isinstance(found, dict):
-        raise Refusal(f"{source}: not a JSON object; write one {FORM} a line")
+        raise UserError(f"{source}: not a JSON object; write one {FORM} a line")
     if missing := [name for name in FIELDS if name not in found]:
-        raise Refusal(f"{source}: {', '.join(missing)} missing; write all of {', '.join(FIELDS)}")
+        raise UserError(f"{source}: {', '.join(missing)} missing; write all of {', '.join(FIELDS)}")
     if unknown := [name for name in found if name not in FIELDS]:
-        raise Refusal(f"{source}: unknown field {', '.join(map(repr, unknown))}; known are {', '.join(FIELDS)}")
+        raise UserError(f"{source}: unknown field {', '.join(map(repr, unknown))}; known are {', '.join(FIELDS)}")
     for name in FIELDS:
         # JSON can spell half a surrogate pair, which no tokenizer takes.
         if not isinstance(found[name], str) or not found[name] or re.search("[\ud800-\udfff]", found[name]):
-            raise Refusal(f"{source}: {name} is {json.dumps(found[name]):.60}; write some text, in quotes")
+            raise UserError(f"{source}: {name} is {json.dumps(found[name]):.60}; write some text, in quotes")
     if found["answer"] == found["wrong"]:
-        raise Refusal(f"{source}: answer and wrong are both {found['answer']!r}; write two different ones")
+        raise UserError(f"{source}: answer and wrong are both {found['answer']!r}; write two different ones")
     return Contrast(**found, source=source)

@@ -1,0 +1,51 @@
+"""Load the next checkpoint while this one computes."""
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from ..runtime.errors import UserError
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+
+
+def prefetch(
+    items: Iterable[Item], load: Callable[[Item], Value]
+) -> Iterator[tuple[Item, Value | UserError | OSError]]:
+    """Each item with what `load` gave, or why it could not; the next one loads while this one is used."""
+    waiting: _Loading[Item, Value] | None = None
+    for item in items:
+        loaded = waiting
+        if loaded is not None:
+            loaded.join()
+        waiting = _Loading(item, load)
+        if loaded is not None:
+            yield loaded.item, loaded.outcome()
+    if waiting is not None:
+        waiting.join()
+        yield waiting.item, waiting.outcome()
+
+
+class _Loading(threading.Thread, Generic[Item, Value]):
+    """One item on its way.  A daemon: an interrupted program does not wait for it."""
+
+    def __init__(self, item: Item, load: Callable[[Item], Value]) -> None:
+        super().__init__(daemon=True, name="prefetch")
+        self.item, self._load = item, load
+        self._value: Value
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._value = self._load(self.item)
+        except BaseException as error:
+            self._error = error
+
+    def outcome(self) -> Value | UserError | OSError:
+        if self._error is None:
+            return self._value
+        if isinstance(self._error, UserError | OSError):
+            return self._error
+        raise self._error
