@@ -1,6 +1,5 @@
 """Laws of what the lattice tells: planted games are read off a patched run as they were planted."""
 
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from headlapse.engine.statistics.head_subsets import (
     worst_even,
 )
 from headlapse.engine.statistics.shapley import members, shapley
+from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
 
 TARGET, SOURCE = -3.0, 4.0
@@ -45,8 +45,8 @@ def run_of(worth: np.ndarray, words: tuple[str, ...] = ("even", "lattice"), nois
     )
 
 
-def settings(*words: str) -> dict[str, Any]:
-    return {"direction": "denoise", "subsets": list(words)}
+def settings(*words: str) -> PatchSettings:
+    return PatchSettings(subsets=words)
 
 
 def test_coalitions_stand_in_the_order_of_their_bits_however_they_were_asked_for() -> None:

@@ -1,6 +1,5 @@
 """Laws of all findings together: whatever a run holds, they are told without a crash, a warning or a nan."""
 
-from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ import xarray as xr
 
 from headlapse.engine.measures.logit_diff import format_timeline
 from headlapse.engine.report.findings.all_findings import findings
+from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
 
 N_HEADS = 5
@@ -37,11 +37,11 @@ def run_of(n_prompts: int, steps: list[int], words: tuple[str, ...], noise: floa
             "mask": (("subset", "head"), subsets.mask),
         },
     )
-    return run.assign_attrs(patch=settings(words))
+    return run.assign_attrs(patch=settings(words).to_attributes())
 
 
-def settings(words: tuple[str, ...]) -> dict[str, Any]:
-    return {"direction": "denoise", "subsets": list(words), "layers": [0, 1], "joint": False, "positions": "last"}
+def settings(words: tuple[str, ...]) -> PatchSettings:
+    return PatchSettings(subsets=words, layers=(0, 1))
 
 
 @pytest.mark.parametrize("words", ASKED, ids="+".join)

@@ -24,7 +24,7 @@ from headlapse.engine.mechanism.attribution_patching import estimated_effect, gr
 from headlapse.engine.mechanism.circuits import Circuit, circuits
 from headlapse.engine.mechanism.direct_logit_attribution import attribute
 from headlapse.engine.mechanism.run import PARTS, Values, make_plan, measure_series, wanted
-from headlapse.engine.mechanism.store import MechanismRun, open_mechanism, permutation_p_value
+from headlapse.engine.mechanism.store import MechanismRun, mechanism_path, open_mechanism
 from headlapse.engine.replay.layers import LayerRunner
 from headlapse.engine.replay.patch_inputs import Direction, PatchInputs
 from headlapse.engine.report.findings.mechanism import approximation, mechanism_text
@@ -401,7 +401,7 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def kept(store: Store) -> xr.Dataset:
-    return xr.open_zarr(permutation_p_value(store), consolidated=False).load()
+    return xr.open_zarr(mechanism_path(store), consolidated=False).load()
 
 
 def test_what_is_kept_opens_in_xarray_with_labelled_dimensions(whole: Store) -> None:
@@ -463,7 +463,7 @@ def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one
     store: Store, whole: Store, visited: list[str]
 ) -> None:
     measured(store, ["step10"])
-    assert visited == ["step10"] and list(MechanismRun(permutation_p_value(store)).complete()) == ["step10"]
+    assert visited == ["step10"] and list(MechanismRun(mechanism_path(store)).complete()) == ["step10"]
     measured(store)
     assert visited == ["step10", "step0", "step20"]
     measured(store)

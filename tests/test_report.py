@@ -26,6 +26,7 @@ from headlapse.engine.runtime.exit_status import exit_status_of
 from headlapse.engine.store.activations import Capture
 from headlapse.engine.store.store import PatchedRun, Store, create_store
 from headlapse.engine.store.zarr_group import CheckpointRow
+from headlapse.engine.study.patch_settings import Direction, PatchSettings
 from headlapse.engine.study.prompts import Trials
 from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
@@ -59,15 +60,12 @@ def some_store(path: Path, steps: Sequence[int] = STEPS, same_weights: bool = Fa
 
 def some_run(
     store: Store, words: Sequence[str] = DEFAULT, name: str = "run", layers: Sequence[int] = range(LAYERS),
-    joint: bool = False, direction: str = "denoise", positions: str = "last", seed: int = 0,
+    joint: bool = False, direction: Direction = "denoise", positions: str = "last", seed: int = 0,
     done: Callable[[str], bool] = lambda label: True, values: Callable[[np.ndarray], np.ndarray] = lambda x: x,
 ) -> PatchedRun:  # fmt: skip
     """A patched run of random numbers; `done` says which checkpoints are finished, `values` changes what they hold."""
     rng, subsets = np.random.default_rng(seed), parse_subsets(words, HEADS)
-    settings = {
-        "protocol": "corrected", "direction": direction, "positions": positions, "layers": list(layers),
-        "joint": joint, "subsets": list(words), "dtype": "float32",
-    }  # fmt: skip
+    settings = PatchSettings("corrected", direction, positions, tuple(layers), joint, tuple(words))
     sites = [layers[0]] if joint else list(layers)
     run = store.open_patch(name, settings, sites, subsets.labels, subsets.mask)
     run.group.attrs["device"] = "cuda:3"

@@ -154,7 +154,7 @@ def test_layers_are_sites_of_their_own_and_jointly_a_single_one(kept: Store) -> 
 
 def test_a_sweep_is_spelled_out_with_all_that_its_numbers_depend_on(kept: Store) -> None:
     plan = make_plan(PatchRequest(("even", "0,2"), ("1-2",), True, "end:2", "noise", "bfloat16"), kept)
-    assert plan.settings == {
+    assert plan.settings.to_attributes() == {
         "protocol": "corrected", "direction": "noise", "positions": "end:2", "layers": [1, 2], "joint": True,
         "subsets": ["even", "0,2"], "dtype": "bfloat16",
     }  # fmt: skip
