@@ -69,7 +69,7 @@ def read_config(directory: Path) -> PreTrainedConfig:
 
 
 def inspect_architecture(config: PreTrainedConfig) -> Architecture:
-    """The architecture of the model `config` describes.  Raises `UserError`, naming it, for one that cannot be patched."""
+    """Shapes and places of the model that `config` describes.  Raises `UserError` for one that cannot be patched."""
     model = _weightless(copy.deepcopy(config))  # choosing an attention implementation writes into it
     name = type(model).__name__
     record = _DryRun()

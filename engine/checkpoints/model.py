@@ -229,8 +229,8 @@ class ModelLoader:
         taken = weight_bytes(files, TORCH_DTYPES[self.dtype])
         if taken >= self.machine.memory:
             raise UserError(
-                f"the weights take {format_bytes(taken)} in {self.dtype}, the {format_bytes(self.machine.memory)} allowed "
-                "do not hold more; give more --memory, or a smaller --dtype"
+                f"the weights take {format_bytes(taken)} in {self.dtype}, the {format_bytes(self.machine.memory)} "
+                "allowed do not hold more; give more --memory, or a smaller --dtype"
             )
         self._skeleton = open_resident_model(files, self.dtype, self.machine.device, self._skeleton)
         self._skeleton.load_weights(weights if weights is not None else self._read(files))

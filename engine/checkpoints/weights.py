@@ -38,7 +38,7 @@ def read_weights(files: Files, dtype: torch.dtype, device: str, buffers: dict[st
 
 
 def weight_bytes(files: Files, dtype: torch.dtype) -> int:
-    """What the weights take in memory as `dtype`.  Raises `UserError` for a file that is cut off or is no weight file."""
+    """Bytes that the weights take in memory as `dtype`.  Raises `UserError` for a file that is cut off."""
     tensors = (tensor for path in files.weights for _, tensor in _tensors(path))
     return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
 

@@ -61,8 +61,8 @@ class Circuit:
 def circuits(resident: ResidentModel, layers: Sequence[int]) -> dict[int, tuple[Circuit, Circuit]]:
     """QK and OV of each layer, in tensors of their own.
 
-    Found by running the layer's own way into attention on unit vectors, not from a table of modules.  Raises `UserError`
-    for an architecture whose queries, keys or values are no linear function of the normed residual stream.
+    Found by running the layer's own way into attention on unit vectors, not from a table of modules.  Raises
+    `UserError` for an architecture whose queries, keys or values are no linear function of the normed residual stream.
     """
     d_model = resident.architecture.d_model
     units = torch.eye(d_model, device=resident.device, dtype=resident.dtype)

@@ -104,8 +104,8 @@ def measure_series(
     """Measure every missing checkpoint; `done` hears of each.
 
     Weights that cannot be had, also those that were only to be compared with, are an `Outcome` with a problem; what
-    would be compared with them is NaN, and done again the next time.  Raises `VerificationError` where the shares of a logit
-    difference do not sum to it.
+    would be compared with them is NaN, and done again the next time.  Raises `VerificationError` where the shares of a
+    logit difference do not sum to it.
     """
     compared = _Compared(plan.layers)
     visits = _visits(missing) if "weights" in plan.parts else [(label, True) for label in missing]

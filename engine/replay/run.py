@@ -102,8 +102,8 @@ def make_plan(request: PatchRequest, store: Store) -> SweepPlan:
     dtype: Arithmetic = request.dtype or store.study["dtype"]
     measures = _in_order(request.measures)
     settings = PatchSettings(
-        "corrected", request.direction, request.positions, tuple(layers), request.joint, request.subsets, dtype, measures,
-        request.generate,
+        "corrected", request.direction, request.positions, tuple(layers), request.joint, request.subsets, dtype,
+        measures, request.generate,
     )  # fmt: skip
     if "sequence" in measures and trials.continuation is None:
         raise UserError(
@@ -241,7 +241,7 @@ def _further_differences(
     values: Mapping[str, Float[np.ndarray, "site subset trial"]],
     allowed: float,
 ) -> dict[str, float]:
-    """The same of every further measure, in its own unit.  Raises `VerificationError` for more than rounding explains."""
+    """The same for every other measure, in its own unit.  Raises `VerificationError` beyond what rounding explains."""
     some = choose_trials(label, plan.trials.n_trials, VERIFIED)
     patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
     trials, alignment = plan.trials.only(some), plan.alignment.only(some)

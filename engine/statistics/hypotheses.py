@@ -45,8 +45,8 @@ def evaluate(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | N
     H1, H2, H3: it starts in the first, second, last third of the training, from step 0 to the last checkpoint, in
     steps.  Supported where the whole interval of the onset lies in the third, contradicted where none of it does, or
     nothing starts; undecided between, and where what starts may be chance: it is evident neither over prompts
-    (`onset.significant_checkpoints`) nor by `p`.  The evidence names the thirds of log(1 + step) as well, for much that a model
-    learns it learns early.  H4, H5: the change is gradual, sudden (`shape.evaluate_shape`).
+    (`onset.significant_checkpoints`) nor by `p`.  The evidence names the thirds of log(1 + step) as well, for
+    much that a model learns it learns early.  H4, H5: the change is gradual, sudden (`shape.evaluate_shape`).
 
     `p` is the place of even against odd among the halvings run where it is known, exact for these prompts: what other
     halvings show as well is no specialization of even heads, and supports nothing.  The values of one prompt are taken

@@ -60,7 +60,7 @@ class Onset:
     """... and by `high`, both steps."""
 
     evident: int | None
-    """The first step from which on it is past the goal beyond chance (`significant_checkpoints`); None where it never is."""
+    """The first step from which on it is past the goal beyond chance (`significant_checkpoints`); None for never."""
 
     @property
     def censored(self) -> str:

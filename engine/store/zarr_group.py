@@ -200,7 +200,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def refuse_foreign(path: Path) -> None:
-    """Raise `UserError` where `path` cannot be the place of a store: it is something else, or hidden, or has no name."""
+    """Raise `UserError` where `path` cannot be a store's place: it is something else, or hidden, or has no name."""
     if not path.name or path.name.startswith("."):
         raise UserError(f"--store {path}: give a store's own folder, with a name that does not start with a dot")
     if path.exists() and not is_group(path):

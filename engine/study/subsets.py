@@ -38,8 +38,8 @@ def parse_subsets(
 ) -> Subsets:
     """The subsets that `words` name, each once.
 
-    Raises `UserError` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells what
-    so many would take.
+    Raises `UserError` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells
+    what so many would take.
     """
     asked = sum(count_subsets(word, n_heads) for word in words)
     if asked > LARGEST_SWEEP:
@@ -202,7 +202,7 @@ def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
 
 
 def parse_layers(words: Sequence[str], held: Sequence[int], flag: str = "--layers") -> list[int]:
-    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `UserError` for one that is not in `held`."""
+    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `UserError` for one that `held` lacks."""
     layers: set[int] = set()
     for word in words:
         first, dash, last = word.partition("-")
