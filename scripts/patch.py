@@ -59,19 +59,13 @@ def main() -> int:
     if args.name is not None and not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", args.name):
         raise UserError(f"--name {args.name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
     # Torch and transformers take seconds to import: a wrong argument should not have to wait for them.
-    from headlapse.engine.replay import published_protocol
-    from headlapse.engine.replay import run as replay_run
+    from headlapse.engine.replay.protocols import protocol_named
     from headlapse.engine.report.findings import all_findings
     from headlapse.engine.runtime import resources
     from headlapse.engine.store import store, zarr_group
 
-    protocol = {"corrected": replay_run, "published": published_protocol}[args.protocol]
-    default = (
-        PatchRequest()
-        if protocol is replay_run
-        else PatchRequest(published_protocol.SUBSETS, published_protocol.LAYERS)
-    )
-    subsets, layers = args.subsets or default.subsets, args.layers or default.layers
+    protocol = protocol_named(args.protocol)
+    subsets, layers = args.subsets or protocol.default.subsets, args.layers or protocol.default.layers
     how = (args.joint, args.positions, args.direction, args.dtype, tuple(args.measures), args.generate)
     asked = PatchRequest(tuple(subsets), tuple(layers), *how)
     path = args.store or store.find_store(CACHE)
