@@ -1,6 +1,5 @@
 """Guards of the packaging: our folder `kernels/` must never stand in for Hugging Face's package of that name."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,15 +30,3 @@ def test_scripts_say_what_they_do_without_importing_torch() -> None:
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "e.g." in done.stdout
-
-
-def test_every_flag_and_file_that_the_readme_names_exists() -> None:
-    readme = (ROOT / "README.md").read_text()
-    scripts = "".join(path.read_text() for path in (ROOT / "scripts").glob("*.py"))
-    flags = set(re.findall(r"(?<![\w-])--[a-z]+(?:-[a-z]+)*", readme)) - {"--no-deps", "--help"}
-    assert flags and all(f'"{flag}"' in scripts for flag in flags), flags
-    named = re.findall(r"(?:engine|kernels|scripts)/[\w/]+\.py", readme)
-    assert named and all((ROOT / name).is_file() for name in named)
-    files = {path.name for folder in ("engine", "kernels") for path in (ROOT / folder).rglob("*.py")} - {"__init__.py"}
-    told = {Path(name).name for name in [*named, *re.findall(r"`(\w+\.py)`", readme)]}
-    assert files <= told, f"the README's table lacks {sorted(files - told)}"
