@@ -12,11 +12,10 @@ import torch
 
 from headlapse.engine.runtime import resources as room
 from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.runtime.format import format_bytes, format_time
 from headlapse.engine.runtime.resources import (
     Machine,
     as_many_as_fit,
-    format_bytes,
-    format_time,
     matmul_rate,
     most_of_memory,
     peak_memory,

@@ -18,7 +18,8 @@ from headlapse.engine.replay import run as room
 from headlapse.engine.replay.reference import choose_pairs
 from headlapse.engine.replay.run import PAIRS, SweepPlan, make_plan, name_of, open_run, patch_series
 from headlapse.engine.runtime.errors import UserError, VerificationError
-from headlapse.engine.runtime.resources import Machine, format_time
+from headlapse.engine.runtime.format import format_time
+from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import PatchedRun, Store
 from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.study import Study, tolerance

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from ..runtime.errors import UserError
-from ..runtime.resources import format_bytes
+from ..runtime.format import format_bytes
 from .contestants import OURS, Contestant, Timing, Tool, Workload, fastest
 from .end_to_end import SUBSETS, pace, run_command
 from .random_models import SHAPES, write_series

@@ -10,7 +10,8 @@ from ..checkpoints.files import vocabulary_file
 from ..checkpoints.model import load_tokenizer
 from ..checkpoints.resolve import DEMO, Availability, Checkpoint, description, plan
 from ..checkpoints.weights import TORCH_DTYPES
-from ..runtime.resources import format_bytes, format_time, matmul_rate
+from ..runtime.format import format_bytes, format_time
+from ..runtime.resources import matmul_rate
 from ..store.activations import KINDS
 from ..study.prompts import Trials, draw_trials
 from ..study.study import Study

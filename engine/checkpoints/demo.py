@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from ..runtime.errors import UserError
+from ..runtime.progress import progress
 
 Model = Any
 Optimizer = Any
@@ -236,7 +237,6 @@ def _sync(path: Path) -> None:
 
 def _train(directory: Path, recipe: Recipe) -> None:
     import torch
-    from tqdm import tqdm
 
     tokenizer, last, told = make_tokenizer(), recipe.steps[-1], ""
     exam = list(islice((d for d in documents(recipe, "exam") if d.held_out and len(set(d.winners)) > 1), EXAM))
@@ -246,7 +246,7 @@ def _train(directory: Path, recipe: Recipe) -> None:
         model = _initial(recipe, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
         start = _resume(directory, recipe, model, optimizer)
-        with tqdm(total=last, initial=start, desc="training the demo", unit="step") as bar:
+        with progress("training the demo", "step", last, start) as training:
             for step in range(start, last + 1):
                 if step in recipe.steps:
                     _keep(directory, step, model, optimizer)
@@ -254,12 +254,12 @@ def _train(directory: Path, recipe: Recipe) -> None:
                     plain = numeric_share(model, tokenizer, [replace(document, versions=False) for document in exam])
                     qa = numeric_share(model, tokenizer, [replace(document, versions=True) for document in exam])
                     told = f"plain {plain:.0%}, Q/A {qa:.0%} numerically right"
-                    bar.set_postfix_str(told)
+                    training.describe(told)
                 if step < last:
                     trained = (document for document in documents(recipe, step) if not document.held_out)
                     loss = _learn(recipe, step, model, optimizer, *encode(tokenizer, [*islice(trained, recipe.batch)]))
-                    bar.set_postfix_str(f"loss {loss:.2f}, {told}", refresh=False)
-                    bar.update()
+                    training.describe(f"loss {loss:.2f}, {told}")
+                    training.update(1)
     finally:
         torch.set_num_threads(threads)
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..runtime.errors import UserError
-from ..runtime.resources import Machine, allow_tf32, format_bytes
+from ..runtime.format import format_bytes
+from ..runtime.resources import Machine, allow_tf32
 from ..study.study import Arithmetic
 from .architecture import Architecture, inspect_architecture, read_config
 from .attention_hook import IMPLEMENTATION

@@ -14,8 +14,9 @@ from ...kernels.attend import kernel_for
 from ..checkpoints.files import vocabulary_file
 from ..checkpoints.model import ModelLoader, ResidentModel, load_tokenizer
 from ..runtime.errors import UserError
+from ..runtime.format import format_time
 from ..runtime.outcome import Outcome
-from ..runtime.resources import Machine, format_time, matmul_rate
+from ..runtime.resources import Machine, matmul_rate
 from ..store.store import PatchedRun, Store, StoredActivations
 from ..study.alignment import Alignment, align
 from ..study.patch_settings import Direction, PatchRequest, PatchSettings

@@ -1,6 +1,5 @@
 """The machine that computes: its device, what a command may take of its memory, what it took, and how fast it is."""
 
-import re
 import resource
 import sys
 import time
@@ -13,10 +12,9 @@ import torch
 from accelerate.utils import find_executable_batch_size
 
 from .errors import UserError
+from .format import parse_bytes
 
 Result = TypeVar("Result")
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Machine:
         checked = _checked(device)
         if dtype == "tf32" and torch.device(checked).type != "cuda":
             raise UserError(f"--dtype tf32: {checked} does not compute in it, only CUDA devices do; use float32")
-        return cls(checked, _parse(memory) if memory else most_of_memory(checked))
+        return cls(checked, parse_bytes(memory) if memory else most_of_memory(checked))
 
     @property
     def kind(self) -> str:
@@ -87,25 +85,6 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * 512 * 1024 * 1024 / seconds
 
 
-def format_bytes(n_bytes: float) -> str:
-    """`1.5 GB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.0f} {unit}" if unit in ("B", "kB") else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:.1f} TB"
-
-
-def format_time(seconds: float) -> str:
-    """`80 s`, `12 min`, `3.5 h`, `20 days`, `1,000 years`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    for unit, length, most in (("min", 60, 90), ("h", 3600, 48), ("days", 86_400, 730)):
-        if seconds < most * length:
-            return f"{seconds / length:.1f} {unit}" if unit == "h" else f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 31_557_600:,.0f} years"
-
-
 def _checked(name: str | None) -> str:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -114,11 +93,3 @@ def _checked(name: str | None) -> str:
         reason = str(error).splitlines()[0][:80]
         raise UserError(f"--device {name}: torch cannot compute there ({reason}); use cpu") from error
     return str(device)
-
-
-def _parse(text: str) -> int:
-    """Bytes of `8GB`, `500MB`, `1.5G`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise UserError(f"--memory {text}: not an amount of memory; write 8GB or 500MB")
-    return int(float(found[1]) * _UNITS[found[2].upper()])

@@ -1,0 +1,108 @@
+"""How far a command is: one bar on a terminal or in a notebook, plain lines everywhere else."""
+
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from .format import format_time
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+"""Between two plain lines of one piece of work; work that takes less says nothing on its way."""
+
+
+class Progress(Protocol):
+    """One piece of work on its way."""
+
+    def update(self, n: int) -> object:
+        """Add the `n` units that were completed since."""
+
+    def describe(self, state: str) -> None:
+        """Say how things stand, beside the count, the next time it is shown."""
+
+    def write(self, line: str) -> None:
+        """Print a line on stderr that stays, without disturbing a bar."""
+
+
+@contextmanager
+def progress(work: str, unit: str, total: int, initial: int = 0) -> Iterator[Progress]:
+    """Show how much of `total` is completed while the body runs, on stderr.
+
+    `work` is a word such as `patch`, `unit` what is counted, in the singular.
+    """
+    if total <= initial or not (sys.stderr.isatty() or _in_notebook()):
+        yield _Lines(work, unit, total, initial)
+        return
+    with warnings.catch_warnings():
+        # Without ipywidgets tqdm warns and shows its bar as text, which is all that is wanted then.
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+
+        bar = tqdm(total=total, initial=initial, desc=work, unit=unit, unit_scale=total >= 10_000, leave=False)
+    with bar:
+        yield _Bar(bar)
+
+
+@dataclass
+class _Bar:
+    """tqdm's bar."""
+
+    bar: "tqdm[Any]"
+
+    def update(self, n: int) -> object:
+        return self.bar.update(n)
+
+    def describe(self, state: str) -> None:
+        self.bar.set_postfix_str(state, refresh=False)
+
+    def write(self, line: str) -> None:
+        self.bar.write(line, file=sys.stderr)
+
+
+@dataclass
+class _Lines:
+    """A line now and then, for logs."""
+
+    work: str
+    unit: str
+    total: int
+    completed: int
+    stream: TextIO = field(default_factory=lambda: sys.stderr)
+
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        self.initial, self.started = self.completed, time.monotonic()
+        self.last_line = self.started
+
+    def update(self, n: int) -> None:
+        self.completed += n
+        now = time.monotonic()
+        if now - self.last_line < SECONDS_BETWEEN_LINES or self.completed >= self.total:
+            return
+        self.last_line = now
+        elapsed = now - self.started
+        left = elapsed / max(1, self.completed - self.initial) * (self.total - self.completed)
+        self.write(
+            f"{self.work}: {self.completed:,} of {self.total:,} {self.unit}s in {format_time(elapsed)}, "
+            f"about {format_time(left)} left{', ' * bool(self.state)}{self.state}"
+        )
+
+    def describe(self, state: str) -> None:
+        self.state = state
+
+    def write(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+
+def _in_notebook() -> bool:
+    """Whether this runs in a kernel that draws: only IPython's own module can say, where it was imported at all."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and hasattr(shell, "kernel")
