@@ -1,18 +1,17 @@
 """Laws of all findings together: whatever a run holds, they are told without a crash, a warning or a nan."""
 
-
 import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.measures.logit_diff import format_timeline
 from headlapse.engine.report.findings.all_findings import findings
+from headlapse.engine.report.findings.timeline import format_timeline
 from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
 
 N_HEADS = 5
 ASKED: tuple[tuple[str, ...], ...] = (
-    ("even", "odd", "all"), ("lattice",), ("balanced",), ("orders:3",), ("each",), ("even", "odd", "halvings:3"),
+    ("even", "odd", "all"), ("lattice",), ("balanced",), ("orders:3",), ("each",), ("even", "odd", "splits:3"),
 )  # fmt: skip
 
 

@@ -16,11 +16,17 @@ from transformers import PreTrainedModel
 
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.checkpoints.model import ResidentModel
-from headlapse.engine.measures.logit_diff import kl, log_probability, rank
 from headlapse.engine.replay import run as sweeps
 from headlapse.engine.replay import vocabulary_measures as room
 from headlapse.engine.replay.replay import Site, replay
-from headlapse.engine.replay.vocabulary_measures import Vocabulary, VocabularyMeasures, hooked_measures
+from headlapse.engine.replay.vocabulary_measures import (
+    Vocabulary,
+    VocabularyMeasures,
+    hooked_measures,
+    kl,
+    log_probability,
+    rank,
+)
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.alignment import align
 from headlapse.engine.study.answers import continued, lengthened

@@ -25,6 +25,7 @@ from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.measures.logit_diff import finished
 from headlapse.engine.replay.replay import replay
 from headlapse.engine.replay.run import make_plan, open_run, patch_series
+from headlapse.engine.report.findings.hypotheses import hypotheses_table
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.statistics.head_subsets import head_subset_statistics
 from headlapse.engine.statistics.hypotheses import hypotheses
@@ -126,7 +127,7 @@ def test_even_against_odd_is_six_nats_and_no_halving_gives_more(even_run: xr.Dat
     frame = parity(even_run)
     assert frame is not None
     found = frame.xs(LAYER, level="layer").iloc[0]
-    assert found["strength"] == pytest.approx(6.0, abs=1e-5)
+    assert found["difference"] == pytest.approx(6.0, abs=1e-5)
     assert found["p"] == found["p_even"] == found["p_odd"] == pytest.approx(LEAST_P)
     # Prompts give 3, 6 and 9 nats: of 27 resamples one has the mean 3 and one 9, which a 95 % interval holds.
     assert (found["low"], found["high"]) == (pytest.approx(3.0, abs=1e-5), pytest.approx(9.0, abs=1e-5))
@@ -138,15 +139,15 @@ def test_the_other_layers_show_nothing_not_even_rounding(even_run: xr.Dataset) -
     assert frame is not None
     others = frame.drop(index=LAYER, level="layer")
     assert (others[["p", "p_even", "p_odd"]] == 1).all(axis=None)
-    assert others["strength"].abs().max() < 1e-5
+    assert others["difference"].abs().max() < 1e-5
 
 
-def test_even_heads_repair_every_fault_and_odd_ones_none(even_run: xr.Dataset) -> None:
+def test_even_heads_restore_every_failing_prompt_and_odd_ones_none(even_run: xr.Dataset) -> None:
     frame = rates(even_run, "denoise").xs(LAYER, level="layer").droplevel("checkpoint")
-    assert (frame["faults"] == 3).all() and (frame["n_clear"] == 3).all() and (frame["broken"] == 0).all()
-    assert frame["repaired"].to_dict() == {"even": 3, "odd": 0, "all": 3}
+    assert (frame["failing"] == 3).all() and (frame["n_clear"] == 3).all() and (frame["broken"] == 0).all()
+    assert frame["restored"].to_dict() == {"even": 3, "odd": 0, "all": 3}
     expected = {"even": 1, "odd": 0, "all": 1}
-    for column in ("recovered", "recovered_low", "recovered_high"):
+    for column in ("recovery", "recovery_low", "recovery_high"):
         assert frame[column].to_dict() == pytest.approx(expected, abs=1e-5)
 
 
@@ -202,7 +203,7 @@ def test_permuting_the_heads_moves_the_finding_to_where_they_went(tmp_path: Path
 def test_the_strength_of_a_series_is_what_was_planted_at_each_step(series_run: xr.Dataset) -> None:
     frame = parity(series_run)
     assert frame is not None
-    strength = frame["strength"].xs(LAYER, level="layer")
+    strength = frame["difference"].xs(LAYER, level="layer")
     np.testing.assert_allclose(strength, [0, 0, 0, 0, 3, 6, 6, 6, 6], rtol=0, atol=0.5)
 
 
@@ -221,34 +222,35 @@ def test_the_onset_is_dated_within_its_interval(series_run: xr.Dataset) -> None:
     (Rates are no ground truth here: before the onset they count the signs of noise.)
     """
     frame = onsets(series_run, "denoise").set_index(["measure", "layer", "unit"])
-    found = frame.loc[("even and odd part", LAYER, "nats")]
+    found = frame.loc[("even − odd divergence", LAYER, "nats")]
     assert (found["after"], found["by"], found["censored"]) == (300, 400, "")
     assert found["low"] <= 317 <= found["high"] and found["shape"] != "none"
     for layer in {*range(N_LAYERS)} - {LAYER}:
-        assert frame.loc[("even and odd part", layer, "nats"), "censored"] == "right"
+        assert frame.loc[("even − odd divergence", layer, "nats"), "censored"] == "right"
 
 
 def test_an_onset_outside_the_checkpoints_is_censored(series_run: xr.Dataset) -> None:
     for steps, side in ((range(0, ONSET + 1), "right"), (range(500, 900), "left")):
         frame = onsets(series_run.sel(checkpoint=series_run.step.isin(steps)), "denoise")
-        found = frame.set_index(["measure", "layer", "unit"]).loc[("even and odd part", LAYER, "nats")]
+        found = frame.set_index(["measure", "layer", "unit"]).loc[("even − odd divergence", LAYER, "nats")]
         assert found["censored"] == side
 
 
 def test_the_hypotheses_find_the_third_of_the_training_it_was_planted_in(series_run: xr.Dataset) -> None:
-    frame = hypotheses(series_run, "denoise", LAYER)
-    assert frame is not None
-    verdict = frame.set_index("hypothesis")["verdict"]
+    evaluation = hypotheses(series_run, "denoise", LAYER)
+    assert evaluation is not None
+    frame = hypotheses_table(evaluation)
+    verdict = frame["verdict"]
     expected = {"H1 early": "contradicted", "H2 middle": "supported", "H3 late": "contradicted"}
     assert verdict[list(expected)].to_dict() == expected
-    assert "p = 0.0022" in frame["evidence"][0]
+    assert "p = 0.0022" in frame["evidence"].iloc[0]
 
 
 @pytest.mark.parametrize(
     ("words", "least", "said"),
     [
-        (("--subsets", "balanced", "all"), "0.002", "among all 924 halvings"),
-        (("--subsets", "all", "halvings:99"), "0.010", "among 99 random ones"),
+        (("--subsets", "balanced", "all"), "0.002", "over all 924 equal splits"),
+        (("--subsets", "all", "splits:99"), "0.010", "over 99 random ones"),
     ],
 )
 def test_the_commands_print_the_finding(

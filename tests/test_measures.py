@@ -1,5 +1,7 @@
 """Laws of the measures, on numbers worked by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -8,13 +10,14 @@ from headlapse.engine.measures.logit_diff import (
     best_layer,
     effect,
     finished,
-    format_timeline,
     recovered,
     success,
     timeline,
 )
+from headlapse.engine.report.findings.timeline import format_timeline
+from headlapse.engine.study.patch_settings import PatchSettings
 
-SETTINGS = {"direction": "denoise", "joint": False, "layers": [0, 1]}
+SETTINGS = PatchSettings(layers=(0, 1))
 
 
 def some_run() -> xr.Dataset:
@@ -105,7 +108,7 @@ def test_the_table_shows_an_unknown_step_and_how_to_read_it() -> None:
 
 
 def test_a_joint_patch_has_no_best_layer() -> None:
-    table = format_timeline(some_run().isel(layer=[0]), {**SETTINGS, "joint": True})
+    table = format_timeline(some_run().isel(layer=[0]), replace(SETTINGS, joint=True))
     assert "best layer" not in table and "layers 0, 1 at once" in table
 
 

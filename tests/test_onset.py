@@ -1,15 +1,17 @@
 """Laws of when: a planted start is dated within its interval, and what never starts is not dated."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import xarray as xr
 from scipy import stats
 
+from headlapse.engine.report.findings.hypotheses import hypotheses_finding, hypotheses_table
+from headlapse.engine.report.findings.onsets import onsets_finding
 from headlapse.engine.statistics.bootstrap import noise_of_means, resampled_means
-from headlapse.engine.statistics.hypotheses import evaluate, hypotheses, onset_findings
+from headlapse.engine.statistics.hypotheses import Evaluation, evaluate, hypotheses
 from headlapse.engine.statistics.multiple_testing import adjust
 from headlapse.engine.statistics.onset import (
+    DIVERGENCE,
     Order,
     Series,
     compare_onsets,
@@ -18,15 +20,19 @@ from headlapse.engine.statistics.onset import (
     known_steps,
     onset_of,
     onsets,
+    pick,
     series_of,
     significant_checkpoints,
 )
+from headlapse.engine.study.patch_settings import PatchSettings
 
 STEPS = np.array([0, 10, 20, 30, 40, 50, 60, 70])
 
 
-def series(values: np.ndarray, goal: float = 0.5, two_sided: bool = False) -> Series:
-    return Series("it", None, values if values.ndim == 2 else values[:, None].repeat(6, 1), goal, "nats", two_sided)
+def series(values: np.ndarray, threshold: float = 0.5, two_sided: bool = False) -> Series:
+    return Series(
+        "it", None, values if values.ndim == 2 else values[:, None].repeat(6, 1), threshold, "nats", two_sided
+    )
 
 
 def test_resampled_means_are_means_of_prompts_drawn_with_replacement() -> None:
@@ -99,7 +105,9 @@ def test_noise_about_the_goal_is_dated_and_evident_nowhere(n_checkpoints: int) -
         evident = np.mean([significant_checkpoints(one).any() for one in found])
         assert evident <= 0.05 + 0.038, (kind, evident)
     dated = [onset_of(steps, kinds["nats"]()) for _ in range(20)]
-    assert sum(onset.by is not None for onset in dated) > 10 and sum(onset.evident is not None for onset in dated) <= 3
+    assert (
+        sum(onset.by is not None for onset in dated) > 10 and sum(onset.significant is not None for onset in dated) <= 3
+    )
 
 
 def test_what_is_evident_is_scipys_tests_adjusted() -> None:
@@ -115,7 +123,7 @@ def test_what_is_evident_is_scipys_tests_adjusted() -> None:
 
 def test_one_prompt_makes_nothing_evident_and_nothing_fall() -> None:
     one = series(np.array([0, 0, 0, 9, 9, 9, 0, 9.0])[:, None])
-    assert onset_of(STEPS, one).evident is None and declines(STEPS, one) == []
+    assert onset_of(STEPS, one).significant is None and declines(STEPS, one) == []
     assert not noise_of_means(one.values, 20).any()
 
 
@@ -199,9 +207,9 @@ def test_every_measure_of_a_run_is_dated_by_layer_and_unit() -> None:
     jump = 4.0 * (STEPS >= 40)
     frame = onsets(run_of(parted=jump, repaired=1.5 * jump), "denoise").set_index(["measure", "layer", "unit"])
     assert len(frame) == 4 + 2 * 6
-    assert frame.loc[("even and odd part", 4, "nats"), "by"] == 40
+    assert frame.loc[("even − odd divergence", 4, "nats"), "by"] == 40
     assert frame.loc[("all heads matter", 4, "rate"), "after"] == 30
-    assert frame.loc[("even and odd part", 3, "nats"), "censored"] == "right"
+    assert frame.loc[("even − odd divergence", 3, "nats"), "censored"] == "right"
     clean = onsets(run_of(jump, jump), "denoise").iloc[0]
     assert (clean["measure"], clean["unit"], clean["censored"]) == ("clean right", "nats", "left")
 
@@ -219,7 +227,7 @@ def test_half_of_the_gap_is_recovered_only_where_there_is_a_gap(direction: str) 
     run.logit_diff.loc[{"layer": 4, "subset": "all"}] = corrupt + closed if direction == "denoise" else clean - closed
     frame = onsets(run, direction).set_index(["measure", "layer", "unit"])
     for unit in ("nats", "rate"):
-        assert frame.loc[("half is recovered", 4, unit), "by"] == 40
+        assert frame.loc[("recovery above half", 4, unit), "by"] == 40
 
 
 def test_the_direction_decides_what_matters() -> None:
@@ -237,14 +245,33 @@ def test_checkpoints_of_unknown_or_doubled_steps_are_left_out() -> None:
     assert next(iter(series_of(known_steps(run), "denoise"))).values.shape == (5, 12)
 
 
-def verdicts(found: object) -> dict[str, str]:
-    assert isinstance(found, pd.DataFrame)
-    return {row["hypothesis"].split()[1]: row["verdict"] for _, row in found.iterrows()}
+def evaluated(run: xr.Dataset, p: float | None = 0.01) -> Evaluation:
+    """The hypotheses for the second layer, had its permutation test come to `p`."""
+    done = known_steps(run)
+    series = pick(list(series_of(done, "denoise")), DIVERGENCE, "nats", 4)
+    assert series is not None
+    return evaluate(done.step.values.astype(int), series, p)
+
+
+def verdicts(evaluation: Evaluation) -> dict[str, str]:
+    return {hypothesis.split()[1]: verdict for hypothesis, verdict in evaluation.verdicts.items()}
+
+
+def test_without_a_permutation_null_no_hypothesis_is_judged() -> None:
+    """What differs between two sets of heads, however surely, says nothing of parity: no p, no verdict."""
+    steps = np.arange(0, 310, 10)
+    run = run_of(4.0 * (steps >= 150), np.ones(31), steps)
+    evaluation = hypotheses(run, "denoise", 4)
+    assert evaluation is not None and evaluation.p is None
+    assert set(verdicts(evaluation).values()) == {"cannot tell"}
+    text = str(hypotheses_finding(run, PatchSettings(layers=(3, 4))))
+    assert "cannot tell: no null was run (--subsets splits:200)" in text
+    assert "supported" not in text and "contradicted" not in text
 
 
 def test_a_jump_in_the_middle_of_training_is_middle_and_sudden() -> None:
     steps = np.arange(0, 310, 10)
-    found = verdicts(hypotheses(run_of(4.0 * (steps >= 150), np.ones(31), steps), "denoise", 4))
+    found = verdicts(evaluated(run_of(4.0 * (steps >= 150), np.ones(31), steps)))
     assert found == {
         "early": "contradicted", "middle": "supported", "late": "contradicted", "gradual": "contradicted",
         "sudden": "supported",
@@ -253,7 +280,7 @@ def test_a_jump_in_the_middle_of_training_is_middle_and_sudden() -> None:
 
 def test_a_slow_rise_is_gradual() -> None:
     steps = np.arange(0, 310, 10)
-    found = verdicts(hypotheses(run_of(4.0 / (1 + np.exp(-(steps - 150) / 40)), np.ones(31), steps), "denoise", 4))
+    found = verdicts(evaluated(run_of(4.0 / (1 + np.exp(-(steps - 150) / 40)), np.ones(31), steps)))
     assert found["gradual"] == "supported" and found["sudden"] == "contradicted"
 
 
@@ -261,48 +288,52 @@ def test_the_published_strengths_are_late_and_leave_open_whether_they_are_sudden
     """Even minus odd success rate of the published study at its eleven checkpoints."""
     steps = np.array([1, 2, 4, 8, 16, 32, 64, 80, 100, 120, 143]) * 1000
     strength = np.array([0.0] * 10 + [1.0])[:, None]
-    told = {v.hypothesis.split()[1]: v for v in evaluate(steps, Series("strength", 6, strength, 0.5, "rate", True))}
-    assert told["late"].verdict == "supported" and "120,000 to 143,000" in told["late"].evidence
-    assert told["sudden"].verdict == told["gradual"].verdict == "undecided"
-    assert "16% of the steps lie unobserved" in told["sudden"].evidence
+    evaluation = evaluate(steps, Series("even − odd success rate", 6, strength, 0.5, "rate", True), 0.01)
+    found, evidence = verdicts(evaluation), hypotheses_table(evaluation)["evidence"]
+    assert found["late"] == "supported" and "120,000 to 143,000" in evidence["H3 late"]
+    assert found["sudden"] == found["gradual"] == "cannot tell"
+    assert "16% of the steps lie unobserved" in evidence["H5 sudden"]
 
 
 def test_what_never_starts_contradicts_every_third() -> None:
-    found = verdicts(hypotheses(run_of(np.zeros(8), np.ones(8)), "denoise", 4))
+    found = verdicts(evaluated(run_of(np.zeros(8), np.ones(8))))
     assert {found[name] for name in ("early", "middle", "late")} == {"contradicted"}
     assert hypotheses(run_of(np.zeros(2), np.ones(2), STEPS[:2]), "denoise", 4) is None
 
 
 def by_name(steps: np.ndarray, one: Series, p: float | None = None) -> dict[str, str]:
-    return {verdict.hypothesis.split()[1]: verdict.verdict for verdict in evaluate(steps, one, p)}
+    return verdicts(evaluate(steps, one, p))
 
 
-def test_what_other_halvings_show_as_well_supports_nothing() -> None:
+def test_what_other_equal_splits_show_as_well_supports_nothing() -> None:
     steps = np.arange(0, 310, 10)
     jump = series(3.0 * (steps >= 150) + np.zeros(31), two_sided=True)
     assert by_name(steps, jump, 0.04)["middle"] == by_name(steps, jump, 0.04)["sudden"] == "supported"
     chance = by_name(steps, jump, 0.06)
-    assert chance["middle"] == chance["sudden"] == "undecided" and chance["early"] == "contradicted"
+    assert chance["middle"] == chance["sudden"] == "cannot tell" and chance["early"] == "contradicted"
 
 
-def test_what_may_be_chance_leaves_the_thirds_open_unless_the_halvings_say_otherwise() -> None:
+def test_what_may_be_chance_leaves_the_thirds_open_unless_the_permutation_test_says_otherwise() -> None:
     noise = Series("it", None, np.random.default_rng(1).normal(0, 3, (31, 10)), 0.5, "nats", True)
     steps = np.arange(0, 310, 10)
     assert onset_of(steps, noise).by is not None
-    assert {by_name(steps, noise)[name] for name in ("early", "middle", "late")} == {"undecided"}
-    assert "at no checkpoint beyond chance" in evaluate(steps, noise)[0].evidence
+    assert {by_name(steps, noise, 0.5)[name] for name in ("early", "middle", "late")} == {"cannot tell"}
+    assert "significant at no checkpoint" in hypotheses_table(evaluate(steps, noise, 0.5))["evidence"].iloc[0]
     three = series(np.array([3.0, 6, 9]) * (STEPS >= 40)[:, None], two_sided=True)
-    assert by_name(STEPS, three)["middle"] == "undecided" and by_name(STEPS, three, 0.002)["middle"] == "supported"
+    assert (
+        by_name(STEPS, three, 0.5)["middle"] == "cannot tell" and by_name(STEPS, three, 0.002)["middle"] == "supported"
+    )
 
 
 def test_thirds_are_of_the_training_and_not_of_the_checkpoints_at_hand() -> None:
     steps = np.arange(120, 144) * 1000
-    found = by_name(steps, series(2.0 * (steps >= 125_000), two_sided=True))
+    found = by_name(steps, series(2.0 * (steps >= 125_000), two_sided=True), 0.01)
     assert (found["early"], found["late"]) == ("contradicted", "supported")
     early = series(2.0 * (STEPS >= 0), two_sided=True)
-    assert by_name(STEPS, early)["early"] == "supported", "there at step 0"
-    late = evaluate(np.array([1, 10, 100, 1000, 10_000]), series(np.array([0, 0, 0, 2.0, 2.0])))
-    assert late[0].verdict == "supported" and "over log steps middle or late" in late[0].evidence
+    assert by_name(STEPS, early, 0.01)["early"] == "supported", "there at step 0"
+    late = evaluate(np.array([1, 10, 100, 1000, 10_000]), series(np.array([0, 0, 0, 2.0, 2.0])), 0.01)
+    assert late.verdicts["H1 early"] == "supported"
+    assert "over log steps middle or late" in hypotheses_table(late)["evidence"].iloc[0]
 
 
 def test_the_text_says_where_a_rate_jumps_and_the_nats_do_not() -> None:
@@ -311,15 +342,19 @@ def test_the_text_says_where_a_rate_jumps_and_the_nats_do_not() -> None:
     run = run_of(np.zeros(31), np.zeros(31), steps)
     rising = (steps[:, None] - 155) / 50 + np.random.default_rng(2).normal(0, 0.02, (31, 12))
     run["clean_logit_diff"] = (("checkpoint", "trial"), rising.astype(np.float32))
-    when = str(next(onset_findings(run, {"direction": "denoise"})))
+    when = str(onsets_finding(run, PatchSettings()))
     assert "clean right: the rate jumps and the nats do not" in when
 
 
 def test_the_text_tells_onsets_and_hypotheses_of_the_layer_that_moves_most() -> None:
     jump = 4.0 * (STEPS >= 40)
-    when, tested = map(str, onset_findings(run_of(jump, 1.5 * jump), {"direction": "denoise"}))
-    row = next(line for line in when.splitlines() if line.startswith("even and odd part, nats"))
+    run = run_of(jump, 1.5 * jump)
+    when, tested = str(onsets_finding(run, PatchSettings())), str(hypotheses_finding(run, PatchSettings()))
+    row = next(line for line in when.splitlines() if line.startswith("even − odd divergence, nats"))
     assert "30 to 40" in row and "at layer 4" in when
-    assert "capability (clean right) against specialization (even and odd part): first" in when
-    assert tested.splitlines()[1].split()[:3] == ["H1", "early", "contradicted"]
-    assert not list(onset_findings(run_of(jump[:2], jump[:2], STEPS[:2]), {"direction": "denoise"}))
+    assert "capability (clean right) against specialization (even − odd divergence): first" in when
+    assert tested.splitlines()[1].split()[:3] == ["H1", "early", "cannot"]
+    judged = hypotheses_table(evaluated(run))["verdict"]
+    assert judged["H1 early"] == "contradicted"
+    short = run_of(jump[:2], jump[:2], STEPS[:2])
+    assert onsets_finding(short, PatchSettings()) is None and hypotheses_finding(short, PatchSettings()) is None

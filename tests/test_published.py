@@ -15,13 +15,13 @@ from headlapse.engine.replay.greedy_decoding import Condition
 from headlapse.engine.replay.published_protocol import (
     LAYERS,
     SUBSETS,
-    format_texts,
     make_plan,
     name_of,
     open_run,
     patch_series,
     succeeds,
 )
+from headlapse.engine.report.findings.published import format_texts
 from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store, TextRun

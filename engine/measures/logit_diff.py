@@ -10,45 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float, Int
-from torch import Tensor
-
-from ..study.patch_settings import PatchSettings
+from jaxtyping import Float
 
 NAMED = ("even", "odd", "all")
 """Subsets that have columns of their own in the timeline."""
 
 CLEAR_OF_ZERO = 0.5
 """Nats between clean and corrupt below which a recovered fraction means nothing and is left out."""
-
-
-def log_probability(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
-    """Log-probability of a token under the softmax, in nats.
-
-    Its exponential is the probability metric of Zhang and Nanda 2023, arXiv:2309.16042; its sum over an answer's tokens
-    is the log-probability of the answer.
-    """
-    return logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
-
-
-def rank(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
-    """How many tokens come before a token, 0 where none does.
-
-    Tokens that tie with it come before it half of the time: the mean of the places they share, as ranks are averaged in
-    statistics (Kendall 1945, Biometrika 33).
-    """
-    own = logits.gather(-1, token[..., None])
-    above, tied = ((logits > own).sum(-1), (logits == own).sum(-1) - 1)
-    return (above + tied / 2).to(logits.dtype)
-
-
-def kl(clean: Float[Tensor, "*#run vocab"], patched: Float[Tensor, "*#run vocab"]) -> Float[Tensor, "*#run"]:
-    """Kullback-Leibler divergence of the patched run from the clean one, in nats, both as log-probabilities.
-
-    Sum of p_clean (log p_clean - log p_patched): Kullback and Leibler 1951, Ann. Math. Statist. 22; as a metric of
-    patching Conmy et al. 2023, arXiv:2304.14997, and Zhang and Nanda 2023, arXiv:2309.16042.
-    """
-    return ((clean - patched) * clean.exp()).sum(-1)
 
 
 def success(logit_diff: xr.DataArray) -> xr.DataArray:
@@ -126,32 +94,3 @@ def strongest(run: xr.Dataset, direction: str) -> pd.DataFrame:
     values = done.logit_diff.sel(layer=layer).isel(subset=best)
     columns = {"subset": done.subset.values[best.values], "mean": values.mean("trial").values}
     return pd.DataFrame(columns | {"rate": success(values).mean("trial").values}, index=done.checkpoint.values)
-
-
-def format_timeline(run: xr.Dataset, settings: PatchSettings) -> str:
-    """The timeline as a plain table, with a line that says how to read it."""
-    frame = timeline(run, settings.direction)
-    table = pd.DataFrame(index=frame.index)
-    table["step"] = [str(step) if step >= 0 else "?" for step in frame["step"]]
-    for name in ("clean", "corrupt", *NAMED):
-        if name in frame:
-            pairs = zip(frame[name], frame[f"{name}_rate"], strict=True)
-            table[name] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in pairs]
-    if not set(NAMED) & set(frame):
-        best = strongest(run, settings.direction)
-        table["strongest"] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in zip(best["mean"], best["rate"], strict=True)]
-        table["heads"] = [label if len(label) <= 24 else f"{label[:23]}…" for label in best["subset"]]
-    if "strength" in frame:
-        table["strength"] = [f"{value:+.2f}" for value in frame["strength"]]
-    if not settings.joint:
-        table["best layer"] = frame["best_layer"].astype(str)
-    judge = "all heads" if "all" in run.subset.values else "the strongest subset"
-    n = run.sizes["trial"]
-    where = f"the row's best layer (most moved by {judge})"
-    if settings.joint:
-        where = f"layers {', '.join(map(str, settings.layers))} at once"
-    return (
-        f"{table.to_string()}\n"
-        f"mean logit difference (right - wrong, nats) and success rate over {n} distinct prompt{'s' * (n != 1)}; "
-        f"patched columns: {settings.direction} at {where}"
-    )

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..capture.forward import capture
 from ..checkpoints.model import ResidentModel
-from ..measures.logit_diff import kl, log_probability, rank
 from ..store.activations import Activations
 from ..study.alignment import Alignment
 from ..study.answers import answer, continued, lengthened
@@ -38,6 +37,35 @@ BELOW = -1e30
 RIGHT, WRONG = 0, 1
 
 Patches = Sequence[tuple[Site, Bool[np.ndarray, " head"]]]
+
+
+def log_probability(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
+    """Log-probability of a token under the softmax, in nats.
+
+    Its exponential is the probability metric of Zhang and Nanda 2023, arXiv:2309.16042; its sum over an answer's tokens
+    is the log-probability of the answer.
+    """
+    return logits.gather(-1, token[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def rank(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
+    """How many tokens come before a token, 0 where none does.
+
+    Tokens that tie with it come before it half of the time: the mean of the places they share, as ranks are averaged in
+    statistics (Kendall 1945, Biometrika 33).
+    """
+    own = logits.gather(-1, token[..., None])
+    above, tied = ((logits > own).sum(-1), (logits == own).sum(-1) - 1)
+    return (above + tied / 2).to(logits.dtype)
+
+
+def kl(clean: Float[Tensor, "*#run vocab"], patched: Float[Tensor, "*#run vocab"]) -> Float[Tensor, "*#run"]:
+    """Kullback-Leibler divergence of the patched run from the clean one, in nats, both as log-probabilities.
+
+    Sum of p_clean (log p_clean - log p_patched): Kullback and Leibler 1951, Ann. Math. Statist. 22; as a metric of
+    patching Conmy et al. 2023, arXiv:2304.14997, and Zhang and Nanda 2023, arXiv:2309.16042.
+    """
+    return ((clean - patched) * clean.exp()).sum(-1)
 
 
 def known_tokens(tokenizer: Any) -> Int[np.ndarray, " token"]:

@@ -15,7 +15,6 @@ from markupsafe import Markup
 
 from ..measures.logit_diff import each_checkpoint, finished
 from ..mechanism.store import MechanismRun, mechanism_path
-from ..replay.published_protocol import examples, success_table
 from ..runtime.errors import UserError
 from ..store.store import Store, duplicate_weights
 from ..store.zarr_group import is_group
@@ -27,6 +26,7 @@ from .figures import draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
 from .findings.mechanism import mechanism_text
+from .findings.published import examples, success_table
 from .plot_style import INK, PAPER, to_svg
 from .result import Result, heads_of, listed, ranges, read_result, signed
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
@@ -95,8 +94,7 @@ def worst_even(mean: Float[np.ndarray, " coalition"]) -> tuple[Float[np.ndarray,
     even, halves, size = _even(n), _halves(n), shapley.sizes(n)
     worst, places = np.full(n + 1, np.nan), np.full(n + 1, np.nan)
     for k in range(1, n - n // 2 + 1):
-        of_size = torch.from_numpy(np.where(size == k, mean, np.inf))
-        least = subset_minima(of_size).numpy()
+        least = subset_minima(np.where(size == k, mean, np.inf))
         worst[k] = least[even]
         places[k] = (least[halves] >= worst[k] - _slack(mean)).mean()
     return worst, places

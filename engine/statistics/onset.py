@@ -14,6 +14,9 @@ from .bootstrap import LEVEL, noise_of_means, resampled_means
 from .changepoint import evaluate_shape
 from .multiple_testing import adjust
 
+CAPABILITY, DIVERGENCE = "clean right", "even − odd divergence"
+"""Names of measures that others look up."""
+
 HALF, PATTERN = 0.5, 0.3
 """Rates that count: half of the prompts, and what the published study calls a pattern (even rate minus odd rate)."""
 
@@ -26,14 +29,14 @@ class Series:
     layer: int | None
     values: Float[np.ndarray, "checkpoint trial"]
 
-    goal: float
-    """The mean counts as past once it is above this."""
+    threshold: float
+    """The mean is past once it is above this."""
 
     unit: str
     """`nats`, or `rate`: a mean of counts between `lowest` and 1."""
 
     two_sided: bool = False
-    """Whether being below the negative goal counts as well."""
+    """Whether being below the negative threshold counts as well."""
 
     lowest: float = 0.0
 
@@ -43,7 +46,7 @@ class Series:
         return resampled_means(self.values)
 
     def past(self, mean: Float[np.ndarray, "checkpoint *resample"]) -> Bool[np.ndarray, "checkpoint *resample"]:
-        return (np.abs(mean) if self.two_sided else mean) > self.goal
+        return (np.abs(mean) if self.two_sided else mean) > self.threshold
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ class Onset:
     high: int | None
     """... and by `high`, both steps."""
 
-    evident: int | None
-    """The first step from which on it is past the goal beyond chance (`significant_checkpoints`); None for never."""
+    significant: int | None
+    """Step of the first significant checkpoint (`significant_checkpoints`); None for never."""
 
     @property
     def censored(self) -> str:
@@ -74,29 +77,28 @@ class Onset:
 
 
 def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
-    """The onset: the first checkpoint at which the mean is past the goal and still is at the next one (the last
-    checkpoint may stand alone).
+    """The onset: the mean crosses the threshold at two consecutive checkpoints (the last may stand alone).
 
     It is known only to lie between that checkpoint and the one before (interval censoring: Turnbull 1976).  The
     interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993) of both ends.  A mean that lies on the
-    goal passes it by chance sooner or later: an onset counts for something only where it is `evident` as well.
+    threshold crosses it by chance sooner or later: an onset counts for something only where it is `significant` too.
     """
     n = len(steps)
     index = int(first_sustained(series.past(series.values.mean(1))))
     found = np.atleast_1d(first_sustained(series.past(series.resampled)))
     tail = (1 - LEVEL) / 2
     low, high = (int(np.quantile(found, q, method="nearest")) for q in (tail, 1 - tail))
-    surely = np.flatnonzero(significant_checkpoints(series))
+    significant = np.flatnonzero(significant_checkpoints(series))
 
     def step(at: int) -> int | None:
         return int(steps[at]) if 0 <= at < n else None
 
-    evident = int(steps[surely[0]]) if len(surely) else None
-    return Onset(step(index - 1) if index < n else None, step(index), step(low - 1), step(high), evident)
+    first = int(steps[significant[0]]) if len(significant) else None
+    return Onset(step(index - 1) if index < n else None, step(index), step(low - 1), step(high), first)
 
 
 def significant_checkpoints(series: Series) -> Bool[np.ndarray, " checkpoint"]:
-    """The checkpoints at which the mean over prompts is past the goal beyond chance, all of them taken together.
+    """The checkpoints at which the mean over prompts is significantly past the threshold, all of them taken together.
 
     t-tests over prompts (Student 1908), against the binomial tail for rates, since nothing between two bounds varies
     more than a coin of the same mean (Hoeffding 1963); adjusted over the checkpoints (Holm 1979).  Nowhere for one
@@ -111,16 +113,16 @@ def significant_checkpoints(series: Series) -> Bool[np.ndarray, " checkpoint"]:
 
 
 def _p_above(series: Series, sign: int) -> Float[np.ndarray, " checkpoint"]:
-    """How likely the mean, turned over where `sign` is -1, lies so far above the goal, did it lie on it."""
+    """How likely the mean, turned over where `sign` is -1, lies so far above the threshold, did it lie on it."""
     from scipy.special import bdtrc, stdtr  # start-up counts
 
     values, n = sign * series.values, series.values.shape[1]
     if series.unit == "rate":
         width = 1 - series.lowest
         heads = np.floor((values - series.lowest).sum(1) / width + 1e-9)
-        return np.where(heads > 0, bdtrc(np.maximum(heads - 1, 0), n, (series.goal - series.lowest) / width), 1.0)
+        return np.where(heads > 0, bdtrc(np.maximum(heads - 1, 0), n, (series.threshold - series.lowest) / width), 1.0)
     error = values.std(1, ddof=1) / np.sqrt(n)
-    above = values.mean(1) - series.goal
+    above = values.mean(1) - series.threshold
     return np.where(error > 0, stdtr(n - 1, -above / np.where(error > 0, error, 1)), np.where(above > 0, 0.0, 1.0))
 
 
@@ -142,30 +144,30 @@ class Decline:
     """From the checkpoint at step `start` to the one at `end`, in the measure's unit."""
 
     at_least: float
-    """What is left of the depth when as much is taken off as noise over prompts falls anywhere, in 95 % of cases."""
+    """What is left of the depth when as much is taken off as noise over prompts drops anywhere, in 95 % of cases."""
 
     def __str__(self) -> str:
         return f"{self.start:,} to {self.end:,}: -{self.depth:.2f}"
 
 
 def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decline]:
-    """Every stretch over which the mean falls by more than noise would, the deepest first.
+    """Every stretch over which the mean drops by more than noise would, the deepest first.
 
-    Means over prompts fall by chance somewhere.  A fall is named when it is deeper than noise falls to that checkpoint
+    Means over prompts drop by chance somewhere.  A drop is named when it is deeper than noise drops to that checkpoint
     or, by as many times its own size, to any other in 95 % of resamples (balanced simultaneous bootstrap: Beran 1988;
-    wider by Student's quantile over the normal one, for the size is estimated).  So a series that never falls names one
-    in about 5 % of cases.  After the deepest fall those before and after it are looked for.  A two-sided measure falls
+    wider by Student's quantile over the normal one, for the size is estimated).  So a series that never drops names one
+    in about 5 % of cases.  After the deepest drop those before and after it are looked for.  A two-sided measure drops
     away from the side it goes furthest to.  Nothing is named of one prompt.
     """
     if series.values.shape[1] < 2:
         return []
     mean, noise = series.values.mean(1), noise_of_means(series.values)
-    margins = _chance_falls(noise)
+    margins = _chance_drops(noise)
     if series.two_sided:
         mean = mean * np.sign(mean[np.abs(mean).argmax()])
-        margins = np.maximum(margins, _chance_falls(-noise))
+        margins = np.maximum(margins, _chance_drops(-noise))
     margins = margins * _students(series.values.shape[1]) + 1e-6 * np.abs(mean).max()
-    found, stretches = [], [(0, len(mean))]
+    declined, stretches = [], [(0, len(mean))]
     while stretches:
         first, last = stretches.pop()
         drop = np.maximum.accumulate(mean[first:last]) - mean[first:last]
@@ -173,9 +175,9 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
         start = first + int(mean[first : end + 1].argmax())
         depth = float(mean[start] - mean[end])
         if depth > margins[end]:
-            found.append(Decline(int(steps[start]), int(steps[end]), depth, float(depth - margins[end])))
+            declined.append(Decline(int(steps[start]), int(steps[end]), depth, float(depth - margins[end])))
             stretches += [(first, start + 1), (end, last)]
-    return sorted(found, key=lambda fall: -fall.depth)
+    return sorted(declined, key=lambda decline: -decline.depth)
 
 
 def _students(n: int) -> float:
@@ -185,8 +187,8 @@ def _students(n: int) -> float:
     return float(stdtrit(n - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2))
 
 
-def _chance_falls(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " checkpoint"]:
-    """How far noise falls to each checkpoint, from whichever before, in all but 5 % of cases together."""
+def _chance_drops(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " checkpoint"]:
+    """How far noise drops to each checkpoint, from whichever before, in all but 5 % of cases together."""
     fallen = np.maximum.accumulate(noise, axis=0) - noise
     size = np.sqrt((fallen**2).mean(1))
     relative = fallen / np.where(size > 0, size, 1)[:, None]
@@ -194,8 +196,8 @@ def _chance_falls(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.n
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
-    """What is dated: capability, the bug, what each layer's heads do to it, when that is half of the gap between clean
-    and corrupt run (nats beyond half; share of prompts whose `recovered` is above it), and how even and odd heads part.
+    """What is dated: capability, the bug, what each layer's heads do to it, when their normalised recovery is above
+    half (nats beyond half of the gap; share of prompts whose recovery is), and how even and odd heads diverge.
 
     Each in nats and, beside it, as the discrete rate, which can jump where nothing else does (Schaeffer et al. 2023,
     arXiv:2304.15004).
@@ -203,8 +205,8 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     done = finished(run)
     done = done.sel(subset=[name for name in NAMED if name in done.subset.values]).load()
     clean, corrupt = (done[f"{name}_logit_diff"].transpose("checkpoint", "trial") for name in ("clean", "corrupt"))
-    yield Series("clean right", None, _array(clean), 0.0, "nats")
-    yield Series("clean right", None, _array(success(clean)), HALF, "rate")
+    yield Series(CAPABILITY, None, _array(clean), 0.0, "nats")
+    yield Series(CAPABILITY, None, _array(success(clean)), HALF, "rate")
     yield Series("corrupt wrong", None, -_array(corrupt), 0.0, "nats")
     yield Series("corrupt wrong", None, 1 - _array(success(corrupt)), HALF, "rate")
     sign = 1 if direction == "denoise" else -1
@@ -221,14 +223,14 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
             yield Series("all heads matter", layer, _array(rate), PATTERN, "rate", lowest=-1)
             # Of a gap near zero half is next to nothing, and anything would recover it.
             beyond = patched - HALF * gap.clip(min=CLEAR_OF_ZERO)
-            yield Series("half is recovered", layer, _array(beyond), 0.0, "nats")
+            yield Series("recovery above half", layer, _array(beyond), 0.0, "nats")
             share = recovered(at.sel(subset="all"), source, target)
-            yield Series("half is recovered", layer, _array(share > HALF), HALF, "rate")
+            yield Series("recovery above half", layer, _array(share > HALF), HALF, "rate")
         if {"even", "odd"} <= labels:
-            parted = at.sel(subset="even") - at.sel(subset="odd")
-            yield Series("even and odd part", layer, _array(parted), CLEAR_OF_ZERO, "nats", two_sided=True)
+            diverged = at.sel(subset="even") - at.sel(subset="odd")
+            yield Series(DIVERGENCE, layer, _array(diverged), CLEAR_OF_ZERO, "nats", two_sided=True)
             rate = success(at.sel(subset="even")) - success(at.sel(subset="odd"))
-            yield Series("even and odd part", layer, _array(rate), PATTERN, "rate", two_sided=True, lowest=-1)
+            yield Series(DIVERGENCE, layer, _array(rate), PATTERN, "rate", two_sided=True, lowest=-1)
 
 
 def _array(values: xr.DataArray) -> Float[np.ndarray, "checkpoint trial"]:
@@ -246,28 +248,28 @@ def known_steps(run: xr.Dataset) -> xr.Dataset:
 def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
     """One row for each measure, layer and unit.
 
-    Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `goal`, `after` and `by` (steps between which it
-    starts), `low` and `high` (their interval over prompts), `evident` (the first step at which it is past the goal
-    beyond chance), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
-    seen are proportional, and over their logarithm), `declines` (stretches over which it goes back, the deepest first).
+    Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `threshold`, `after` and `by` (steps between
+    which it starts), `low` and `high` (their interval over prompts), `significant` (step of the first significant
+    checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
+    seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the deepest first).
     """
     done = known_steps(run)
     steps = done.step.values.astype(int)
-    rows = []
+    records = []
     for series in series_of(done, direction):
         onset = onset_of(steps, series)
-        rows.append(
+        records.append(
             {
-                "measure": series.name, "layer": series.layer, "unit": series.unit, "goal": series.goal,
+                "measure": series.name, "layer": series.layer, "unit": series.unit, "threshold": series.threshold,
                 "after": onset.after, "by": onset.by, "low": onset.low, "high": onset.high,
-                "evident": onset.evident,
+                "significant": onset.significant,
                 "censored": onset.censored, "onset": str(onset),
                 "shape": evaluate_shape(steps.astype(float), series.values).verdict,
                 "shape_log": evaluate_shape(np.log(np.maximum(steps, 1)), series.values).verdict,
-                "falls": "; ".join(map(str, declines(steps, series))),
+                "drops": "; ".join(map(str, declines(steps, series))),
             }
         )  # fmt: skip
-    return pd.DataFrame(rows).astype(dict.fromkeys(("layer", "after", "by", "low", "high", "evident"), "Int64"))
+    return pd.DataFrame(records).astype(dict.fromkeys(("layer", "after", "by", "low", "high", "significant"), "Int64"))
 
 
 @dataclass(frozen=True)
@@ -286,24 +288,24 @@ class Order:
     """Steps by which the other starts later, an interval over prompts and gaps; infinite where one never starts."""
 
 
-def compare_onsets(steps: Int[np.ndarray, " checkpoint"], one: Series, other: Series) -> Order:
-    """Whether `one` starts before `other`: `first` or `later` where the interval of the difference is clear of zero and
-    what starts first is evident.
+def compare_onsets(steps: Int[np.ndarray, " checkpoint"], first: Series, second: Series) -> Order:
+    """Whether `first` starts before `second`: `first` or `later` where the interval of the difference is clear of zero
+    and what starts first is significant.
 
     The same prompts are drawn for both (Efron and Tibshirani 1993, chapter 8).  An onset lies anywhere between two
     checkpoints, so that of two between the same ones nothing is said, and the interval is of the least and the greatest
     difference possible.
     """
-    found = [first_sustained(series.past(series.resampled)) for series in (one, other)]
+    found = [first_sustained(series.past(series.resampled)) for series in (first, second)]
     ends = np.concatenate([[-np.inf], steps.astype(float), [np.inf]])
     after, by = (np.stack([ends[at + shift] for at in found]) for shift in (0, 1))
     tail = (1 - LEVEL) / 2
     low = float(np.quantile(after[1] - by[0], tail, method="inverted_cdf"))
     high = float(np.quantile(by[1] - after[0], 1 - tail, method="inverted_cdf"))
     verdict = "undecided"
-    if low >= 0 and onset_of(steps, one).evident is not None:
+    if low >= 0 and onset_of(steps, first).significant is not None:
         verdict = "first"
-    elif high <= 0 and onset_of(steps, other).evident is not None:
+    elif high <= 0 and onset_of(steps, second).significant is not None:
         verdict = "later"
     return Order(verdict, float((found[0] < found[1]).mean()), float((found[0] > found[1]).mean()), low, high)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from ...kernels.walsh import walsh_hadamard
@@ -135,8 +134,7 @@ def _smallest(does: np.ndarray, merit: np.ndarray) -> Smallest:
 
 
 def _spectrum(values: np.ndarray) -> np.ndarray:
-    flat = torch.from_numpy(np.ascontiguousarray(values, dtype=float).reshape(len(values), -1))
-    return walsh_hadamard(flat).numpy().reshape(values.shape)
+    return walsh_hadamard(np.asarray(values, dtype=float))
 
 
 def _n_heads(values: np.ndarray) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Bool
 from ..runtime.errors import UserError
 
 LANGUAGE = (
-    "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, halvings:N, orders:N, or heads such as 0,2,4"
+    "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, splits:N, orders:N, or heads such as 0,2,4"
 )
 
 LARGEST_SWEEP = 2**22
@@ -85,7 +85,7 @@ def count_subsets(word: str, n_heads: int) -> int:
             return math.comb(n_heads, _whole(word, k, low=0, high=n_heads))
         case ("random", ":", n):
             return min(_whole(word, n, low=1), 2**n_heads)
-        case ("halvings", ":", n):
+        case ("splits" | "halvings", ":", n):
             return 2 * min(_whole(word, n, low=1) + 1, count_equal_splits(n_heads))
         case ("orders", ":", n):
             return min(2 * _whole(word, n, low=1) * (n_heads + 1), 2**n_heads)
@@ -121,8 +121,8 @@ def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
             yield from map(frozenset, combinations(range(n_heads), int(number)))
         case "random":
             yield from _sample(count_subsets(word, n_heads), n_heads, seed)
-        case "halvings":
-            for half in _sample_halvings(count_subsets(word, n_heads) // 2, n_heads, seed):
+        case "splits" | "halvings":
+            for half in _sample_splits(count_subsets(word, n_heads) // 2, n_heads, seed):
                 yield from (half, everyone - half)
         case "orders":
             for order in draw_orders(int(number), n_heads, seed):
@@ -145,8 +145,8 @@ def _sample(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
             yield _from_bits(bits, n_heads)
 
 
-def _sample_halvings(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
-    """Even against odd heads and `n - 1` random others: distinct halvings, uniform over the others.
+def _sample_splits(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+    """Even against odd heads and `n - 1` random others: distinct equal splits, uniform over the others.
 
     Each by its larger half, or by the one with head 0.
     """

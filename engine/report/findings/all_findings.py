@@ -5,17 +5,18 @@ from typing import Any
 
 import xarray as xr
 
-from ...measures.logit_diff import format_timeline
-from ...replay.published_protocol import format_texts
-from ...statistics.hypotheses import onset_findings
 from ...statistics.multiple_testing import Correction
-from ...statistics.permutation import parity_finding
-from ...statistics.rates import rates_finding
 from ...study.patch_settings import PatchSettings
 from .finding import Finding
+from .hypotheses import hypotheses_finding
 from .measured import measures_finding
+from .onsets import onsets_finding
+from .parity import parity_finding
+from .published import format_texts
+from .rates import rates_finding
 from .shares import head_subset_findings
 from .texts import answers_finding
+from .timeline import format_timeline
 
 
 def tell(
@@ -31,12 +32,14 @@ def tell(
 
 def findings(run: xr.Dataset, settings: PatchSettings, correction: Correction = "bh") -> Iterator[Finding]:
     """Tables with how to read them, each only where the run has what it takes; p are adjusted by `correction`."""
-    if told := measures_finding(run, settings):
-        yield told
+    if measured := measures_finding(run, settings):
+        yield measured
     if "text" in run:
         yield answers_finding(run, settings)
     if {"even", "odd"} <= set(run.subset.values):
         yield parity_finding(run, correction)
         yield rates_finding(run, settings)
     yield from head_subset_findings(run, settings)
-    yield from onset_findings(run, settings)
+    for finding in (onsets_finding(run, settings), hypotheses_finding(run, settings)):
+        if finding is not None:
+            yield finding
