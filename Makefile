@@ -1,34 +1,66 @@
-# Two commands for a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+# For a machine with Python 3.11 or newer: `make demo` and `make test`; `make help` lists the rest.
 
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP = -m pip install --quiet
 
-.PHONY: demo test lint clean
+# The torch that is tested: newer ones come as CUDA builds of several GB even where there is no GPU.
+TORCH := 2.13.0
+COMPILE = echo torch==$(TORCH) | $(RUN) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
+	--fork-strategy fewest --no-annotate --custom-compile-command 'make constraints' --constraint /dev/stdin $(UPGRADE)
 
-demo: $(VENV)/installed
+.PHONY: help demo test check lint test-newest test-oldest constraints mutants clean
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+demo: $(VENV)/installed  ## set up, then cache, patch, dissect and report the embedded series
 	$(RUN) scripts/cache.py
 	$(RUN) scripts/patch.py --protocol published --layers all
 	$(RUN) scripts/patch.py --subsets lattice
 	$(RUN) scripts/mechanism.py
 	$(RUN) scripts/report.py
 
-test: $(VENV)/installed lint
+test: lint  ## set up, then run everything: lint, types, all tests
 	$(RUN) -m pytest
 
-# Type checkers do not follow editable installs: they see a plain copy.
-lint: $(VENV)/installed
-	$(RUN) -m ruff check .
-	rm -rf build
-	$(RUN) -m pip install --quiet --no-deps --no-build-isolation --upgrade --target build/typed .
-	MYPYPATH=build/typed $(RUN) -m mypy
+check: lint  ## lint, types and the fast tests
+	$(RUN) -m pytest --quiet -m 'not slow'
+
+lint: $(VENV)/installed  ## ruff, mypy, and pyright for imports that do not resolve
+	$(RUN) -m ruff check --quiet .
+	$(RUN) -m ruff format --quiet --check .
+	$(RUN) -m mypy
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(RUN)
+
+# Both ends of the ranges in pyproject.toml, each in an environment of its own.  The oldest torch that is tried is the
+# one above: PyPI's older ones for Linux are CUDA builds, and each wants the one Triton it was built with.
+test-newest:  ## the whole suite with the newest versions that pyproject.toml admits
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP) --upgrade setuptools
+	$(VENV)-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[test]'
+	$(VENV)-newest/bin/python -m pytest
+
+test-oldest:  ## the whole suite with the oldest versions that pyproject.toml admits; needs Python 3.11 or 3.12
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python $(PIP) --constraint constraints-oldest.txt setuptools
+	$(VENV)-oldest/bin/python $(PIP) --constraint constraints-oldest.txt --no-build-isolation --editable '.[test]'
+	$(VENV)-oldest/bin/python -m pytest
+
+# What is installed stays as it is pinned, unless UPGRADE=--upgrade.
+constraints: $(VENV)/installed  ## pin what pyproject.toml newly requires
+	$(RUN) $(PIP) uv
+	$(COMPILE) --extra test --extra lint --output-file constraints.txt
+	$(COMPILE) --extra test --resolution lowest-direct --upgrade --output-file constraints-oldest.txt
 
 # The stamp is touched last: an interrupted installation is simply done again.
-$(VENV)/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headlapse needs Python 3.11 or newer, this is " + sys.version.split()[0])'
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headlapse needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --editable '.[test]'
+	$(RUN) $(PIP) --constraint constraints.txt setuptools
+	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test,lint]'
 	touch $@
 
-clean:
-	rm -rf $(VENV) *.egg-info build .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove environments and what tools leave behind; cache/ stays
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest *.egg-info build dist .mypy_cache .pytest_cache .ruff_cache
