@@ -158,7 +158,7 @@ def test_a_branching_token_that_begins_the_other_is_dropped_with_a_word(monkeypa
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     contrast = Contrast("from the year 1739", "from the year 1701", " 1759", " 1719", "mine")
     monkeypatch.setitem(TASKS, "mine", Task(lambda *_: iter([contrast]), "", replaces=True))
-    with pytest.raises(UserError, match="the answers part at ' 175' against ' 17', its beginning"):
+    with pytest.raises(UserError, match="the answers first differ at ' 175' against ' 17', its beginning"):
         draw_trials("mine", 1, PreTrainedTokenizerFast(tokenizer_object=made), CONTEXT)
 
 
@@ -186,7 +186,7 @@ def test_combinations_never_come_twice_and_all_come_where_there_are_few() -> Non
     few = list(sampling.combinations(0, "abc", range(4)))
     assert sorted(few) == [(letter, number) for letter in "abc" for number in range(4)] != few
     many = list(sampling.combinations(0, range(1000), range(1000)))
-    assert len(set(many)) == len(many) == sampling.MOST
+    assert len(set(many)) == len(many) == sampling.LIMIT
     assert list(sampling.combinations(0, "abc", "")) == []
 
 

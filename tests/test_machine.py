@@ -17,7 +17,7 @@ from headlapse.engine.runtime.resources import (
     Machine,
     as_many_as_fit,
     matmul_rate,
-    most_of_memory,
+    default_memory,
     peak_memory,
 )
 
@@ -53,7 +53,7 @@ def test_what_is_no_amount_of_memory_is_refused_with_one_that_is(text: str) -> N
 def test_the_default_is_the_same_whatever_is_free_just_now() -> None:
     first = Machine.from_options("cpu").memory
     held = torch.ones(2**24)
-    assert Machine.from_options("cpu").memory == first == most_of_memory("cpu") > held.nbytes
+    assert Machine.from_options("cpu").memory == first == default_memory("cpu") > held.nbytes
 
 
 def test_the_default_is_three_quarters_of_all_that_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,7 +217,7 @@ def test_pairs_that_do_not_branch_are_dropped_with_a_word_and_others_are_drawn()
     drawn = islice(TASKS["decimal"].contrasts(0, None), 1000)
     assert list(trials.contrasts) == list(islice((each for each in drawn if int(each.wrong[-1]) % 2 == 0), 15))
     (note,) = trials.notes
-    assert "dropped" in note and "' 9.8' and ' 9.11' part at a special token ('8' against '[UNK]')" in note
+    assert "dropped" in note and "' 9.8' and ' 9.11' first differ at a special token ('8' against '[UNK]')" in note
 
 
 def test_a_built_in_task_that_never_branches_is_refused() -> None:
@@ -235,8 +235,8 @@ def test_answers_that_are_one_anothers_beginning_are_refused(
 ) -> None:
     task = write(tmp_path, line(), line(answer=" sun.", wrong=" sun"))
     message = refusal(task, digits)
-    assert message.startswith(f"line 2 of {task}: ' sun.' and ' sun' never part")
-    assert "part at a special token ('.' against '</s>')" in refusal(task, bounded)
+    assert message.startswith(f"line 2 of {task}: ' sun.' and ' sun' never differ")
+    assert "first differ at a special token ('.' against '</s>')" in refusal(task, bounded)
 
 
 def test_answers_that_begin_alike_as_text_but_not_as_tokens_are_kept(
@@ -266,7 +266,7 @@ def test_clean_and_corrupt_that_read_the_answers_differently_are_dropped_or_refu
     tokenizer = fast(whole_tokenizer(extra="A: 9|"), unk_token=UNKNOWN)
     trials = draw_trials("decimal", 200, tokenizer, CONTEXT)
     assert not any(each.answer.startswith(" 9.") for each in trials.contrasts)
-    assert "' 9.8' and ' 9.11' read as other tokens after clean than after corrupt" in trials.notes[0]
+    assert "' 9.8' and ' 9.11' become other tokens after clean than after corrupt" in trials.notes[0]
     task = write(tmp_path, line(clean="Answer:", answer=" 9.8", wrong=" 9.11"))
     assert "line 1 of" in refusal(task, tokenizer) and "let both prompts end alike" in refusal(task, tokenizer)
 
@@ -275,7 +275,7 @@ def test_answers_cut_differently_after_clean_than_after_corrupt_are_refused(tmp_
     # "ab cd" against "ab c e" after a, but "bc d" against "bc e" after x.
     tokenizer = byte_level(("a", "b"), ("b", "c"), ("c", "d"), trim=True)
     task = write(tmp_path, line(clean="a", corrupt="x", answer="bcd", wrong="bce"))
-    assert "read as other tokens after clean than after corrupt; let both prompts end alike" in refusal(task, tokenizer)
+    assert "become other tokens after clean than after corrupt; let both prompts end alike" in refusal(task, tokenizer)
 
 
 def test_a_prompt_without_a_token_is_refused(digits: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
-"""What can go wrong in a way that a user should read about: one line, no traceback."""
+"""The two errors that end a command with one line in place of a traceback."""
 
 
 class UserError(ValueError):
-    """What was asked cannot be done.  The message says what was asked, what was found and what to do."""
+    """The user's input or files do not allow what was asked.
+
+    The message is one line: what was asked, what was found and what to do.
+    """
 
 
 class VerificationError(RuntimeError):
-    """Replay and a full hooked forward disagree: the numbers must not be used."""
+    """Replay and a full hooked forward differ by more than the tolerance: the numbers must not be used."""

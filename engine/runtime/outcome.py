@@ -1,16 +1,16 @@
-"""What became of one checkpoint of a series."""
+"""How one checkpoint of a series ended."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one checkpoint."""
+    """How one checkpoint of a series ended."""
 
     label: str
 
     problem: str | None = None
-    """Why it could not be done; None when it was."""
+    """Why it failed, in one line; None where it succeeded."""
 
     notes: tuple[str, ...] = ()
-    """What the user should hear besides."""
+    """Remarks for the user, where it succeeded too."""

@@ -1,4 +1,4 @@
-"""The machine that computes: its device, what a command may take of its memory, what it took, and how fast it is."""
+"""The machine: its device, how much of its memory a command may use and did use, and how fast it multiplies."""
 
 import resource
 import sys
@@ -24,15 +24,19 @@ class Machine:
     device: str = "cpu"
 
     memory: int = 2**33
-    """Bytes that weights and what is computed with them may take together."""
+    """Bytes that weights and intermediate results may take together."""
 
     @classmethod
     def from_options(cls, device: str | None, memory: str | None = None, dtype: str = "float32") -> "Machine":
-        """The machine a user asks for, or the default.  Raises `UserError` when it is not to be had."""
-        checked = _checked(device)
-        if dtype == "tf32" and torch.device(checked).type != "cuda":
-            raise UserError(f"--dtype tf32: {checked} does not compute in it, only CUDA devices do; use float32")
-        return cls(checked, parse_bytes(memory) if memory else most_of_memory(checked))
+        """The machine that `--device` and `--memory` name, or the default: the GPU where there is one.
+
+        Raises `UserError` for a device that torch cannot use, a dtype that the device cannot compute in, or an amount
+        of memory that cannot be read.
+        """
+        usable = _usable_device(device)
+        if dtype == "tf32" and torch.device(usable).type != "cuda":
+            raise UserError(f"--dtype tf32: {usable} does not compute in it, only CUDA devices do; use float32")
+        return cls(usable, parse_bytes(memory) if memory else default_memory(usable))
 
     @property
     def kind(self) -> str:
@@ -40,16 +44,16 @@ class Machine:
         return torch.device(self.device).type
 
 
-def as_many_as_fit(run: Callable[[int], Result], most: int) -> Result:
-    """`run` with a batch of `most`, or of fewer where the device's memory does not hold them."""
+def as_many_as_fit(run: Callable[[int], Result], largest: int) -> Result:
+    """`run` called with the batch size `largest`, or a smaller one where the device runs out of memory."""
     try:
-        return run(most)
+        return run(largest)
     except torch.OutOfMemoryError:
-        # Only now: every try of accelerate's search collects garbage first, which takes longer than a small forward.
-        # Whatever the failed try still held is let go with its exception.
+        # accelerate's search comes second: each of its attempts collects garbage first, which takes longer than a
+        # small forward.  It starts outside this block because the exception keeps the failed attempt's tensors alive.
         pass
-    found: Result = find_executable_batch_size(run, starting_batch_size=max(1, most // 2))()
-    return found
+    result: Result = find_executable_batch_size(run, starting_batch_size=max(1, largest // 2))()
+    return result
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -57,10 +61,11 @@ def allow_tf32(allowed: bool) -> None:
     torch.set_float32_matmul_precision("high" if allowed else "highest")
 
 
-def most_of_memory(device: str) -> int:
-    """Bytes: three quarters of what the machine or the device has.
+def default_memory(device: str) -> int:
+    """Three quarters of the memory of the device or machine, in bytes.
 
-    Not of what is free just now: the same command then cuts its work up, and rounds, in the same way every time.
+    Of all of it, not of what is free at the moment: the same command then splits its work into the same batches, and
+    so rounds the same way, every time.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory * 3 // 4
@@ -68,24 +73,25 @@ def most_of_memory(device: str) -> int:
 
 
 def peak_memory(device: str) -> int:
-    """The most bytes this process has held, on the device where there is one."""
+    """The largest number of bytes that this process has used so far, on the GPU where `device` is one."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    most: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kilobytes on Linux
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of one matrix product of a forward's size, measured now."""
+    """Floating-point operations per second of one matrix product of a forward's size, measured now."""
     left, right = (torch.ones(size, 1024, device=device, dtype=dtype) for size in (512, 1024))
-    for _ in range(3):
+    for _ in range(3):  # the last one counts: the first ones load libraries and raise the clock
         started = time.perf_counter()
-        float((left @ right)[0, 0])
+        float((left @ right)[0, 0])  # reading a value waits for the GPU
         seconds = time.perf_counter() - started
     return 2 * 512 * 1024 * 1024 / seconds
 
 
-def _checked(name: str | None) -> str:
+def _usable_device(name: str | None) -> str:
+    """The device, once a tensor has been there and back: having a name does not mean that torch was built for it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).cpu()

@@ -1,4 +1,4 @@
-"""Which positions of the two runs are patched, and how they correspond."""
+"""Which positions of the two runs are patched, and which position of the one corresponds to which of the other."""
 
 import re
 from collections.abc import Sequence
@@ -12,14 +12,15 @@ from .prompts import Trials
 from .study import RUNS
 
 COLUMNS, BLOCKS = 12, 3
-"""A view of token rows is cut into blocks of so many columns, and after so many blocks."""
+"""An error shows token rows in blocks of so many columns, and so many blocks at most."""
 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which position of the one run belongs to which position of the other."""
+    """The patched positions of both runs, pair by pair."""
 
     spec: str
+    """As in `--positions`."""
 
     positions: Int[np.ndarray, "run trial patched"]
     """Ascending; where `valid` is False they point at padding."""
@@ -30,14 +31,15 @@ class Alignment:
     """Index along `patched` of the last real token, whose logits are compared."""
 
     def only(self, chosen: Sequence[int]) -> "Alignment":
-        """That of some of the trials."""
+        """That of the trials at the indices `chosen`."""
         return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
 
 
 def align(trials: Trials, spec: str) -> Alignment:
     """Positions to patch: `last`, `end:K` (the last K, aligned from the end) or `all` (position p to position p).
 
-    Raises `UserError`, with a view of both token rows, where prompts are too short or of different length.
+    Raises `UserError` for any other `spec`, and, showing both token rows, where prompts are too short (`end:K`) or the
+    clean and the corrupt one differ in length (`all`).
     """
     if spec == "all":
         return _align_all(trials)
@@ -48,8 +50,8 @@ def align(trials: Trials, spec: str) -> Alignment:
     trial = int(trials.length.min(axis=0).argmin())
     shortest = int(trials.length[:, trial].min())
     if shortest < k:
-        found = f"{trials.contrasts[trial].source} has only {shortest} tokens; take end:{shortest} or fewer"
-        raise UserError(f"--positions {spec}: {found}\n{_view(trials, trial, from_end=True)}")
+        problem = f"{trials.contrasts[trial].source} has only {shortest} tokens; take end:{shortest} or fewer"
+        raise UserError(f"--positions {spec}: {problem}\n{_token_rows(trials, trial, from_end=True)}")
     return Alignment(
         spec=spec,
         positions=trials.length[..., None] - k + np.arange(k),
@@ -62,21 +64,23 @@ def _align_all(trials: Trials) -> Alignment:
     clean, corrupt = trials.length
     if (clean != corrupt).any():
         trial = int((clean != corrupt).argmax())
-        asked = "--positions all: clean and corrupt must be equally long"
-        found = f"{trials.contrasts[trial].source} has {clean[trial]} and {corrupt[trial]} tokens"
-        mend = "take last or end:K, or write prompts of equal length"
-        raise UserError(f"{asked}; {found}; {mend}\n{_view(trials, trial, from_end=False)}")
+        lengths = f"{trials.contrasts[trial].source} has {clean[trial]} and {corrupt[trial]} tokens"
+        raise UserError(
+            f"--positions all: clean and corrupt must be equally long; {lengths}; take last or end:K, or write prompts "
+            f"of equal length\n{_token_rows(trials, trial, from_end=False)}"
+        )
     position = np.arange(clean.max())
     return Alignment(
         spec="all",
+        # A copy: a broadcast view would give every run and trial the same memory.
         positions=np.broadcast_to(position, (len(RUNS), trials.n_trials, len(position))).copy(),
         valid=position < clean[:, None],
         read=clean - 1,
     )
 
 
-def _view(trials: Trials, trial: int, from_end: bool) -> str:
-    """Both token rows in columns under their positions, which `from_end` count back from -1."""
+def _token_rows(trials: Trials, trial: int, from_end: bool) -> str:
+    """Both token rows in columns under their positions, which `from_end` counts back from -1."""
     longest = int(trials.length[:, trial].max())
     rows = [[str(p - longest if from_end else p) for p in range(longest)]]
     for text, n in zip(trials.token_text[:, trial], trials.length[:, trial], strict=True):

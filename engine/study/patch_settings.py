@@ -1,4 +1,4 @@
-"""What is patched: as a user asks for it, and as it was done and is kept beside the results."""
+"""One patch: as the user asks for it, in words, and as it was carried out and is stored with the results."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ Protocol = Literal["corrected", "published"]
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """One patch, asked of every checkpoint of a store, in the words of the command line."""
+    """One patch to be run on every checkpoint of a store, in the words of the command line."""
 
     subsets: tuple[str, ...] = ("even", "odd", "all", "each")
     """Words of the subset language."""
@@ -27,7 +27,7 @@ class PatchRequest:
     """Arithmetic of the replay; None is the store's."""
 
     measures: tuple[Measure, ...] = ()
-    """What is kept beside the logit difference."""
+    """What is stored beside the logit difference."""
 
     generate: int = 0
     """Greedy tokens to generate from every patched run; none by default."""
@@ -35,7 +35,7 @@ class PatchRequest:
 
 @dataclass(frozen=True)
 class PatchSettings:
-    """What was patched and how: one record, kept with the results as JSON."""
+    """What was patched and how: stored with the results as JSON."""
 
     protocol: Protocol = "corrected"
     direction: Direction = "denoise"
@@ -61,16 +61,19 @@ class PatchSettings:
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "PatchSettings":
-        """What `to_attributes` gave, also of runs that were made before a field existed."""
+        """The settings that `to_attributes` wrote; a field that did not exist then has its default."""
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in attributes.items()
         }
         return cls(**fields)
 
     def to_attributes(self) -> dict[str, Any]:
-        """As JSON.  A field that the protocol does not have, or that was added later and is unused, is left out."""
+        """As JSON, without the fields that the protocol does not have.
+
+        Fields that were added later are left out where they are unused: a run from before still has the same settings.
+        """
         published = {"protocol", "layers", "subsets", "dtype", "n_tokens"}
         absent = {"n_tokens"} | {name for name in ("measures", "generate") if not getattr(self, name)}
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        kept = published if self.protocol == "published" else values.keys() - absent
-        return {name: value for name, value in values.items() if name in kept}
+        names = published if self.protocol == "published" else values.keys() - absent
+        return {name: value for name, value in values.items() if name in names}

@@ -1,4 +1,4 @@
-"""What is asked: one study, validated before anything is loaded.  Knows no model and no torch."""
+"""One study, validated before anything is loaded, and the words that its fields are made of."""
 
 import re
 from dataclasses import dataclass
@@ -17,18 +17,21 @@ ROUNDING: dict[Arithmetic, float] = {"float32": 2**-23, "tf32": 2**-10, "float16
 """Machine epsilon."""
 
 TOLERANCE = 1e-4
-"""Largest difference of a float32 logit difference, in nats, between replay and a full hooked forward."""
+"""Largest difference of a float32 logit difference between replay and a full hooked forward, in nats."""
 
 Measure = Literal["probability", "rank", "kl", "sequence"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
-"""What can be kept of a patched run beside its logit difference; `measures` defines them."""
+"""What can be stored of a patched run beside its logit difference; `engine/measures` defines them."""
 
 RUNS = ("clean", "corrupt")
 """Order of every `run` axis."""
 
 
 def tolerance(*dtypes: Arithmetic) -> float:
-    """Largest difference allowed, in nats, where the coarsest of `dtypes` rounds: as many roundings as in float32."""
+    """Largest difference allowed where the coarsest of `dtypes` rounds, in nats.
+
+    `TOLERANCE` scaled by machine epsilon: as many rounding errors as are allowed in float32.
+    """
     return TOLERANCE * max(ROUNDING[dtype] for dtype in dtypes) / ROUNDING["float32"]
 
 
@@ -43,10 +46,10 @@ class Study:
     """A built-in task or the path of a JSON Lines file."""
 
     trials: int | None = None
-    """Distinct prompt pairs; None is the task's own number."""
+    """Prompt pairs to draw; None is the task's own number."""
 
     sites: tuple[str, ...] = ("all",)
-    """What is kept of every checkpoint: `all`, the layers to be patched (`6`, `4-8`), or `z` alone."""
+    """What is stored of every checkpoint: `all`, the layers to be patched (`6`, `4-8`), or `z` alone."""
 
     dtype: Dtype = "float32"
     """Arithmetic of capture, and the stored precision."""

@@ -1,4 +1,4 @@
-"""Head subsets as boolean rows, and the little language that names them."""
+"""Head subsets as boolean rows, and the language of `--subsets` that names them."""
 
 import math
 import random
@@ -21,7 +21,7 @@ LARGEST_SWEEP = 2**22
 
 @dataclass(frozen=True)
 class Subsets:
-    """Distinct subsets of one layer's heads, in the order asked for."""
+    """Distinct subsets of one layer's heads, in the order of the words that name them."""
 
     labels: tuple[str, ...]
     """`none`, `all`, `even`, `odd`, or the heads: `0,2,4`."""
@@ -36,16 +36,16 @@ class Subsets:
 def parse_subsets(
     words: Sequence[str], n_heads: int, seed: int = 0, estimate: Callable[[int], str] = lambda _n: ""
 ) -> Subsets:
-    """The subsets that `words` name, each once.
+    """The subsets that `words` name, each once; `seed` decides the random ones.
 
-    Raises `UserError` for a word outside the language, and for more subsets than anyone waits for; `estimate` tells
-    what so many would take.
+    Raises `UserError` for a word outside the language, and for more than `LARGEST_SWEEP` subsets; the message contains
+    `estimate` of their number, how long they would take.
     """
-    asked = sum(count_subsets(word, n_heads) for word in words)
-    if asked > LARGEST_SWEEP:
+    n_subsets = sum(count_subsets(word, n_heads) for word in words)
+    if n_subsets > LARGEST_SWEEP:
         raise UserError(
-            f"--subsets {' '.join(words)}: {asked:,} subsets of {n_heads} heads is more than {LARGEST_SWEEP:,}; "
-            f"{estimate(asked)}take balanced, size:K or a sample such as random:100000"
+            f"--subsets {' '.join(words)}: {n_subsets:,} subsets of {n_heads} heads is more than {LARGEST_SWEEP:,}; "
+            f"{estimate(n_subsets)}take balanced, size:K or a sample such as random:100000"
         )
     rows: dict[frozenset[int], None] = {}
     for word in words:
@@ -66,12 +66,12 @@ def label_of(heads: Iterable[int], n_heads: int) -> str:
         frozenset(range(1, n_heads, 2)): "odd",
     }
     plain = ",".join(map(str, sorted(heads)))
-    # With one or two heads `even` would hide which single head is meant.
+    # Of one or two heads `even` is a single head, and its number says more.
     return named.get(heads, plain) if n_heads > 2 or len(heads) != 1 else plain
 
 
 def count_subsets(word: str, n_heads: int) -> int:
-    """How many subsets a word names, without listing them."""
+    """How many subsets a word names, without listing them.  Raises `UserError` for a word outside the language."""
     match word.partition(":"):
         case ("even" | "odd" | "none" | "all", "", ""):
             return 1
@@ -80,39 +80,39 @@ def count_subsets(word: str, n_heads: int) -> int:
         case ("balanced", "", ""):
             return math.comb(n_heads, n_heads // 2)
         case ("lattice", "", ""):
-            return 2**n_heads
+            return 1 << n_heads
         case ("size", ":", k):
             return math.comb(n_heads, _whole(word, k, low=0, high=n_heads))
         case ("random", ":", n):
-            return min(_whole(word, n, low=1), 2**n_heads)
+            return min(_whole(word, n, low=1), 1 << n_heads)
         case ("splits" | "halvings", ":", n):
             return 2 * min(_whole(word, n, low=1) + 1, count_equal_splits(n_heads))
         case ("orders", ":", n):
-            return min(2 * _whole(word, n, low=1) * (n_heads + 1), 2**n_heads)
+            return min(2 * _whole(word, n, low=1) * (n_heads + 1), 1 << n_heads)
         case _:
             _heads(word, n_heads)
             return 1
 
 
 def count_equal_splits(n_heads: int) -> int:
-    """Ways to part the heads into two halves (of an odd number one is larger by one)."""
+    """Ways to split the heads into two halves (of an odd number of heads one half is larger by one)."""
     return math.comb(n_heads, n_heads // 2) // (1 if n_heads % 2 else 2)
 
 
 def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
-    everyone = frozenset(range(n_heads))
+    every_head = frozenset(range(n_heads))
     name, _, number = word.partition(":")
     match name:
         case "none":
             yield frozenset()
         case "all":
-            yield everyone
+            yield every_head
         case "even" | "odd":
             yield frozenset(range(name == "odd", n_heads, 2))
         case "each":
             yield from (frozenset({head}) for head in range(n_heads))
         case "but":
-            yield from (everyone - {head} for head in range(n_heads))
+            yield from (every_head - {head} for head in range(n_heads))
         case "balanced":
             yield from map(frozenset, combinations(range(n_heads), n_heads // 2))
         case "lattice":
@@ -121,9 +121,9 @@ def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
             yield from map(frozenset, combinations(range(n_heads), int(number)))
         case "random":
             yield from _sample(count_subsets(word, n_heads), n_heads, seed)
-        case "splits" | "halvings":
+        case "splits" | "halvings":  # `halvings` is the first name of `splits`
             for half in _sample_splits(count_subsets(word, n_heads) // 2, n_heads, seed):
-                yield from (half, everyone - half)
+                yield from (half, every_head - half)
         case "orders":
             for order in draw_orders(int(number), n_heads, seed):
                 yield from (frozenset(order[:k]) for k in range(n_heads + 1))
@@ -135,6 +135,7 @@ def _sample(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
     """`n` distinct subsets, uniform over all of them."""
     draw = random.Random(seed)
     if n > 2 ** (n_heads - 1):
+        # More than half of them: drawing again after every repeat would take ever longer.
         yield from (_from_bits(bits, n_heads) for bits in draw.sample(range(2**n_heads), n))
         return
     seen: set[int] = set()
@@ -155,14 +156,14 @@ def _sample_splits(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
     even = frozenset(range(0, n_heads, 2))
     yield even
     if n > count_equal_splits(n_heads) // 2:
-        every = (frozenset(heads) for heads in combinations(range(n_heads), size) if n_heads % 2 or 0 in heads)
-        yield from draw.sample([half for half in every if half != even], n - 1)
+        halves = (frozenset(heads) for heads in combinations(range(n_heads), size) if n_heads % 2 or 0 in heads)
+        yield from draw.sample([half for half in halves if half != even], n - 1)
         return
     seen = {even}
     while len(seen) < n:
         half = frozenset(draw.sample(range(n_heads), size))
         if n_heads % 2 == 0 and 0 not in half:
-            half = frozenset(range(n_heads)) - half
+            half = frozenset(range(n_heads)) - half  # the half with head 0 stands for both
         if half not in seen:
             seen.add(half)
             yield half
@@ -171,12 +172,12 @@ def _sample_splits(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
 def draw_orders(n: int, n_heads: int, seed: int = 0) -> list[tuple[int, ...]]:
     """`n` random orders of the heads, each followed by its reverse.
 
-    A head joins early in the one and late in the other, which takes noise out of a sampled Shapley value
+    A head joins early in the one and late in the other, which reduces the variance of a sampled Shapley value
     (antithetic orders: Mitchell et al. 2022, arXiv:2104.12199).
     """
     draw = random.Random(seed)
     orders = [tuple(draw.sample(range(n_heads), n_heads)) for _ in range(n)]
-    return [way for order in orders for way in (order, order[::-1])]
+    return [direction for order in orders for direction in (order, order[::-1])]
 
 
 def _from_bits(bits: int, n_heads: int) -> frozenset[int]:
@@ -201,19 +202,23 @@ def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
     return value
 
 
-def parse_layers(words: Sequence[str], held: Sequence[int], flag: str = "--layers") -> list[int]:
-    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.  Raises `UserError` for one that `held` lacks."""
+def parse_layers(words: Sequence[str], available: Sequence[int], flag: str = "--layers") -> list[int]:
+    """The layers that `words` (`all`, `6`, `4-8`) name, ascending.
+
+    Raises `UserError`, naming the option `flag`, for a word that is no layer or range, and for a layer that is not
+    `available`.
+    """
     layers: set[int] = set()
     for word in words:
         first, dash, last = word.partition("-")
         if word == "all":
-            layers.update(held)
+            layers.update(available)
         elif first.isdecimal() and (last.isdecimal() if dash else True):
             layers.update(range(int(first), int(last or first) + 1))
         else:
             raise UserError(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
-    if absent := sorted(layers - set(held)):
-        raise UserError(f"{flag}: layer {absent[0]} is not there; the layers are {held[0]} to {held[-1]}")
+    if absent := sorted(layers - set(available)):
+        raise UserError(f"{flag}: layer {absent[0]} is not there; the layers are {available[0]} to {available[-1]}")
     if not layers:
         raise UserError(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
     return sorted(layers)

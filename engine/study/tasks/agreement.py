@@ -1,4 +1,4 @@
-"""Subject-verb agreement: the verb follows the head noun, not the noun that stands nearest."""
+"""Subject-verb agreement: the verb agrees with the head noun, not with the nearest noun."""
 
 from collections.abc import Iterator
 
@@ -15,21 +15,22 @@ PEOPLE = ("guard", "neighbor", "reporter", "judge", "visitor", "parent", "guest"
 PLACINGS = ("near", "behind", "beside", "in front of")
 DEEDS = ("liked", "saw", "admired", "knew", "remembered")
 VERBS = (("is", "are"), ("was", "were"), ("has", "have"))
-"""For one and for several."""
+"""Singular and plural."""
 
 MIDDLES = [
     *(f"{placing} the {thing}{ending}" for placing in PLACINGS for thing in THINGS for ending in ("", "s")),
     *(f"that the {person}{ending} {deed}" for person in PEOPLE for ending in ("", "s") for deed in DEEDS),
 ]
-"""What stands between head noun and verb: an attractor of either number, whose own verb, if any, is in the past."""
+"""What stands between head noun and verb: a noun of either number (the attractor).  Its own verb, if it has one, is in
+the past tense, which is the same for both numbers."""
 
 
 def agreement(seed: int, _tokenizer: Tokenizer) -> Iterator[Contrast]:
     """`The pilots near the car` are, not is (Linzen et al. 2016, arXiv:1611.01368; Finlayson et al. 2021,
     arXiv:2106.06087; Marks et al. 2024, arXiv:2403.19647).
 
-    Corrupt turns the head noun's number and leaves the attractor, which thus misleads in one of the two prompts.  The
-    clean prompt is about one in every other contrast.
+    Corrupt changes the number of the head noun and keeps the attractor, which is therefore misleading in one of the
+    two prompts.  The clean prompt is singular in every other contrast.
     """
     for number, (head, middle, verbs) in enumerate(combinations(seed, HEADS, MIDDLES, VERBS)):
         forms = [(f"The {head}{ending} {middle}", f" {verb}") for ending, verb in zip(("", "s"), verbs, strict=True)]

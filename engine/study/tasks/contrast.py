@@ -1,4 +1,4 @@
-"""Two prompts and the two answers between which they choose: what every task is made of."""
+"""The unit of every task: a clean and a corrupt prompt, a right and a wrong answer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,20 @@ Tokenizer = Any
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two prompts and two answers: clean calls for the right one, corrupt calls for the wrong one or induces it."""
+    """Two prompts and two answers: the clean prompt calls for the right answer, the corrupt one for the wrong answer,
+    or makes it likely."""
 
     clean: str
     corrupt: str
 
     answer: str
-    """The right continuation of the clean prompt, appended verbatim to both and judged on both."""
+    """The right continuation of the clean prompt; both answers are appended verbatim to both prompts."""
 
     wrong: str
-    """What the corrupt prompt calls for in its place, or is expected to go wrong with."""
+    """The continuation that the corrupt prompt calls for, or the mistake that it is expected to cause."""
 
     source: str
     """Where it comes from: `decimal`, `line 3 of my.jsonl`."""
 
     repeats: int = 1
-    """How many identical trials were asked for; they are computed once and counted once."""
+    """How many of the drawn contrasts have these tokens; they are computed once and counted once."""

@@ -1,4 +1,4 @@
-"""A task of the user's own: a JSON Lines file with one contrast a line."""
+"""A task of the user's own: a JSON Lines file with one contrast per line."""
 
 import difflib
 import hashlib
@@ -12,7 +12,7 @@ from .registry import TASKS
 
 
 def read_contrasts(task: str) -> list[Contrast]:
-    """The contrasts of a JSON Lines file.  Raises `UserError` that names line and mend."""
+    """The contrasts of a JSON Lines file, in order.  Raises `UserError` naming line, problem and remedy."""
     try:
         lines = _read(task).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -35,30 +35,30 @@ def _read(task: str) -> bytes:
     except IsADirectoryError:
         raise UserError(f"--task {task}: a directory; name the JSON Lines file in it") from None
     except (FileNotFoundError, NotADirectoryError):
-        near = difflib.get_close_matches(task, TASKS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
+        similar = difflib.get_close_matches(task, TASKS, n=1)
+        hint = f"did you mean {similar[0]}? " if similar else ""
         choice = f"built in are {', '.join(TASKS)}; a file holds one {FORM} a line"
-        raise UserError(f"--task {task}: no built-in task and no such file; {meant}{choice}") from None
+        raise UserError(f"--task {task}: no built-in task and no such file; {hint}{choice}") from None
     except OSError as error:
         raise UserError(f"--task {task}: cannot be read ({error.strerror}); name a readable JSON Lines file") from None
 
 
 def _parse(line: str, source: str) -> Contrast:
     try:
-        found = json.loads(line)
+        fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{source}: not JSON ({detail}); write one {FORM} a line") from None
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise UserError(f"{source}: not a JSON object; write one {FORM} a line")
-    if missing := [name for name in FIELDS if name not in found]:
+    if missing := [name for name in FIELDS if name not in fields]:
         raise UserError(f"{source}: {', '.join(missing)} missing; write all of {', '.join(FIELDS)}")
-    if unknown := [name for name in found if name not in FIELDS]:
+    if unknown := [name for name in fields if name not in FIELDS]:
         raise UserError(f"{source}: unknown field {', '.join(map(repr, unknown))}; known are {', '.join(FIELDS)}")
     for name in FIELDS:
         # JSON can spell half a surrogate pair, which no tokenizer takes.
-        if not isinstance(found[name], str) or not found[name] or re.search("[\ud800-\udfff]", found[name]):
-            raise UserError(f"{source}: {name} is {json.dumps(found[name]):.60}; write some text, in quotes")
-    if found["answer"] == found["wrong"]:
-        raise UserError(f"{source}: answer and wrong are both {found['answer']!r}; write two different ones")
-    return Contrast(**found, source=source)
+        if not isinstance(fields[name], str) or not fields[name] or re.search("[\ud800-\udfff]", fields[name]):
+            raise UserError(f"{source}: {name} is {json.dumps(fields[name]):.60}; write some text, in quotes")
+    if fields["answer"] == fields["wrong"]:
+        raise UserError(f"{source}: answer and wrong are both {fields['answer']!r}; write two different ones")
+    return Contrast(**fields, source=source)

@@ -1,4 +1,4 @@
-"""First names that most tokenizers hold whole and that English texts mostly give to one gender."""
+"""First names that are one token in most tokenizers and that English texts use mostly for one gender."""
 
 WOMEN = (
     *("Mary", "Sarah", "Anna", "Laura", "Emma", "Alice", "Julia", "Jane", "Lisa", "Rachel", "Susan", "Karen"),

@@ -1,4 +1,4 @@
-"""Gendered pronouns: which one does a name ask for?"""
+"""Gendered pronouns: the pronoun agrees with the name."""
 
 from collections.abc import Iterator
 

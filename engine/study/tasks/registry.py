@@ -1,4 +1,4 @@
-"""The built-in tasks, each a seeded generator of contrasts.  To add one: write the function, name it in `TASKS`."""
+"""The built-in tasks, each a seeded generator of contrasts.  To add one, write the generator and name it in `TASKS`."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,21 +12,22 @@ from .ioi import ioi
 from .pronouns import pronouns
 
 SEED = 0
+"""Fixed, so that a task gives every user the same prompts."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question that can be asked of any model, and how often one likes."""
+    """A source of contrasts for any tokenizer."""
 
     contrasts: Callable[[int, Tokenizer], Iterator[Contrast]]
-    """From a seed, and the tokenizer where words are to be found in it."""
+    """From a seed and the tokenizer, for tasks whose words depend on it.  May end early or never."""
 
     asks: str
-    """In a few words."""
+    """What it asks, in a few words, for `--help`."""
 
     replaces: bool = False
-    """Whether clean becomes corrupt by words that are replaced or exchanged.  Only contrasts whose tokens correspond
-    one by one are drawn, so that `--positions all` means something."""
+    """Whether the corrupt prompt is the clean one with words replaced or exchanged.  Only contrasts are then drawn
+    whose tokens correspond one by one, so that `--positions all` has a meaning."""
 
 
 TASKS = {
