@@ -16,8 +16,8 @@ from headlapse.engine.runtime.format import format_bytes, format_time
 from headlapse.engine.runtime.resources import (
     Machine,
     as_many_as_fit,
-    matmul_rate,
     default_memory,
+    matmul_rate,
     peak_memory,
 )
 
