@@ -1,7 +1,7 @@
 """One forward for all trials of a checkpoint: every head's z, and what replay needs besides."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.attention_hook import attending, causal_attention
+from ..checkpoints.hooks import hook_inputs
 from ..checkpoints.model import ResidentModel
 from ..runtime.resources import as_many_as_fit
 from ..store.activations import KINDS, Capture
@@ -26,49 +27,42 @@ def capture(resident: ResidentModel, trials: Trials, memory: int) -> Capture:
     def run(batch_size: int) -> tuple[dict[str, list[Tensor]], Tensor]:
         parts = [
             _forward(resident, *batch)
-            for batch in zip(*(x.split(batch_size) for x in (tokens, read, answers)), strict=True)
+            for batch in zip(*(torch.split(x, batch_size) for x in (tokens, read, answers)), strict=True)
         ]
         layers = range(resident.architecture.n_layers)
-        kept = {kind: [torch.cat([kept[kind][layer] for kept, _ in parts]) for layer in layers] for kind in KINDS}
-        return kept, torch.cat([logits for _, logits in parts])
+        joined = {kind: [torch.cat([part[kind][layer] for part, _ in parts]) for layer in layers] for kind in KINDS}
+        return joined, torch.cat([logits for _, logits in parts])
 
-    kept, logits = as_many_as_fit(run, first_try)
+    captured, logits = as_many_as_fit(run, first_try)
     by_run = (n_runs, n_trials)
     return Capture(
-        kept={kind: [tensor.unflatten(0, by_run) for tensor in tensors] for kind, tensors in kept.items()},
-        answer_logits=logits.unflatten(0, by_run).float(),
+        kept={kind: [torch.unflatten(tensor, 0, by_run) for tensor in tensors] for kind, tensors in captured.items()},
+        answer_logits=torch.unflatten(logits, 0, by_run).float(),
     )
 
 
 class _Capturing:
-    """An attention mode that keeps z, keys and values of every layer, moved off the device."""
+    """An attention mode that collects z, keys and values of every layer, moved off the device."""
 
     def __init__(self, n_layers: int, longest: int) -> None:
         self.longest = longest
         empty = torch.empty(0)
-        self.kept: dict[str, list[Tensor]] = {kind: [empty] * n_layers for kind in KINDS}
+        self.captured: dict[str, list[Tensor]] = {kind: [empty] * n_layers for kind in KINDS}
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         z = causal_attention(query, key, value, scaling)
-        self.kept["z"][layer] = z.cpu()
-        self.kept["key"][layer] = key.transpose(1, 2).cpu()
-        self.kept["value"][layer] = value.transpose(1, 2).cpu()
+        self.captured["z"][layer] = z.cpu()
+        self.captured["key"][layer] = key.transpose(1, 2).cpu()
+        self.captured["value"][layer] = value.transpose(1, 2).cpu()
         return z
 
-    @contextmanager
-    def watching(self, layers: list[nn.Module]) -> Iterator[None]:
-        """Keep what enters every layer while the body runs."""
+    def collecting_resid_pre(self, layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Collect what enters every layer while the body runs, moved off the device."""
 
-        def keep(layer: int):
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self.kept["resid_pre"][layer] = (args[0] if args else kwargs["hidden_states"]).cpu()
+        def collect(layer: int, inputs: tuple[Any, ...]) -> None:
+            self.captured["resid_pre"][layer] = inputs[0].cpu()
 
-            return hook
-
-        with ExitStack() as stack:
-            for layer, module in enumerate(layers):
-                stack.callback(module.register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
-            yield
+        return hook_inputs(dict(enumerate(layers)), collect)
 
 
 @torch.inference_mode()
@@ -76,14 +70,18 @@ def _forward(
     resident: ResidentModel, tokens: Tensor, read: Tensor, answers: Tensor
 ) -> tuple[dict[str, list[Tensor]], Tensor]:
     capturing = _Capturing(resident.architecture.n_layers, tokens.shape[1])
-    with attending(capturing), capturing.watching(resident.layer_modules()), resident.answering(answers, read):
+    with (
+        attending(capturing),
+        capturing.collecting_resid_pre(resident.layer_modules()),
+        resident.answering(answers, read),
+    ):
         logits = resident.model(tokens, use_cache=False).logits
-    return capturing.kept, logits[:, 0].cpu()
+    return capturing.captured, logits[:, 0].cpu()
 
 
 def _bytes_per_prompt(resident: ResidentModel, n_positions: int) -> int:
-    """A generous estimate: what is kept of every layer, and the widest moment of one layer."""
-    body = resident.architecture
-    kept = body.n_heads * body.value_dim + 2 * body.n_kv_heads * body.head_dim + body.d_model
-    widest = 16 * body.d_model + body.n_heads * n_positions
-    return n_positions * (body.n_layers * kept + widest) * resident.dtype.itemsize
+    """A generous estimate: what is captured of every layer, and the most that one layer holds while it computes."""
+    shape = resident.architecture
+    captured = shape.n_heads * shape.value_dim + 2 * shape.n_kv_heads * shape.head_dim + shape.d_model
+    widest = 16 * shape.d_model + shape.n_heads * n_positions
+    return n_positions * (shape.n_layers * captured + widest) * resident.dtype.itemsize

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from ..runtime.errors import UserError
 from .attention_hook import IMPLEMENTATION, attending, causal_attention
+from .hooks import hook_inputs, hook_outputs
 
 _PROBE_TOKENS = 2
 
@@ -102,26 +103,20 @@ class _DryRun:
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Note which module with weights runs right after each attention, and what every module returns."""
 
-        def before(path: str):
-            def hook(module: nn.Module, _args: Any) -> None:
-                if self._waiting is not None and next(module.parameters(recurse=False), None) is not None:
-                    self.out_proj[self._waiting], self._waiting = path, None
+        modules = dict(model.named_modules())
+        weighted = {
+            path: module for path, module in modules.items() if next(module.parameters(recurse=False), None) is not None
+        }
 
-            return hook
+        def before(path: str, _inputs: tuple[Any, ...]) -> None:
+            if self._waiting is not None:
+                self.out_proj[self._waiting], self._waiting = path, None
 
-        def after(path: str):
-            def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-                self.outputs[path] = isinstance(output, tuple)
+        def after(path: str, output: Any) -> None:
+            self.outputs[path] = isinstance(output, tuple)
 
-            return hook
-
-        handles = [module.register_forward_pre_hook(before(path)) for path, module in model.named_modules()]
-        handles += [module.register_forward_hook(after(path)) for path, module in model.named_modules()]
-        try:
+        with hook_inputs(weighted, before), hook_outputs(modules, after):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def architecture(self, model: PreTrainedModel, config: PreTrainedConfig) -> Architecture:
         name, n_layers = type(model).__name__, int(config.num_hidden_layers)

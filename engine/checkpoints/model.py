@@ -3,7 +3,7 @@
 import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,10 @@ class ResidentModel:
 
     def layer_modules(self) -> list[nn.Module]:
         return [self.model.get_submodule(path) for path in self.architecture.layers]
+
+    def output_projections(self, layers: Iterable[int]) -> dict[int, nn.Module]:
+        """W_O of each of the layers, whose input is z."""
+        return {layer: self.model.get_submodule(self.architecture.out_proj[layer]) for layer in layers}
 
     @contextmanager
     def stock(self, attention: Literal["eager", "default"] = "eager") -> Iterator[PreTrainedModel]:
