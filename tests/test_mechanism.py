@@ -19,19 +19,21 @@ from transformers import PreTrainedModel
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.capture.run import cache_series
 from headlapse.engine.checkpoints.resolve import resolve
-from headlapse.engine.mechanism.attention import TO, attention, shares
+from headlapse.engine.mechanism.attention import ATTENDED_TO, attention, shares
 from headlapse.engine.mechanism.attribution_patching import estimated_effect, gradient
 from headlapse.engine.mechanism.circuits import Circuit, circuits
 from headlapse.engine.mechanism.direct_logit_attribution import attribute
-from headlapse.engine.mechanism.run import PARTS, Values, make_plan, measure_series, wanted
+from headlapse.engine.mechanism.run import Values, make_plan, measure_series, wanted
 from headlapse.engine.mechanism.store import MechanismRun, mechanism_path, open_mechanism
+from headlapse.engine.mechanism.summary import approximation
 from headlapse.engine.replay.layers import LayerRunner
 from headlapse.engine.replay.patch_inputs import Direction, PatchInputs
-from headlapse.engine.report.findings.mechanism import approximation, mechanism_text
+from headlapse.engine.report.findings.mechanism import mechanism_summary, mechanism_text
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.alignment import align
+from headlapse.engine.study.mechanism_settings import PARTS, MechanismSettings
 from headlapse.engine.study.study import Study
 from tests import reference
 from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
@@ -201,14 +203,14 @@ def test_attention_from_the_read_position_is_that_of_the_stock_model(name: str, 
             expected = stock_attention(model, TARGET[direction], trial, layer)
             length = expected.shape[1]
             np.testing.assert_allclose(found[trial, :, :length], expected, atol=1e-5)
-            assert not found[trial, :, length:].any(), "nothing ahead is seen"
+            assert not found[trial, :, length:].any(), "no later position is attended to"
 
 
 def test_shares_are_sums_of_a_literal_pattern() -> None:
     pattern = torch.tensor([[[0.1, 0.2, 0.3, 0.4, 0.0]], [[0.6, 0.4, 0.0, 0.0, 0.0]]])
     digits = torch.tensor([[True, False, True, False, True], [False, True, True, False, False]])
     found = shares(pattern, torch.tensor([3, 1]), digits)
-    assert TO == ("first", "previous", "itself", "digits")
+    assert ATTENDED_TO == ("first", "previous", "itself", "digits")
     np.testing.assert_allclose(found[:, 0], [[0.1, 0.3, 0.4, 0.4], [0.6, 0.6, 0.4, 0.4]], atol=1e-6)
 
 
@@ -421,7 +423,7 @@ def test_what_is_kept_opens_in_xarray_with_labelled_dimensions(whole: Store) -> 
         "effect": ("checkpoint", "layer", "head", "trial"),
         "estimate": ("checkpoint", "layer", "head", "trial"),
     }
-    assert list(found.to.values) == list(TO) and list(found.circuit.values) == ["QK", "OV"]
+    assert list(found.to.values) == list(ATTENDED_TO) and list(found.circuit.values) == ["QK", "OV"]
     assert found.complete.all() and list(found.checkpoint.values) == LABELS
     assert list(found.previous.values) == ["", "step0", "step10"] and set(found["last"].values) == {"step20"}
 
@@ -523,7 +525,7 @@ def test_a_store_of_z_alone_is_refused(files: Path, tmp_path: Path) -> None:
         make_plan(Store(tmp_path / "z.zarr"))
 
 
-# --- what is told ---
+# --- text for people ---
 
 
 def test_approximation_is_pearsons_correlation_and_the_errors(whole: Store) -> None:
@@ -570,16 +572,56 @@ def test_the_row_names_the_strongest_head_and_the_largest_change(whole: Store) -
     ("part", "columns"),
     [
         ("attribution", ["top head", "clean", "corrupt"]),
-        ("attention", ["looks at"]),
-        ("weights", ["most changed", "QK as last", "OV"]),
+        ("attention", ["attends to"]),
+        ("weights", ["most changed", "QK cosine", "OV cosine"]),
         ("patching", ["r", "error", "largest"]),
     ],
 )
-def test_each_part_can_be_told_alone(whole: Store, part: str, columns: list[str]) -> None:
+def test_each_part_has_a_table_of_its_own(whole: Store, part: str, columns: list[str]) -> None:
     finding = mechanism_text(kept(whole), make_plan(whole, [part]).settings)
     assert finding.table is not None and finding.numbers is not None
     assert list(finding.table.columns) == columns and len(finding.notes) == 1
     assert finding.numbers.notnull().any().all()
+
+
+@pytest.mark.parametrize("parts", [PARTS, *((part,) for part in PARTS)])
+def test_the_summary_is_eight_short_lines_that_name_the_heads(whole: Store, parts: tuple[str, ...]) -> None:
+    results = kept(whole)
+    lines = mechanism_summary(results, make_plan(whole, parts).settings, whole.study)
+    assert 2 <= len(lines) <= 8 and max(map(len, lines)) <= 100
+    assert "at step20, the last of 3 checkpoints" in lines[0]
+    text = "\n".join(lines[1:])
+    final = results.sel(checkpoint="step20")
+    if "attribution" in parts:
+        size = np.abs(final.attribution.mean("trial")).max("run").values
+        places = np.argsort(-size.ravel())[:3]
+        expected = [f"L{layer}.H{head}" for layer, head in zip(*np.unravel_index(places, size.shape), strict=True)]
+        assert [line.split()[0] for line in lines[2:5]] == expected
+        layer, head = np.unravel_index(size.argmax(), size.shape)
+        assert lines[2].split()[1] == f"{float(final.attribution[layer, head, 0].mean()):+.2f}"
+    if "attention" in parts:
+        assert "attends to" in text
+    if "weights" in parts:
+        circuit, layer, head = np.unravel_index(final.change.values.argmax(), final.change.shape)
+        assert f"since step10: {('QK', 'OV')[circuit]} of L{layer}.H{head}, " in text
+    if "patching" in parts:
+        effect = final.effect.mean("trial").values
+        layer, head = np.unravel_index(np.abs(effect).argmax(), effect.shape)
+        r = pearsonr(final.estimate.values.ravel(), final.effect.values.ravel()).statistic
+        assert f"r = {r:.2f}, " in text and f"; L{layer}.H{head} " in text
+        assert f"exact {effect[layer, head]:+.2f} nats" in text
+
+
+def test_the_summary_of_nothing_finished_is_empty(whole: Store) -> None:
+    unfinished = kept(whole).assign_coords(complete=("checkpoint", [False] * 3))
+    assert mechanism_summary(unfinished, make_plan(whole).settings, whole.study) == []
+
+
+def test_the_record_of_settings_is_as_older_runs_wrote_it() -> None:
+    record = {"parts": ["attribution", "weights"], "direction": "noise", "positions": "last", "dtype": "tf32"}
+    settings = MechanismSettings.of_parts(["weights", "attribution"], "noise", "tf32")
+    assert settings.to_attributes() == record and list(settings.to_attributes()) == list(record)
+    assert MechanismSettings.from_attributes(record) == settings
 
 
 # --- the command ---
@@ -613,11 +655,13 @@ def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path,
     assert unknown.returncode == 2 and "not among the 3 checkpoints" in told(unknown)[0]
 
 
-def test_weights_that_give_other_shares_are_inexact_and_nothing_is_kept(whole: Store, tmp_path: Path) -> None:
+def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is_written(
+    whole: Store, tmp_path: Path
+) -> None:
     path = shutil.copytree(whole.path, tmp_path / "s.zarr", ignore=shutil.ignore_patterns("mechanism"))
     Store(path).array("answer_logits")[1] += np.array([0.1, 0.0], dtype=np.float32)
     failed = run("mechanism", path, cache=tmp_path)
-    assert failed.returncode == 1 and told(failed)[0].startswith("error: step10: the shares of heads")
+    assert failed.returncode == 1 and told(failed)[0].startswith("error: step10: the contributions of the heads")
     assert list(kept(Store(path)).complete.values) == [True, False, False]
 
 

@@ -1,8 +1,8 @@
-"""Direct logit attribution: what every head adds to the answers' logit difference by itself.
+"""Direct logit attribution: what every head adds to the logit difference of the answers directly.
 
-z of the read position · W_O · the frozen final norm · (W_U[right] - W_U[wrong]): the head's direct path alone, not what
-later layers make of it (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Wang et al. 2022,
-arXiv:2211.00593).
+z of the read position · W_O · the frozen final norm · (W_U[right] - W_U[wrong]): the head's direct path alone, without
+what later layers make of its output (Elhage et al. 2021, A Mathematical Framework for Transformer Circuits; Wang et al.
+2022, arXiv:2211.00593).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,89 +18,90 @@ from ..checkpoints.model import ResidentModel
 from ..replay.additive_layers import layer_output, output_weight
 from ..replay.layers import LayerRunner
 from ..runtime.errors import UserError
-from .readout import MEND, readout, rounding
+from .readout import WITHOUT_ATTRIBUTION, readout, rounding
 
 
 @dataclass(frozen=True)
 class Attribution:
-    """Shares of one run's logit difference, in nats.  All together they are the logit difference."""
+    """One run's logit difference as a sum of contributions, in nats."""
 
     heads: Float[Tensor, "layer head trial"]
 
     rest: Float[Tensor, "layer trial"]
-    """What else each layer wrote: its MLP, and the biases of both."""
+    """All else that each layer wrote: its MLP, and the biases of attention and MLP."""
 
     start: Float[Tensor, " trial"]
-    """The residual stream that entered the first of the layers: the embedding, where that is layer 0."""
+    """The residual stream that entered the first of the layers: for layer 0, the embedding."""
 
     constant: Float[Tensor, " trial"]
     """Biases of the final norm and of the unembedding."""
 
     def total(self) -> Float[Tensor, " trial"]:
-        """The logit difference."""
+        """The logit difference, in nats."""
         return self.heads.double().sum((0, 1)) + self.rest.double().sum(0) + self.start + self.constant
 
 
 def attribute(runner: LayerRunner, layers: Sequence[int]) -> Attribution:
-    """The target run's shares; `layers` go up to the last without a gap.
+    """The contributions in the target run, at the read position; `layers` end with the last and have no gap.
 
     Raises `UserError` for an architecture whose heads do not write straight into the residual stream.
     """
     resident, inputs = runner.resident, runner.inputs
     z = {layer: inputs.patched("z", layer, inputs.target)[:, 0] for layer in layers}
-    entered = {layer: inputs.patched("resid_pre", layer, inputs.target)[:, 0] for layer in layers}
-    left = layer_output(runner, layers[-1], z[layers[-1]][:, None])[:, 0]
-    read = readout(resident, left, inputs.answers)
+    resid_pre = {layer: inputs.patched("resid_pre", layer, inputs.target)[:, 0] for layer in layers}
+    # Only inputs of layers are stored: what leaves the last one is computed again.
+    final = layer_output(runner, layers[-1], z[layers[-1]][:, None])[:, 0]
+    final_readout = readout(resident, final, inputs.answers)
     heads, rest = [], []
     for layer in layers:
-        _refuse_other_writing(runner, layer)
-        by_head = torch.einsum("hvm,tm->thv", output_weight(resident, layer).float(), read.direction)
-        heads.append((z[layer].float() * by_head).sum(-1).T)
-        after = entered.get(layer + 1, left)
-        written = ((after.float() - entered[layer].float()) * read.direction).sum(-1)
+        _refuse_indirect_heads(runner, layer)
+        z_direction = torch.einsum("hvm,tm->thv", output_weight(resident, layer).float(), final_readout.direction)
+        heads.append((z[layer].float() * z_direction).sum(-1).T)
+        resid_post = resid_pre.get(layer + 1, final)
+        written = ((resid_post.float() - resid_pre[layer].float()) * final_readout.direction).sum(-1)
         rest.append(written - heads[-1].sum(0))
-    start = (entered[layers[0]].float() * read.direction).sum(-1)
-    return Attribution(torch.stack(heads), torch.stack(rest), start, read.constant)
+    start = (resid_pre[layers[0]].float() * final_readout.direction).sum(-1)
+    return Attribution(torch.stack(heads), torch.stack(rest), start, final_readout.constant)
 
 
-def _refuse_other_writing(runner: LayerRunner, layer: int) -> None:
-    """Raise `UserError` where a push on z reaches the residual stream otherwise than as W_O leaves it.
+def _refuse_indirect_heads(runner: LayerRunner, layer: int) -> None:
+    """Raise `UserError` where a perturbation of z reaches the residual stream otherwise than through W_O alone.
 
-    What comes after W_O in the layer is silenced, so that only the direct way is open.
+    Modules after W_O in the layer give zero meanwhile, so that only the direct path is open.
     """
     resident = runner.resident
     z = runner.inputs.patched("z", layer, runner.inputs.target)
-    push = torch.ones_like(z) * z.std()
-    with _silenced_after_output(resident, layer):
-        before, after = (layer_output(runner, layer, given) for given in (z, z + push))
-    expected = push.flatten(-2) @ output_weight(resident, layer).flatten(0, 1)
+    perturbation = torch.ones_like(z) * z.std()
+    with _zero_after_output_projection(resident, layer):
+        before, after = (layer_output(runner, layer, perturbed) for perturbed in (z, z + perturbation))
+    expected = perturbation.flatten(-2) @ output_weight(resident, layer).flatten(0, 1)
     allowed = rounding(before.dtype) * before.abs().max()
     if not (after - before - expected).abs().max() <= allowed + 0.01 * expected.abs().max():
         raise UserError(
             f"{resident.architecture.name} scales or norms what its heads write before it joins the residual "
-            f"stream; direct logit attribution is not supported for it{MEND}"
+            f"stream; direct logit attribution is not supported for it{WITHOUT_ATTRIBUTION}"
         )
 
 
 @contextmanager
-def _silenced_after_output(resident: ResidentModel, layer: int) -> Iterator[None]:
-    """While the body runs, every module with weights that comes after W_O in the layer gives zero."""
-    project = resident.model.get_submodule(resident.architecture.out_proj[layer])
-    attended: list[bool] = []
+def _zero_after_output_projection(resident: ResidentModel, layer: int) -> Iterator[None]:
+    """While the body runs, every module with weights that runs after W_O in the layer returns zero."""
+    out_proj = resident.model.get_submodule(resident.architecture.out_proj[layer])
+    passed: list[bool] = []
 
-    def silence(module: nn.Module, _args: Any, output: Any) -> Any:
-        if module is project:
-            attended.append(True)
+    def zero(module: nn.Module, _args: Any, output: Any) -> Any:
+        if module is out_proj:
+            passed.append(True)
             return output
-        return torch.zeros_like(output) if attended and isinstance(output, Tensor) else output
+        return torch.zeros_like(output) if passed and isinstance(output, Tensor) else output
 
-    def begin(_module: nn.Module, _args: Any) -> None:
-        attended.clear()
+    def restart(_module: nn.Module, _args: Any) -> None:
+        passed.clear()
 
     block = resident.layer_modules()[layer]
     with ExitStack() as stack:
-        stack.callback(block.register_forward_pre_hook(begin).remove)
+        stack.callback(block.register_forward_pre_hook(restart).remove)
         for module in block.modules():
             if next(module.parameters(recurse=False), None) is not None:
-                stack.callback(module.register_forward_hook(silence).remove)
+                stack.callback(module.register_forward_hook(zero).remove)
         yield

@@ -1,4 +1,4 @@
-"""What is kept of the mechanism: a group of the store, checkpoint by checkpoint."""
+"""Where the mechanism is kept: a group of the store, written checkpoint by checkpoint."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +9,13 @@ import numpy as np
 from ..store import zarr_group
 from ..store.store import Store
 from ..store.zarr_group import CheckpointArrays, CheckpointRow
+from ..study.mechanism_settings import MechanismSettings, Part
 from ..study.study import RUNS
-from .attention import TO
+from .attention import ATTENDED_TO
 from .circuits import CIRCUITS
 
-PARTS = ("attribution", "attention", "weights", "patching")
-
 _HEADS = ("layer", "head")
-ARRAYS: dict[str, dict[str, tuple[str, ...]]] = {
+ARRAYS: dict[Part, dict[str, tuple[str, ...]]] = {
     "attribution": {
         "attribution": (*_HEADS, "run", "trial"),
         "attribution_rest": ("layer", "run", "trial"),
@@ -28,21 +27,26 @@ ARRAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "weights": dict.fromkeys(("norm", "change", "to_previous", "to_last"), ("circuit", *_HEADS)),
     "patching": {"effect": (*_HEADS, "trial"), "estimate": (*_HEADS, "trial")},
 }
-"""Arrays of every part, with their dims after `checkpoint`."""
+"""Arrays of every part, float32, with their dims after `checkpoint`.
+
+Units: `attribution*`, `self_check`, `effect` and `estimate` in nats; `attention` is a share of 0 to 1; `norm` is a
+Frobenius norm, `change` relative to the norm before, `to_previous` and `to_last` are cosines.
+"""
 
 NEIGHBOURS = ("previous", "last")
-"""Labels of the checkpoints that a checkpoint's weights were compared with; empty where there was none."""
+"""Names of the arrays that hold the labels of the two checkpoints a checkpoint's weights were compared with: the one
+before it and the final one.  An empty label: there was none, or its weights could not be read."""
 
 
 class MechanismRun(CheckpointArrays):
     """The open group `mechanism` of a store."""
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return dict(self.attrs["mechanism"])
+    def settings(self) -> MechanismSettings:
+        return MechanismSettings.from_attributes(self.attrs["mechanism"])
 
     def write(self, label: str, values: Mapping[str, np.ndarray], neighbours: Mapping[str, str]) -> None:
-        """Write one checkpoint, its completion mark last; none while it is written again."""
+        """Write one checkpoint's arrays; the completion mark is cleared first and set last."""
         index = self.index(label)
         self.array("complete")[index] = False
         for name, value in values.items():
@@ -52,13 +56,14 @@ class MechanismRun(CheckpointArrays):
         self.array("complete")[index] = True
 
     def missing(self, wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
-        """Of the wanted labels, each with its neighbours, those that are not there, or were compared with others."""
-        done = self.complete()
-        held = {name: self.values(name) for name in NEIGHBOURS if name in self.group}
+        """The labels of `wanted` (label -> neighbours) that are unfinished or were compared with other neighbours."""
+        finished = self.complete()
+        compared = {name: self.values(name) for name in NEIGHBOURS if name in self.group}
         return [
             label
             for label, neighbours in wanted.items()
-            if label not in done or any(held[name][done[label]] != neighbours[name] for name in held)
+            if label not in finished
+            or any(labels[finished[label]] != neighbours[name] for name, labels in compared.items())
         ]
 
 
@@ -66,38 +71,43 @@ def mechanism_path(store: Store) -> Path:
     return store.path / "mechanism"
 
 
-def open_mechanism(store: Store, settings: Mapping[str, Any]) -> MechanismRun:
-    """The store's group, made where it is not there, grown where the store has grown since.
+def open_mechanism(store: Store, settings: MechanismSettings) -> MechanismRun:
+    """The store's group: created if absent, extended by checkpoints that the store gained since.
 
-    Raises `UserError` when it is there with other settings, spelling out the difference.
+    Raises `UserError` where it exists with other settings, naming the difference.
     """
     path = mechanism_path(store)
     if not path.exists():
         with zarr_group.atomic_write(path) as partial:
-            _make(partial, settings, store.rows(), store)
+            _create(partial, settings, store.rows(), store)
     zarr_group.refuse_difference(
-        path, zarr_group.attributes(path)["mechanism"], settings, "ask as before, or replace it with --overwrite"
+        path,
+        zarr_group.attributes(path)["mechanism"],
+        settings.to_attributes(),
+        "give the same options, or replace it with --overwrite",
     )
     run = MechanismRun(path)
     run.add(store.rows())
     return run
 
 
-def _make(path: Path, settings: Mapping[str, Any], rows: Sequence[CheckpointRow], store: Store) -> None:
+def _create(path: Path, settings: MechanismSettings, rows: Sequence[CheckpointRow], store: Store) -> None:
     group = zarr_group.start(path, rows)
-    kept = {name: dims for part in settings["parts"] for name, dims in ARRAYS[part].items()}
-    axes: dict[str, Any] = {"run": RUNS, "to": TO, "circuit": CIRCUITS}
+    arrays = {name: dims for part in settings.parts for name, dims in ARRAYS[part].items()}
+    axes: dict[str, Any] = {"run": RUNS, "to": ATTENDED_TO, "circuit": CIRCUITS}
     axes |= {"layer": np.array(store.layers), "head": np.arange(store.n_heads)}
     for name, values in axes.items():
-        if any(name in dims for dims in kept.values()):
+        if any(name in dims for dims in arrays.values()):
             zarr_group.put_axis(group, name, values)
     sizes = {name: len(values) for name, values in axes.items()} | {"trial": store.array("tokens").shape[1]}
-    for name, dims in kept.items():
-        one = tuple(sizes[dim] for dim in dims)
-        zarr_group.put_empty(group, name, (len(rows), *one), (1, *one), "float32", ("checkpoint", *dims))
-    if "weights" in settings["parts"]:
+    for name, dims in arrays.items():
+        shape = tuple(sizes[dim] for dim in dims)
+        zarr_group.put_empty(group, name, (len(rows), *shape), (1, *shape), "float32", ("checkpoint", *dims))
+    if "weights" in settings.parts:
         for name in NEIGHBOURS:
             zarr_group.put_empty(group, name, (len(rows),), (1,), str, ("checkpoint",))
     group.attrs.update(
-        mechanism=dict(settings), versions=zarr_group.package_versions(), coordinates="step complete previous last"
+        mechanism=settings.to_attributes(),
+        versions=zarr_group.package_versions(),
+        coordinates="step complete previous last",
     )

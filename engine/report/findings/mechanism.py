@@ -1,6 +1,6 @@
-"""The mechanism as people read it: per checkpoint the head that matters most, where it looks, what changed.  Pure."""
+"""The mechanism as people read it: which heads write to the answer, what they attend to, how their weights change."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,154 +9,221 @@ import xarray as xr
 
 from ...checkpoints.revisions import step_of
 from ...measures.logit_diff import finished
+from ...mechanism.summary import HEADS, approximation, head_means, heads_by_attribution
+from ...statistics.bootstrap import LEVEL, interval
+from ...study.mechanism_settings import MechanismSettings, Part
+from ...study.study import RUNS
 from .finding import Finding
 
-HEADS = ["layer", "head"]
+SHOWN = 3
+"""Heads that the summary names."""
 
 
-def approximation(run: xr.Dataset) -> xr.Dataset:
-    """How well attribution patching estimates the exact effects, per checkpoint and `layer`, and of all layers.
+def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mapping[str, Any]) -> list[str]:
+    """At most 8 lines of at most 100 columns about the final checkpoint; none where no checkpoint is finished.
 
-    `correlation` is Pearson's (Pearson 1895) over heads and trials, NaN where nothing varies; `mean_error` and
-    `largest_error` are of the absolute difference, in nats.  `of_all` prefixes what is pooled over layers.
+    `study` is the store's record of model and task.
     """
-    found = {}
-    for prefix, dims in (("", ["head", "trial"]), ("of_all_", ["layer", "head", "trial"])):
-        error = abs(run.estimate - run.effect)
-        found[f"{prefix}correlation"] = _correlation(run.estimate, run.effect, dims)
-        found[f"{prefix}mean_error"] = error.mean(dims)
-        found[f"{prefix}largest_error"] = error.max(dims)
-    return xr.Dataset(found)
+    measured = finished(run)
+    n_checkpoints, n = measured.sizes["checkpoint"], measured.sizes["trial"] if "trial" in measured.sizes else None
+    if not n_checkpoints:
+        return []
+    final = measured.isel(checkpoint=[-1]).load()
+    label = str(final.checkpoint.values[0])
+    which = f"the last of {n_checkpoints} checkpoints" if n_checkpoints > 1 else "the only checkpoint"
+    prompts = "" if n is None else f"; {n} prompt pair{'s' * (n != 1)}, read position: last token"
+    lines = [f"{study['model']} on {study['task']} at {label}, {which}{prompts}"[:100]]
+    if "attribution" in settings.parts:
+        lines += _direct_heads(final, settings)
+    elif "attention" in settings.parts:
+        lines.append(_most_concentrated_head(final))
+    if "weights" in settings.parts:
+        lines.append(_weights_line(final))
+    if "patching" in settings.parts:
+        lines.append(_gradient_line(final, settings))
+    if "attribution" in settings.parts:
+        worst = float(measured.self_check.max())
+        plural = "s" * (n_checkpoints != 1)
+        lines.append(
+            f"checked    contributions sum to the logit difference within {worst:.1e} nats at {n_checkpoints} "
+            f"checkpoint{plural}"
+        )
+    return lines
 
 
-def _correlation(one: xr.DataArray, other: xr.DataArray, dims: list[str]) -> xr.DataArray:
-    one, other = (values.astype(float) - values.astype(float).mean(dims) for values in (one, other))
-    spread = ((one**2).sum(dims) * (other**2).sum(dims)) ** 0.5
-    return (one * other).sum(dims) / spread.where(spread > 0)
+def _direct_heads(final: xr.Dataset, settings: MechanismSettings) -> Iterator[str]:
+    """The heads with the largest direct contributions at the one checkpoint of `final`, a line each."""
+    yield f"writes     to the logit difference directly, clean | corrupt run (mean in nats, {LEVEL:.0%} interval)"
+    contributions = final.attribution.isel(checkpoint=0).stack(at=HEADS).transpose("run", "at", "trial")
+    low, high = interval(contributions.values.astype(float))
+    mean = contributions.mean("trial").values
+    for place in heads_by_attribution(final)[0][:SHOWN]:
+        runs = " | ".join(
+            f"{mean[index, place]:+.2f} {_interval(low[index, place], high[index, place])}"
+            for index in range(len(RUNS))
+        )
+        layer, head = contributions["at"].values[place]
+        attends = f"  attends to {_attended(final, layer, head)}" if "attention" in settings.parts else ""
+        yield f"  {_head(layer, head):<8} {runs}{attends}"
 
 
-def mechanism_text(run: xr.Dataset, settings: Mapping[str, Any]) -> Finding:
+def _interval(low: float, high: float) -> str:
+    """Empty for one prompt, which has no interval."""
+    return "" if np.isnan(low) else f"[{low:+.2f}, {high:+.2f}]"
+
+
+def _attended(final: xr.Dataset, layer: int, head: int) -> str:
+    """`digits 62|60%`: what a head attends to most in either run, and its mean share in both."""
+    share = final.attention.isel(checkpoint=0).sel(layer=layer, head=head).mean("trial")
+    to = share.max("run").idxmax("to").item()
+    clean, corrupt = (100 * share.sel(run=run, to=to).item() for run in RUNS)
+    return f"{to} {clean:.0f}|{corrupt:.0f}%"
+
+
+def _most_concentrated_head(final: xr.Dataset) -> str:
+    share = final.attention.isel(checkpoint=0).mean("trial").max(["run", "to"]).stack(at=HEADS)
+    layer, head = share["at"].values[int(share.argmax("at"))]
+    return (
+        f"attention  most concentrated: {_head(layer, head)} attends to {_attended(final, layer, head)} (clean|corrupt)"
+    )
+
+
+def _weights_line(final: xr.Dataset) -> str:
+    change = final.change.isel(checkpoint=0).stack(at=["circuit", *HEADS])
+    previous = str(final.previous.values[0])
+    if not previous or bool(change.isnull().all()):
+        return "weights    no checkpoint before this one to compare the weights with"
+    largest = int(change.fillna(-1).argmax("at"))
+    circuit, layer, head = change["at"].values[largest]
+    return (
+        f"weights    largest change since {previous}: {circuit} of {_head(layer, head)}, "
+        f"{change.values[largest]:.2g} of its norm"
+    )
+
+
+def _gradient_line(final: xr.Dataset, settings: MechanismSettings) -> str:
+    """How gradient estimates of single-head patches compare with the exact effects, of all heads and of the largest."""
+    quality = approximation(final).isel(checkpoint=0)
+    effect = final.effect.isel(checkpoint=0).mean("trial").stack(at=HEADS)
+    place = int(abs(effect).argmax("at"))
+    estimate = final.estimate.isel(checkpoint=0).mean("trial").stack(at=HEADS)
+    layer, head = effect["at"].values[place]
+    correlation = _number(float(quality.of_all_correlation), ".2f")
+    return (
+        f"gradient   r = {correlation} with exact effects ({settings.direction}), largest error "
+        f"{float(quality.of_all_largest_error):.2g}; {_head(layer, head)} {estimate.values[place]:+.2f}, exact "
+        f"{effect.values[place]:+.2f} nats"
+    )
+
+
+def mechanism_text(run: xr.Dataset, settings: MechanismSettings) -> Finding:
     """One row a finished checkpoint, of the parts that were measured."""
-    done = finished(run).load()
-    table = pd.DataFrame(index=pd.Index(done.checkpoint.values, name=None))
-    if any(step_of(str(label)) != step for label, step in zip(table.index, done.step.values, strict=True)):
-        table["step"] = [str(step) if step >= 0 else "?" for step in done.step.values]
+    measured = finished(run).load()
+    table = pd.DataFrame(index=pd.Index(measured.checkpoint.values, name=None))
+    if any(step_of(str(label)) != step for label, step in zip(table.index, measured.step.values, strict=True)):
+        table["step"] = [str(step) if step >= 0 else "?" for step in measured.step.values]
     notes = []
-    for part, tell in _PARTS.items():
-        if part in settings["parts"]:
-            columns, note = tell(done, settings)
+    for part, columns_of in _PARTS.items():
+        if part in settings.parts:
+            columns, note = columns_of(measured, settings)
             notes.append(note)
             for name, values in columns.items():
                 table[name] = values
-    return Finding("Mechanism", table, tuple(notes), "mechanism", _numbers(done, settings))
+    return Finding("Mechanism", table, tuple(notes), "mechanism", head_means(measured, settings))
 
 
 Columns = tuple[dict[str, list[str]], str]
+"""Columns of the table by name, and how to read them."""
 
 
-def _top(done: xr.Dataset) -> xr.DataArray:
-    """Per checkpoint the (layer, head) with the largest mean attribution of either sign in either run."""
-    size = abs(done.attribution.mean("trial")).max("run").stack(at=HEADS)
-    return size.argmax("at")
+def _top_head(measured: xr.Dataset) -> xr.DataArray:
+    """Per checkpoint the index, into (layer, head) stacked, of the head with the largest mean attribution."""
+    return xr.DataArray(heads_by_attribution(measured)[:, 0], dims="checkpoint")
 
 
-def _tell_attribution(done: xr.Dataset, settings: Mapping[str, Any]) -> Columns:
-    top, mean = _top(done), done.attribution.mean("trial").stack(at=HEADS)
+def _attribution_columns(measured: xr.Dataset, settings: MechanismSettings) -> Columns:
+    top, mean = _top_head(measured), measured.attribution.mean("trial").stack(at=HEADS)
     columns = {"top head": _names(mean, top)}
-    for run in ("clean", "corrupt"):
+    for run in RUNS:
         columns[run] = [f"{value:+.2f}" for value in mean.sel(run=run).isel(at=top).values]
-    n = done.sizes["trial"]
-    worst = float(done.self_check.max()) if done.sizes["checkpoint"] else 0.0
+    n = measured.sizes["trial"]
+    worst = float(measured.self_check.max()) if measured.sizes["checkpoint"] else 0.0
     return columns, (
-        "top head: adds most to the logit difference by itself (direct logit attribution, final norm frozen);\n"
-        f"nats in clean and corrupt run, mean over {n} distinct prompt{'s' * (n != 1)}; all shares sum to the\n"
-        f"logit difference within {worst:.1e}"
+        "top head: contributes most to the logit difference directly (direct logit attribution, final norm\n"
+        f"frozen); nats in clean and corrupt run, mean over {n} distinct prompt{'s' * (n != 1)}; all contributions\n"
+        f"sum to the logit difference within {worst:.1e}"
     )
 
 
-def _tell_attention(done: xr.Dataset, settings: Mapping[str, Any]) -> Columns:
-    mean = done.attention.mean("trial").stack(at=HEADS)
-    if "attribution" in settings["parts"]:
-        top, who = _top(done), "it"
+def _attention_columns(measured: xr.Dataset, settings: MechanismSettings) -> Columns:
+    mean = measured.attention.mean("trial").stack(at=HEADS)
+    if "attribution" in settings.parts:
+        top, who = _top_head(measured), "the top head"
     else:
-        top, who = mean.max(["run", "to"]).argmax("at"), "the most pointed head (named first)"
-    seen = mean.isel(at=top)
-    to = seen.max("run").argmax("to")
-    shown = seen.isel(to=to)
-    words = [
+        top, who = mean.max(["run", "to"]).argmax("at"), "the head with the most concentrated attention"
+    share = mean.isel(at=top)
+    to = share.max("run").argmax("to")
+    shown = share.isel(to=to)
+    cells = [
         f"{name} {100 * clean:.0f}/{100 * corrupt:.0f}%"
         for name, clean, corrupt in zip(
-            done.to.values[to.values], shown.sel(run="clean").values, shown.sel(run="corrupt").values, strict=True
+            measured.to.values[to.values], shown.sel(run="clean").values, shown.sel(run="corrupt").values, strict=True
         )
     ]
-    if "attribution" not in settings["parts"]:
-        words = [f"{name} {word}" for name, word in zip(_names(mean, top), words, strict=True)]
-    return {"looks at": words}, (
-        f"looks at: where {who} attends most from the read position (clean/corrupt):\n"
-        "first token, previous, itself, or all tokens that hold digits"
+    if "attribution" not in settings.parts:
+        cells = [f"{name} {cell}" for name, cell in zip(_names(mean, top), cells, strict=True)]
+    return {"attends to": cells}, (
+        f"attends to: where {who} attends most from the read position\n"
+        "(clean/corrupt): first token, previous token, itself, or all tokens that hold digits"
     )
 
 
-def _tell_weights(done: xr.Dataset, settings: Mapping[str, Any]) -> Columns:
-    change = done.change.stack(at=["circuit", *HEADS])
-    known = change.notnull().any("at")
-    most = change.fillna(-1).argmax("at")
+def _weights_columns(measured: xr.Dataset, settings: MechanismSettings) -> Columns:
+    change = measured.change.stack(at=["circuit", *HEADS])
+    is_compared = change.notnull().any("at")
+    largest = change.fillna(-1).argmax("at")
     names = [
-        f"{_head(*at[1:])} {at[0]} {value:.2g}" if is_known else "–"
-        for at, value, is_known in zip(
-            change["at"].values[most.values], change.isel(at=most).values, known.values, strict=True
+        f"{_head(*at[1:])} {at[0]} {value:.2g}" if compared else "–"
+        for at, value, compared in zip(
+            change["at"].values[largest.values], change.isel(at=largest).values, is_compared.values, strict=True
         )
     ]
-    to_last = done.to_last.mean(["layer", "head"])
+    to_final = measured.to_last.mean(["layer", "head"])
     columns = {"most changed": names}
-    for name, title in (("QK", "QK as last"), ("OV", "OV")):
-        columns[title] = [_number(value, "+.2f") for value in to_last.sel(circuit=name).values.tolist()]
+    for circuit in ("QK", "OV"):
+        columns[f"{circuit} cosine"] = [
+            _number(value, "+.2f") for value in to_final.sel(circuit=circuit).values.tolist()
+        ]
     return columns, (
-        "most changed: the circuit (QK = W_Q W_K^T, OV = W_V W_O) that moved most since the checkpoint\n"
-        "before, relative to its norm; as last: mean cosine of all heads' circuits with the last checkpoint's"
+        "most changed: circuit (QK = W_Q W_K^T, OV = W_V W_O) with the largest change since the checkpoint\n"
+        "before, relative to its norm; cosine: to the final checkpoint's circuits, mean over all heads"
     )
 
 
-def _tell_patching(done: xr.Dataset, settings: Mapping[str, Any]) -> Columns:
-    found = approximation(done)
+def _patching_columns(measured: xr.Dataset, settings: MechanismSettings) -> Columns:
+    quality = approximation(measured)
     columns = {
-        "r": [_number(value, ".2f") for value in found.of_all_correlation.values.tolist()],
-        "error": [f"{value:.2g}" for value in found.of_all_mean_error.values],
-        "largest": [f"{value:.2g}" for value in found.of_all_largest_error.values],
+        "r": [_number(value, ".2f") for value in quality.of_all_correlation.values.tolist()],
+        "error": [f"{value:.2g}" for value in quality.of_all_mean_error.values],
+        "largest": [f"{value:.2g}" for value in quality.of_all_largest_error.values],
     }
     return columns, (
-        f"r, error, largest: attribution patching (gradient, {settings['direction']}) against patching "
+        f"r, error, largest: attribution patching (gradient, {settings.direction}) against patching "
         "each head\nexactly: correlation, mean and largest error in nats"
     )
 
 
-_PARTS: dict[str, Callable[[xr.Dataset, Mapping[str, Any]], Columns]] = {
-    "attribution": _tell_attribution,
-    "attention": _tell_attention,
-    "weights": _tell_weights,
-    "patching": _tell_patching,
+_PARTS: dict[Part, Callable[[xr.Dataset, MechanismSettings], Columns]] = {
+    "attribution": _attribution_columns,
+    "attention": _attention_columns,
+    "weights": _weights_columns,
+    "patching": _patching_columns,
 }
 
 
-def _numbers(done: xr.Dataset, settings: Mapping[str, Any]) -> pd.DataFrame:
-    """Means over trials by checkpoint, layer and head."""
-    columns: dict[str, xr.DataArray] = {}
-    if "attribution" in settings["parts"]:
-        columns |= {f"attribution_{run}": done.attribution.sel(run=run).mean("trial") for run in done.run.values}
-    if "attention" in settings["parts"]:
-        seen = done.attention.mean("trial")
-        columns |= {f"to_{to}_{run}": seen.sel(run=run, to=to) for run in done.run.values for to in done.to.values}
-    if "weights" in settings["parts"]:
-        for name in ("norm", "change", "to_previous", "to_last"):
-            columns |= {f"{circuit}_{name}": done[name].sel(circuit=circuit) for circuit in done.circuit.values}
-    if "patching" in settings["parts"]:
-        columns |= {name: done[name].mean("trial") for name in ("effect", "estimate")}
-    kept = {name: values.drop_vars(["run", "to", "circuit"], errors="ignore") for name, values in columns.items()}
-    return xr.Dataset(kept).reset_coords(drop=True).to_dataframe(dim_order=["checkpoint", *HEADS])
-
-
-def _names(values: xr.DataArray, at: xr.DataArray) -> list[str]:
-    return [_head(layer, head) for layer, head in values["at"].values[at.values]]
+def _names(values: xr.DataArray, places: xr.DataArray) -> list[str]:
+    """`L3.H1` of each place along the stacked (layer, head) axis `at` of `values`."""
+    return [_head(layer, head) for layer, head in values["at"].values[places.values]]
 
 
 def _head(layer: int, head: int) -> str:
