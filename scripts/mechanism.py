@@ -41,15 +41,16 @@ def main() -> int:
     from headlapse.engine.report.findings import mechanism
     from headlapse.engine.runtime import resources
     from headlapse.engine.store import store, zarr_group
+    from headlapse.engine.study import mechanism_settings
 
     path = args.store or store.find_store(CACHE)
     held = store.Store(path)
-    plan = mechanism_run.make_plan(held, args.parts or mechanism_store.PARTS, args.direction, args.dtype)
+    plan = mechanism_run.make_plan(held, args.parts or mechanism_settings.PARTS, args.direction, args.dtype)
     asked = mechanism_run.wanted(held, args.checkpoints)
-    where = resources.Machine.from_options(args.device, args.memory, plan.dtype)
+    where = resources.Machine.from_options(args.device, args.memory, plan.settings.dtype)
     with zarr_group.locked(path):
         if args.overwrite:
-            zarr_group.remove(mechanism_store.place(held))
+            zarr_group.remove(mechanism_store.mechanism_path(held))
         run = mechanism_store.open_mechanism(held, plan.settings)
         missing = {label: asked[label] for label in run.missing(asked)}
         started = time.perf_counter()
@@ -62,7 +63,7 @@ def main() -> int:
         print(mechanism.mechanism_text(done, plan.settings))
         n = sum(outcome.problem is None for outcome in outcomes)
         peak = resources.format_bytes(resources.peak_memory(where.device))
-        speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.dtype}), peak memory {peak}"
+        speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.settings.dtype}), peak memory {peak}"
         print(f"{speed if missing else 'nothing to do'}; mechanism is in {path}")
     print_problems(problems)
     return DONE if not problems else FAILED if done.complete.any() else REFUSED

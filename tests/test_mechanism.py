@@ -608,7 +608,7 @@ def test_the_summary_is_eight_short_lines_that_name_the_heads(whole: Store, part
         effect = final.effect.mean("trial").values
         layer, head = np.unravel_index(np.abs(effect).argmax(), effect.shape)
         r = pearsonr(final.estimate.values.ravel(), final.effect.values.ravel()).statistic
-        assert f"r = {r:.2f}, " in text and f"; L{layer}.H{head} " in text
+        assert f"r = {r:.2f} with exact effects (denoise), " in text and f"; L{layer}.H{head} " in text
         assert f"exact {effect[layer, head]:+.2f} nats" in text
 
 

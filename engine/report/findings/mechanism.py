@@ -1,6 +1,7 @@
 """The mechanism as people read it: which heads write to the answer, what they attend to, how their weights change."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,14 +26,16 @@ def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mappi
     `study` is the store's record of model and task.
     """
     measured = finished(run)
-    n_checkpoints, n = measured.sizes["checkpoint"], measured.sizes["trial"] if "trial" in measured.sizes else None
+    n_checkpoints, n = measured.sizes["checkpoint"], measured.sizes.get("trial")
     if not n_checkpoints:
         return []
     final = measured.isel(checkpoint=[-1]).load()
     label = str(final.checkpoint.values[0])
     which = f"the last of {n_checkpoints} checkpoints" if n_checkpoints > 1 else "the only checkpoint"
-    prompts = "" if n is None else f"; {n} prompt pair{'s' * (n != 1)}, read position: last token"
-    lines = [f"{study['model']} on {study['task']} at {label}, {which}{prompts}"[:100]]
+    prompts = "" if n is None else f": {n} prompt pair{'s' * (n != 1)}"
+    # A store of a folder records its whole path; a name on the hub stays as it is.
+    model = Path(study["model"]).name if Path(study["model"]).is_absolute() else study["model"]
+    lines = [f"{model} on {study['task']} at {label}, {which}{prompts}"]
     if "attribution" in settings.parts:
         lines += _direct_heads(final, settings)
     elif "attention" in settings.parts:
@@ -53,7 +56,7 @@ def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mappi
 
 def _direct_heads(final: xr.Dataset, settings: MechanismSettings) -> Iterator[str]:
     """The heads with the largest direct contributions at the one checkpoint of `final`, a line each."""
-    yield f"writes     to the logit difference directly, clean | corrupt run (mean in nats, {LEVEL:.0%} interval)"
+    yield f"writes     from the last token directly to the logit difference, clean | corrupt (nats, {LEVEL:.0%} interval)"
     contributions = final.attribution.isel(checkpoint=0).stack(at=HEADS).transpose("run", "at", "trial")
     low, high = interval(contributions.values.astype(float))
     mean = contributions.mean("trial").values
@@ -75,9 +78,9 @@ def _interval(low: float, high: float) -> str:
 def _attended(final: xr.Dataset, layer: int, head: int) -> str:
     """`digits 62|60%`: what a head attends to most in either run, and its mean share in both."""
     share = final.attention.isel(checkpoint=0).sel(layer=layer, head=head).mean("trial")
-    to = share.max("run").idxmax("to").item()
-    clean, corrupt = (100 * share.sel(run=run, to=to).item() for run in RUNS)
-    return f"{to} {clean:.0f}|{corrupt:.0f}%"
+    to = int(share.max("run").argmax("to"))
+    clean, corrupt = (100 * float(share.sel(run=run).isel(to=to)) for run in RUNS)
+    return f"{share.to.values[to]} {clean:.0f}|{corrupt:.0f}%"
 
 
 def _most_concentrated_head(final: xr.Dataset) -> str:
