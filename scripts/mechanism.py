@@ -40,6 +40,7 @@ def main() -> int:
     from headlapse.engine.mechanism import store as mechanism_store
     from headlapse.engine.report.findings import mechanism
     from headlapse.engine.runtime import resources
+    from headlapse.engine.runtime.format import format_bytes
     from headlapse.engine.store import store, zarr_group
     from headlapse.engine.study import mechanism_settings
 
@@ -47,7 +48,7 @@ def main() -> int:
     held = store.Store(path)
     plan = mechanism_run.make_plan(held, args.parts or mechanism_settings.PARTS, args.direction, args.dtype)
     asked = mechanism_run.wanted(held, args.checkpoints)
-    where = resources.Machine.from_options(args.device, args.memory, plan.settings.dtype)
+    where = resources.Machine.from_options(args.device, args.memory, plan.dtype)
     with zarr_group.locked(path):
         if args.overwrite:
             zarr_group.remove(mechanism_store.mechanism_path(held))
@@ -62,8 +63,8 @@ def main() -> int:
     if done.complete.any():
         print(mechanism.mechanism_text(done, plan.settings))
         n = sum(outcome.problem is None for outcome in outcomes)
-        peak = resources.format_bytes(resources.peak_memory(where.device))
-        speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.settings.dtype}), peak memory {peak}"
+        peak = format_bytes(resources.peak_memory(where.device))
+        speed = f"{n} checkpoint{'s' * (n != 1)} in {seconds:.1f} s ({where.device}, {plan.dtype}), peak memory {peak}"
         print(f"{speed if missing else 'nothing to do'}; mechanism is in {path}")
     print_problems(problems)
     return DONE if not problems else FAILED if done.complete.any() else REFUSED

@@ -6,7 +6,7 @@ what later layers make of its output (Elhage et al. 2021, A Mathematical Framewo
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..checkpoints.hooks import hook_inputs, hook_outputs
 from ..checkpoints.model import ResidentModel
 from ..replay.additive_layers import layer_output, output_weight
 from ..replay.layers import LayerRunner
@@ -86,22 +87,23 @@ def _refuse_indirect_heads(runner: LayerRunner, layer: int) -> None:
 @contextmanager
 def _zero_after_output_projection(resident: ResidentModel, layer: int) -> Iterator[None]:
     """While the body runs, every module with weights that runs after W_O in the layer returns zero."""
-    out_proj = resident.model.get_submodule(resident.architecture.out_proj[layer])
-    passed: list[bool] = []
-
-    def zero(module: nn.Module, _args: Any, output: Any) -> Any:
-        if module is out_proj:
-            passed.append(True)
-            return output
-        return torch.zeros_like(output) if passed and isinstance(output, Tensor) else output
-
-    def restart(_module: nn.Module, _args: Any) -> None:
-        passed.clear()
-
     block = resident.layer_modules()[layer]
-    with ExitStack() as stack:
-        stack.callback(block.register_forward_pre_hook(restart).remove)
-        for module in block.modules():
-            if next(module.parameters(recurse=False), None) is not None:
-                stack.callback(module.register_forward_hook(zero).remove)
+    out_proj = resident.model.get_submodule(resident.architecture.out_proj[layer])
+    weighted = {
+        module: module for module in block.modules() if next(module.parameters(recurse=False), None) is not None
+    }
+    has_run = False
+
+    def restart(_module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        nonlocal has_run
+        has_run = False
+
+    def zero(module: nn.Module, output: Any) -> Tensor | None:
+        nonlocal has_run
+        if module is out_proj:
+            has_run = True
+            return None
+        return torch.zeros_like(output) if has_run and isinstance(output, Tensor) else None
+
+    with hook_inputs({block: block}, restart), hook_outputs(weighted, zero):
         yield

@@ -58,6 +58,11 @@ class MechanismPlan:
     """The layers in the store, up to the model's last."""
 
     @property
+    def dtype(self) -> Arithmetic:
+        """Arithmetic of everything that is computed."""
+        return self.settings.dtype
+
+    @property
     def reads_activations(self) -> bool:
         """Whether anything besides weights is needed."""
         return self.settings.parts != ("weights",)
@@ -114,7 +119,7 @@ def measure_series(
     compares = "weights" in plan.settings.parts
     comparison = _WeightComparison(plan.layers)
     visits = _visits(missing) if compares else [(label, True) for label in missing]
-    loader = ModelLoader(plan.settings.dtype, machine)
+    loader = ModelLoader(plan.dtype, machine)
     first_layer = plan.layers[0] if plan.reads_activations else None
     checkpoints = load_each(store, [label for label, _ in visits], cache, loader, first_layer)
     for (label, is_measured), (_, checkpoint) in zip(visits, checkpoints, strict=True):
@@ -246,7 +251,7 @@ def _self_check(store: Store, plan: MechanismPlan, label: str, values: Values) -
     total = values["attribution"].sum((0, 1), dtype=np.float64) + values["attribution_rest"].sum(0, dtype=np.float64)
     total += values["attribution_start"] + values["attribution_constant"]
     difference = np.abs(total - (logits[..., 0] - logits[..., 1])).max()
-    allowed = tolerance(plan.settings.dtype, store.study["dtype"])
+    allowed = tolerance(plan.dtype, store.study["dtype"])
     # Written so that NaN fails too.
     if not difference <= allowed:
         raise VerificationError(

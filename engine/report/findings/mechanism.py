@@ -11,6 +11,7 @@ import xarray as xr
 from ...checkpoints.revisions import step_of
 from ...measures.logit_diff import finished
 from ...mechanism.summary import HEADS, approximation, head_means, heads_by_attribution
+from ...runtime.format import format_count, format_head
 from ...statistics.bootstrap import LEVEL, interval
 from ...study.mechanism_settings import MechanismSettings, Part
 from ...study.study import RUNS
@@ -32,7 +33,7 @@ def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mappi
     final = measured.isel(checkpoint=[-1]).load()
     label = str(final.checkpoint.values[0])
     which = f"the last of {n_checkpoints} checkpoints" if n_checkpoints > 1 else "the only checkpoint"
-    prompts = "" if n is None else f": {n} prompt pair{'s' * (n != 1)}"
+    prompts = "" if n is None else f": {format_count(n, 'prompt pair')}"
     # A store of a folder records its whole path; a name on the hub stays as it is.
     model = Path(study["model"]).name if Path(study["model"]).is_absolute() else study["model"]
     lines = [f"{model} on {study['task']} at {label}, {which}{prompts}"]
@@ -46,17 +47,16 @@ def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mappi
         lines.append(_gradient_line(final, settings))
     if "attribution" in settings.parts:
         worst = float(measured.self_check.max())
-        plural = "s" * (n_checkpoints != 1)
         lines.append(
-            f"checked    contributions sum to the logit difference within {worst:.1e} nats at {n_checkpoints} "
-            f"checkpoint{plural}"
+            f"checked    contributions sum to the logit difference within {worst:.1e} nats at "
+            f"{format_count(n_checkpoints, 'checkpoint')}"
         )
     return lines
 
 
 def _direct_heads(final: xr.Dataset, settings: MechanismSettings) -> Iterator[str]:
     """The heads with the largest direct contributions at the one checkpoint of `final`, a line each."""
-    yield f"writes     from the last token directly to the logit difference, clean | corrupt (nats, {LEVEL:.0%} interval)"
+    yield f"writes     directly to the logit difference, clean | corrupt run (nats, {100 * LEVEL:.0f} % interval)"
     contributions = final.attribution.isel(checkpoint=0).stack(at=HEADS).transpose("run", "at", "trial")
     low, high = interval(contributions.values.astype(float))
     mean = contributions.mean("trial").values
@@ -67,7 +67,7 @@ def _direct_heads(final: xr.Dataset, settings: MechanismSettings) -> Iterator[st
         )
         layer, head = contributions["at"].values[place]
         attends = f"  attends to {_attended(final, layer, head)}" if "attention" in settings.parts else ""
-        yield f"  {_head(layer, head):<8} {runs}{attends}"
+        yield f"  {format_head(layer, head):<8} {runs}{attends}"
 
 
 def _interval(low: float, high: float) -> str:
@@ -86,9 +86,8 @@ def _attended(final: xr.Dataset, layer: int, head: int) -> str:
 def _most_concentrated_head(final: xr.Dataset) -> str:
     share = final.attention.isel(checkpoint=0).mean("trial").max(["run", "to"]).stack(at=HEADS)
     layer, head = share["at"].values[int(share.argmax("at"))]
-    return (
-        f"attention  most concentrated: {_head(layer, head)} attends to {_attended(final, layer, head)} (clean|corrupt)"
-    )
+    attended = _attended(final, layer, head)
+    return f"attention  most concentrated: {format_head(layer, head)} attends to {attended} (clean|corrupt)"
 
 
 def _weights_line(final: xr.Dataset) -> str:
@@ -99,7 +98,7 @@ def _weights_line(final: xr.Dataset) -> str:
     largest = int(change.fillna(-1).argmax("at"))
     circuit, layer, head = change["at"].values[largest]
     return (
-        f"weights    largest change since {previous}: {circuit} of {_head(layer, head)}, "
+        f"weights    largest change since {previous}: {circuit} of {format_head(layer, head)}, "
         f"{change.values[largest]:.2g} of its norm"
     )
 
@@ -113,8 +112,8 @@ def _gradient_line(final: xr.Dataset, settings: MechanismSettings) -> str:
     layer, head = effect["at"].values[place]
     correlation = _number(float(quality.of_all_correlation), ".2f")
     return (
-        f"gradient   r = {correlation} with exact effects ({settings.direction}), largest error "
-        f"{float(quality.of_all_largest_error):.2g}; {_head(layer, head)} {estimate.values[place]:+.2f}, exact "
+        f"gradient   r = {correlation} with exact effects ({settings.direction}), error ≤ "
+        f"{float(quality.of_all_largest_error):.2g}; {format_head(layer, head)} {estimate.values[place]:+.2f}, exact "
         f"{effect.values[place]:+.2f} nats"
     )
 
@@ -153,7 +152,7 @@ def _attribution_columns(measured: xr.Dataset, settings: MechanismSettings) -> C
     worst = float(measured.self_check.max()) if measured.sizes["checkpoint"] else 0.0
     return columns, (
         "top head: contributes most to the logit difference directly (direct logit attribution, final norm\n"
-        f"frozen); nats in clean and corrupt run, mean over {n} distinct prompt{'s' * (n != 1)}; all contributions\n"
+        f"frozen); nats in clean and corrupt run, mean over {format_count(n, 'distinct prompt')}; all contributions\n"
         f"sum to the logit difference within {worst:.1e}"
     )
 
@@ -186,7 +185,7 @@ def _weights_columns(measured: xr.Dataset, settings: MechanismSettings) -> Colum
     is_compared = change.notnull().any("at")
     largest = change.fillna(-1).argmax("at")
     names = [
-        f"{_head(*at[1:])} {at[0]} {value:.2g}" if compared else "–"
+        f"{format_head(*at[1:])} {at[0]} {value:.2g}" if compared else "–"
         for at, value, compared in zip(
             change["at"].values[largest.values], change.isel(at=largest).values, is_compared.values, strict=True
         )
@@ -226,11 +225,7 @@ _PARTS: dict[Part, Callable[[xr.Dataset, MechanismSettings], Columns]] = {
 
 def _names(values: xr.DataArray, places: xr.DataArray) -> list[str]:
     """`L3.H1` of each place along the stacked (layer, head) axis `at` of `values`."""
-    return [_head(layer, head) for layer, head in values["at"].values[places.values]]
-
-
-def _head(layer: int, head: int) -> str:
-    return f"L{layer}.H{head}"
+    return [format_head(layer, head) for layer, head in values["at"].values[places.values]]
 
 
 def _number(value: float, form: str) -> str:
