@@ -1,8 +1,8 @@
 """A model made by hand, whose answer is carried by known heads of one layer.
 
-Asked `is 8 bigger than five ?`, the heads of layer `LAYER` attend from the question mark to the digit, and those that
-`carry` write how far it is from five towards `yes`.  The logit difference (yes - no, in nats) is the sum of what they
-write, so that every patched run can be worked by hand.
+Of the prompt `is 8 bigger than five ?`, the heads of layer `LAYER` attend from the question mark to the digit, and the
+carriers among them write how far it is from five towards `yes`.  The logit difference (yes - no, in nats) is the sum of
+what they write, so that every patched run can be worked by hand.
 
 The residual stream is made of features, each a pair of dimensions that hold +x and -x: their mean is zero, and norms
 with an `eps` far above any variance, and gains that undo it, leave them alone.
@@ -26,13 +26,13 @@ SHARP = 40.0
 """Attention score of the digit above every other word: they get exp(-40)."""
 
 CUE, VALUE, ANSWER, TEXTURE = range(4)
-"""Features: `is a digit`, `how far from five`, `yes rather than no`, and from here on how words look (random)."""
+"""Features: is a digit, how far from five, `yes` rather than `no`, and from here on a random texture of every word."""
 
 WRITE = torch.kron(torch.eye(D_MODEL // 2), torch.tensor([[1.0, -1.0]]))
-"""Feature by feature, what puts one unit of it into the residual stream."""
+"""(feature, d_model): row by row, the direction that adds one unit of the feature to the residual stream."""
 
 READ = WRITE / 2
-"""What tells how much of it is there."""
+"""(feature, d_model): row by row, the direction whose product with the residual stream is how much of it is there."""
 
 ROTARY, PLAIN = 0.5, HEAD_DIM - 1
 """Share of a head's dimensions that is rotated, and one that is not."""
@@ -64,8 +64,8 @@ def planted(
 ) -> PreTrainedModel:
     """The model in which each of the `carriers` writes `carry` nats per unit that the digit is above five.
 
-    Every head of layer `LAYER`, carrier or not, also reads the digit's texture at random and every head of the other
-    layers, which attend at random, what it sees; they write that into the texture, and `noise` times it towards `yes`.
+    Every head also moves texture by random weights: those of layer `LAYER` from the digit, those of the other layers
+    from wherever they attend, which is random too.  They write it into the texture, and `noise` times it towards `yes`.
     """
     generator = torch.Generator().manual_seed(seed)
     config = GPTNeoXConfig(
@@ -101,7 +101,7 @@ def permuted(model: PreTrainedModel, order: Sequence[int], layer: int = LAYER) -
 
 
 def _embeddings() -> Tensor:
-    """The same words look the same in every model."""
+    """(word, d_model).  The same words have the same texture in every model."""
     texture = torch.randn(len(WORDS), D_MODEL // 2, generator=torch.Generator().manual_seed(0))
     texture[:, :TEXTURE] = 0
     table = texture @ WRITE
@@ -132,7 +132,7 @@ def _make_head(
 
 
 def _random_readings(generator: torch.Generator) -> Tensor:
-    """Of the texture, as many as a head has dimensions; of order one, like the texture itself."""
+    """(head_dim, d_model): random readings of the texture, of order one like the texture itself."""
     n_textures = D_MODEL // 2 - TEXTURE
     weights = torch.randn(HEAD_DIM, n_textures, generator=generator) / n_textures**0.5
     return weights @ READ[TEXTURE:]

@@ -1,4 +1,4 @@
-"""What holds on a processor holds on a CUDA device; where there is none, nothing here can be told."""
+"""Laws of CUDA devices: replay there equals a full hooked forward on the CPU, and whole commands run there."""
 
 from pathlib import Path
 
@@ -20,15 +20,15 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.parametrize("positions", ["last", "end:3", "all"])
 @pytest.mark.parametrize("name", MAIN)
-def test_replay_on_the_device_equals_a_full_hooked_forward_on_the_processor(name: str, positions: str) -> None:
+def test_replay_on_the_device_equals_a_full_hooked_forward_on_the_cpu(name: str, positions: str) -> None:
     model, trials = tiny(name), random_trials(lengths="paired" if positions == "all" else "unequal")
     resident = ResidentModel(model.config, torch.float32, "cuda")
     resident.load_weights({key: tensor.to("cuda") for key, tensor in model.state_dict().items()})
     mask, sites = random_subsets(50, N_HEADS), [(layer,) for layer in range(N_LAYERS)]
-    kept = capture(resident, trials, 2**30)
-    found = replay(resident, kept, trials, align(trials, positions), "denoise", sites, mask)
+    activations = capture(resident, trials, 2**30)
+    replayed = replay(resident, activations, trials, align(trials, positions), "denoise", sites, mask)
     expected = np.stack([logit_diffs(model, trials, positions, site, mask, "denoise") for site in sites])
-    assert np.abs(found - expected).max() <= 1e-4
+    assert np.abs(replayed - expected).max() <= 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "float16", "bfloat16"])
@@ -36,12 +36,12 @@ def test_whole_commands_run_on_the_device_and_say_so(tmp_path: Path, dtype: str)
     for step in (0, 1):
         save(tiny("neox-parallel", step), tmp_path / "series" / f"step{step}", tokenizer=tiny_tokenizer())
     path = tmp_path / "s.zarr"
-    done = run("cache", "--model", tmp_path / "series", "--store", path, "--device", "cuda", cache=tmp_path)
-    assert done.returncode == 0 and "on cuda" in done.stdout
-    done = run("patch", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
-    assert done.returncode == 0 and "self-check" in done.stdout
+    cached = run("cache", "--model", tmp_path / "series", "--store", path, "--device", "cuda", cache=tmp_path)
+    assert cached.returncode == 0 and "on cuda" in cached.stdout
+    patched = run("patch", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
+    assert patched.returncode == 0 and "self-check" in patched.stdout
     [name] = Store(path).patch_names()
     attributes = Store(path).patch(name).group.attrs
     assert attributes["device"] == "cuda" and attributes["kernels"] == "triton"
-    done = run("mechanism", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
-    assert done.returncode == 0 and "(cuda, " in done.stdout
+    measured = run("mechanism", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
+    assert measured.returncode == 0 and "(cuda, " in measured.stdout

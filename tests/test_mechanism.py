@@ -55,10 +55,12 @@ def model_of(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 @functools.cache
-def steps_of(model: PreTrainedModel, direction: Direction, dtype: torch.dtype = torch.float32) -> LayerRunner:
+def runner_of(model: PreTrainedModel, direction: Direction, dtype: torch.dtype = torch.float32) -> LayerRunner:
     resident = dressed(model, dtype)
-    held = capture(resident, TRIALS, 2**30)
-    return LayerRunner(resident, PatchInputs.from_capture(resident, held, TRIALS, align(TRIALS, "last"), direction))
+    activations = capture(resident, TRIALS, 2**30)
+    return LayerRunner(
+        resident, PatchInputs.from_capture(resident, activations, TRIALS, align(TRIALS, "last"), direction)
+    )
 
 
 # --- direct logit attribution ---
@@ -67,15 +69,15 @@ def steps_of(model: PreTrainedModel, direction: Direction, dtype: torch.dtype = 
 @contextmanager
 def last_rows(model: PreTrainedModel, path: str, of_input: bool) -> Iterator[list[Tensor]]:
     """What enters or leaves a module at the last position while the body runs."""
-    rows: list[Tensor] = []
+    seen: list[Tensor] = []
     if of_input:
         handle = model.get_submodule(path).register_forward_pre_hook(
-            lambda _m, args, kwargs: rows.append((args or tuple(kwargs.values()))[0][0, -1]), with_kwargs=True
+            lambda _m, args, kwargs: seen.append((args or tuple(kwargs.values()))[0][0, -1]), with_kwargs=True
         )
     else:
-        handle = model.get_submodule(path).register_forward_hook(lambda _m, _a, output: rows.append(output[0, -1]))
+        handle = model.get_submodule(path).register_forward_hook(lambda _m, _a, output: seen.append(output[0, -1]))
     try:
-        yield rows
+        yield seen
     finally:
         handle.remove()
 
@@ -114,8 +116,8 @@ def slow_attribution(model: PreTrainedModel, run: int, trial: int) -> tuple[np.n
             reference.last_logits(model, tokens[None])
         mlps = [first[0], second[0], third[0]]
     right, wrong = TRIALS.answer_tokens[trial]
-    rows = model.get_output_embeddings().weight
-    direction, norm = rows[right] - rows[wrong], frozen_norm(model, final[0])
+    unembedding = model.get_output_embeddings().weight
+    direction, norm = unembedding[right] - unembedding[wrong], frozen_norm(model, final[0])
     heads = np.zeros((N_LAYERS, N_HEADS))
     rest = np.zeros(N_LAYERS)
     for layer in LAYERS:
@@ -132,14 +134,14 @@ def slow_attribution(model: PreTrainedModel, run: int, trial: int) -> tuple[np.n
 @pytest.mark.parametrize("name", MAIN)
 def test_attribution_is_z_through_w_o_the_frozen_norm_and_the_answers_rows(name: str, direction: Direction) -> None:
     model = model_of(name)
-    found = attribute(steps_of(model, direction), LAYERS)
+    attribution = attribute(runner_of(model, direction), LAYERS)
     for trial in range(TRIALS.n_trials):
         heads, rest, start, constant = slow_attribution(model, TARGET[direction], trial)
-        np.testing.assert_allclose(found.heads[:, :, trial], heads, atol=2e-5)
-        np.testing.assert_allclose(found.rest[:, trial], rest, atol=2e-5)
-        assert float(found.start[trial]) == pytest.approx(start, abs=2e-5)
-        assert float(found.constant[trial]) == pytest.approx(constant, abs=2e-5)
-    assert found.heads.abs().max() > 0.1
+        np.testing.assert_allclose(attribution.heads[:, :, trial], heads, atol=2e-5)
+        np.testing.assert_allclose(attribution.rest[:, trial], rest, atol=2e-5)
+        assert float(attribution.start[trial]) == pytest.approx(start, abs=2e-5)
+        assert float(attribution.constant[trial]) == pytest.approx(constant, abs=2e-5)
+    assert attribution.heads.abs().max() > 0.1
 
 
 @torch.no_grad()
@@ -151,8 +153,8 @@ def test_heads_and_everything_else_sum_to_the_logit_difference(name: str, direct
     model = model_of(name)
     expected = reference.run_logit_diff(model, TRIALS)[TARGET[direction]]
     for layers in (LAYERS, range(1, N_LAYERS)):
-        found = attribute(steps_of(model, direction), layers)
-        np.testing.assert_allclose(found.total(), expected, atol=1e-4)
+        attribution = attribute(runner_of(model, direction), layers)
+        np.testing.assert_allclose(attribution.total(), expected, atol=1e-4)
 
 
 @torch.no_grad()
@@ -167,10 +169,10 @@ def test_heads_and_everything_else_sum_to_the_logit_difference(name: str, direct
         ("opt-350m", "OPT.* projects its residual stream"),
     ],
 )
-def test_what_is_no_plain_product_is_refused_by_name(name: str, why: str) -> None:
+def test_logits_that_are_no_plain_product_are_refused_by_name(name: str, why: str) -> None:
     model = tiny("granite", logits_scaling=1.0) if name == "granite-plain-logits" else model_of(name)
     with pytest.raises(UserError, match=why):
-        attribute(steps_of(model, "denoise"), LAYERS)
+        attribute(runner_of(model, "denoise"), LAYERS)
 
 
 # --- attention ---
@@ -196,27 +198,27 @@ def stock_attention(model: PreTrainedModel, run: int, trial: int, layer: int) ->
 )
 def test_attention_from_the_read_position_is_that_of_the_stock_model(name: str, direction: Direction) -> None:
     model = model_of(name)
-    steps = steps_of(model, direction)
+    runner = runner_of(model, direction)
     for layer in LAYERS:
-        found = attention(steps, layer)
+        pattern = attention(runner, layer)
         for trial in range(TRIALS.n_trials):
             expected = stock_attention(model, TARGET[direction], trial, layer)
             length = expected.shape[1]
-            np.testing.assert_allclose(found[trial, :, :length], expected, atol=1e-5)
-            assert not found[trial, :, length:].any(), "no later position is attended to"
+            np.testing.assert_allclose(pattern[trial, :, :length], expected, atol=1e-5)
+            assert not pattern[trial, :, length:].any(), "no later position is attended to"
 
 
 def test_shares_are_sums_of_a_literal_pattern() -> None:
     pattern = torch.tensor([[[0.1, 0.2, 0.3, 0.4, 0.0]], [[0.6, 0.4, 0.0, 0.0, 0.0]]])
     digits = torch.tensor([[True, False, True, False, True], [False, True, True, False, False]])
-    found = shares(pattern, torch.tensor([3, 1]), digits)
+    by_token = shares(pattern, torch.tensor([3, 1]), digits)
     assert ATTENDED_TO == ("first", "previous", "itself", "digits")
-    np.testing.assert_allclose(found[:, 0], [[0.1, 0.3, 0.4, 0.4], [0.6, 0.6, 0.4, 0.4]], atol=1e-6)
+    np.testing.assert_allclose(by_token[:, 0], [[0.1, 0.3, 0.4, 0.4], [0.6, 0.6, 0.4, 0.4]], atol=1e-6)
 
 
 def test_a_prompt_of_one_token_has_no_previous_one() -> None:
-    found = shares(torch.tensor([[[1.0, 0.0]]]), torch.tensor([0]), torch.tensor([[False, False]]))
-    assert found[0, 0].tolist() == [1, 0, 1, 0]
+    by_token = shares(torch.tensor([[[1.0, 0.0]]]), torch.tensor([0]), torch.tensor([[False, False]]))
+    assert by_token[0, 0].tolist() == [1, 0, 1, 0]
 
 
 # --- weights ---
@@ -242,12 +244,12 @@ def full_circuits(model: PreTrainedModel, layer: int, head: int) -> tuple[Tensor
 @pytest.mark.parametrize("name", MAIN)
 def test_circuits_are_those_cut_out_of_the_modules_by_name(name: str) -> None:
     model, other = model_of(name, 0), model_of(name, 1)
-    found, before = (circuits(dressed(one), LAYERS) for one in (model, other))
+    of_model, of_other = (circuits(dressed(which), LAYERS) for which in (model, other))
     for layer in LAYERS:
         for kind in range(2):
-            now, then = found[layer][kind], before[layer][kind]
+            now, then = of_model[layer][kind], of_other[layer][kind]
             for head in range(N_HEADS):
-                full, full_before = (full_circuits(one, layer, head)[kind] for one in (model, other))
+                full, full_before = (full_circuits(which, layer, head)[kind] for which in (model, other))
                 np.testing.assert_allclose(now.left[head] @ now.right[head].T, full, atol=1e-4)
                 assert float(now.norm()[head]) == pytest.approx(float(full.norm()), rel=1e-5)
                 change = (full - full_before).norm() / full_before.norm()
@@ -268,11 +270,11 @@ def test_a_small_change_is_not_lost_in_rounding() -> None:
 def test_circuits_outlive_the_weights_they_were_made_of() -> None:
     model, other = tiny("llama-gqa", 0), tiny("llama-gqa", 1)
     resident = dressed(model)
-    held = circuits(resident, LAYERS)
-    kept = held[0][1].norm().clone()
+    by_layer = circuits(resident, LAYERS)
+    norm = by_layer[0][1].norm().clone()
     for weight, changed in zip(resident.model.parameters(), other.parameters(), strict=True):
         weight.data.copy_(changed)
-    assert torch.equal(held[0][1].norm(), kept)
+    assert torch.equal(by_layer[0][1].norm(), norm)
 
 
 @pytest.mark.parametrize(("name", "who"), [("qwen3", "Qwen3"), ("olmo", "Olmo")])
@@ -302,14 +304,14 @@ def pushed_logit_diff(model: PreTrainedModel, run: int, trial: int, layer: int, 
 @pytest.mark.parametrize("name", MAIN)
 def test_the_gradient_is_that_of_a_full_stock_forward(name: str, direction: Direction) -> None:
     model = model_of(name)
-    found = gradient(steps_of(model, direction), LAYERS)
+    by_z = gradient(runner_of(model, direction), LAYERS)
     for trial in range(TRIALS.n_trials):
         for layer in LAYERS:
-            push = torch.zeros(found.shape[2:], requires_grad=True)
+            push = torch.zeros(by_z.shape[2:], requires_grad=True)
             moved = pushed_logit_diff(model, TARGET[direction], trial, layer, push)
             [expected] = torch.autograd.grad(moved, push)
-            np.testing.assert_allclose(found[layer, trial], expected, atol=2e-5)
-    assert found.abs().max() > 0.01
+            np.testing.assert_allclose(by_z[layer, trial], expected, atol=2e-5)
+    assert by_z.abs().max() > 0.01
 
 
 @torch.no_grad()
@@ -317,15 +319,15 @@ def test_the_gradient_is_that_of_a_full_stock_forward(name: str, direction: Dire
 def test_the_gradient_is_the_limit_of_small_pushes_in_float64(name: str) -> None:
     """As small as they can be: stock attention takes its softmax in float32 even then."""
     model = tiny(name).double()
-    found = gradient(steps_of(model, "denoise", torch.float64), LAYERS)
+    by_z = gradient(runner_of(model, "denoise", torch.float64), LAYERS)
     draw = torch.Generator().manual_seed(0)
     for trial in range(TRIALS.n_trials):
         for layer in LAYERS:
-            along = torch.randn(found.shape[2:], generator=draw, dtype=torch.float64)
+            along = torch.randn(by_z.shape[2:], generator=draw, dtype=torch.float64)
             above, below = (
                 pushed_logit_diff(model, reference.CORRUPT, trial, layer, sign * 1e-3 * along) for sign in (1, -1)
             )
-            slope = (found[layer, trial].double() * along).sum()
+            slope = (by_z[layer, trial].double() * along).sum()
             assert float(slope) == pytest.approx(float(above - below) / 2e-3, abs=1e-3)
 
 
@@ -333,8 +335,8 @@ def test_the_gradient_is_the_limit_of_small_pushes_in_float64(name: str) -> None
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_estimate_is_the_gradient_times_the_difference_of_z(direction: Direction) -> None:
     model = tiny("neox-parallel")
-    steps = steps_of(model, direction)
-    found, by_z = estimated_effect(steps, LAYERS), gradient(steps, LAYERS)
+    runner = runner_of(model, direction)
+    estimate, by_z = estimated_effect(runner, LAYERS), gradient(runner, LAYERS)
     for trial in range(TRIALS.n_trials):
         target, source = (
             reference.source_z(model, reference.prompt(TRIALS, run, trial))
@@ -342,10 +344,10 @@ def test_the_estimate_is_the_gradient_times_the_difference_of_z(direction: Direc
         )
         for layer in LAYERS:
             expected = (by_z[layer, trial] * (source[layer][-1] - target[layer][-1])).sum(-1)
-            np.testing.assert_allclose(found[layer, :, trial], expected, atol=2e-5)
+            np.testing.assert_allclose(estimate[layer, :, trial], expected, atol=2e-5)
 
 
-# --- a series, kept in its store ---
+# --- a series in its store ---
 
 LABELS = ["step0", "step10", "step20"]
 
@@ -366,11 +368,11 @@ def cached(files: Path, path: Path, labels: Sequence[str] = ()) -> Store:
 
 def measured(store: Store, labels: Sequence[str] = ("all",), parts: Sequence[str] = PARTS) -> MechanismRun:
     plan = make_plan(store, parts)
-    held, asked = open_mechanism(store, plan.settings), wanted(store, labels)
-    missing = {label: asked[label] for label in held.missing(asked)}
-    outcomes = list(measure_series(store, plan, held, missing, store.path.parent, Machine(), lambda _n: None))
+    run, selected = open_mechanism(store, plan.settings), wanted(store, labels)
+    missing = {label: selected[label] for label in run.missing(selected)}
+    outcomes = list(measure_series(store, plan, run, missing, store.path.parent, Machine(), lambda _n: None))
     assert [(outcome.label, outcome.problem) for outcome in outcomes] == [(label, None) for label in missing]
-    return held
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -391,24 +393,24 @@ def store(whole: Store, tmp_path: Path) -> Store:
 @pytest.fixture
 def visited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Checkpoints that are measured from here on."""
-    found: list[str] = []
+    labels: list[str] = []
     write = MechanismRun.write
 
     def note(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str]) -> None:
-        found.append(label)
+        labels.append(label)
         write(self, label, values, neighbours)
 
     monkeypatch.setattr(MechanismRun, "write", note)
-    return found
+    return labels
 
 
-def kept(store: Store) -> xr.Dataset:
+def results_of(store: Store) -> xr.Dataset:
     return xr.open_zarr(mechanism_path(store), consolidated=False).load()
 
 
-def test_what_is_kept_opens_in_xarray_with_labelled_dimensions(whole: Store) -> None:
-    found = kept(whole)
-    dims = {str(name): tuple(map(str, array.dims)) for name, array in found.data_vars.items()}
+def test_the_results_open_in_xarray_with_labelled_dimensions(whole: Store) -> None:
+    results = results_of(whole)
+    dims = {str(name): tuple(map(str, array.dims)) for name, array in results.data_vars.items()}
     assert dims == {
         "attribution": ("checkpoint", "layer", "head", "run", "trial"),
         "attribution_rest": ("checkpoint", "layer", "run", "trial"),
@@ -423,42 +425,44 @@ def test_what_is_kept_opens_in_xarray_with_labelled_dimensions(whole: Store) -> 
         "effect": ("checkpoint", "layer", "head", "trial"),
         "estimate": ("checkpoint", "layer", "head", "trial"),
     }
-    assert list(found.to.values) == list(ATTENDED_TO) and list(found.circuit.values) == ["QK", "OV"]
-    assert found.complete.all() and list(found.checkpoint.values) == LABELS
-    assert list(found.previous.values) == ["", "step0", "step10"] and set(found["last"].values) == {"step20"}
+    assert list(results.to.values) == list(ATTENDED_TO) and list(results.circuit.values) == ["QK", "OV"]
+    assert results.complete.all() and list(results.checkpoint.values) == LABELS
+    assert list(results.previous.values) == ["", "step0", "step10"] and set(results["last"].values) == {"step20"}
 
 
 @torch.no_grad()
-def test_what_is_kept_is_what_the_models_say(whole: Store) -> None:
-    found, trials = kept(whole), whole.trials()
+def test_the_results_are_those_of_the_stock_models(whole: Store) -> None:
+    results, trials = results_of(whole), whole.trials()
     for seed, label in enumerate(LABELS):
-        one, model = found.sel(checkpoint=label), model_of("llama-gqa", seed)
+        at_step, model = results.sel(checkpoint=label), model_of("llama-gqa", seed)
         plain = reference.run_logit_diff(model, trials)
-        shares_of = one.attribution.sum(["layer", "head"]) + one.attribution_rest.sum("layer")
-        total = shares_of + one.attribution_start + one.attribution_constant
+        shares_of = at_step.attribution.sum(["layer", "head"]) + at_step.attribution_rest.sum("layer")
+        total = shares_of + at_step.attribution_start + at_step.attribution_constant
         np.testing.assert_allclose(total.transpose("run", "trial"), plain, atol=1e-4)
-        for of, trial in np.ndindex(2, 3):
-            expected = model(reference.prompt(trials, of, trial)[None], output_attentions=True).attentions[1][0, :, -1]
-            text = trials.token_text[of, trial, : expected.shape[1]]
+        for side, trial in np.ndindex(2, 3):
+            expected = model(reference.prompt(trials, side, trial)[None], output_attentions=True).attentions[1][
+                0, :, -1
+            ]
+            text = trials.token_text[side, trial, : expected.shape[1]]
             digits = torch.tensor([any(c in "0123456789" for c in token) for token in text])
-            seen = one.attention.isel(layer=1, run=of, trial=trial)
+            seen = at_step.attention.isel(layer=1, run=side, trial=trial)
             np.testing.assert_allclose(seen.sel(to="digits"), (expected * digits).sum(1), atol=1e-5)
             np.testing.assert_allclose(seen.sel(to="first"), expected[:, 0], atol=1e-5)
             np.testing.assert_allclose(seen.sel(to="previous"), expected[:, -2], atol=1e-5)
         for layer, head in ((0, 1), (2, 5)):
             patched = reference.logit_diff(model, trials, "last", [layer], [head], "denoise")
-            exact = one.effect.isel(layer=layer, head=head)
+            exact = at_step.effect.isel(layer=layer, head=head)
             np.testing.assert_allclose(exact, patched - plain[reference.CORRUPT], atol=1e-4)
             full = full_circuits(model, layer, head)
             for kind in range(2):
-                assert float(one.norm[kind, layer, head]) == pytest.approx(float(full[kind].norm()), rel=1e-5)
+                assert float(at_step.norm[kind, layer, head]) == pytest.approx(float(full[kind].norm()), rel=1e-5)
                 before = full_circuits(model_of("llama-gqa", max(seed - 1, 0)), layer, head)[kind]
                 last = full_circuits(model_of("llama-gqa", 2), layer, head)[kind]
                 change = float((full[kind] - before).norm() / before.norm())
                 expected_change = np.nan if seed == 0 else change
-                np.testing.assert_allclose(one.change[kind, layer, head], expected_change, rtol=1e-5)
+                np.testing.assert_allclose(at_step.change[kind, layer, head], expected_change, rtol=1e-5)
                 cosine = float((full[kind] * last).sum() / full[kind].norm() / last.norm())
-                assert float(one.to_last[kind, layer, head]) == pytest.approx(cosine, abs=1e-6)
+                assert float(at_step.to_last[kind, layer, head]) == pytest.approx(cosine, abs=1e-6)
 
 
 def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one_go(
@@ -470,7 +474,7 @@ def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one
     assert visited == ["step10", "step0", "step20"]
     measured(store)
     assert len(visited) == 3
-    xr.testing.assert_identical(kept(store).drop_attrs(), kept(whole).drop_attrs())
+    xr.testing.assert_identical(results_of(store).drop_attrs(), results_of(whole).drop_attrs())
 
 
 def test_what_was_cut_off_is_measured_again(store: Store, monkeypatch: pytest.MonkeyPatch, visited: list[str]) -> None:
@@ -486,7 +490,7 @@ def test_what_was_cut_off_is_measured_again(store: Store, monkeypatch: pytest.Mo
         measured(store, parts=["attention"])
     visited.clear()
     measured(store, parts=["attention"])
-    assert visited == ["step10", "step20"] and kept(store).complete.all()
+    assert visited == ["step10", "step20"] and results_of(store).complete.all()
 
 
 def test_checkpoints_whose_neighbours_changed_are_compared_anew(
@@ -494,17 +498,17 @@ def test_checkpoints_whose_neighbours_changed_are_compared_anew(
 ) -> None:
     store = cached(files, tmp_path / "s.zarr", ["step0", "step10"])
     measured(store, parts=["weights"])
-    assert set(kept(store)["last"].values) == {"step10"}
+    assert set(results_of(store)["last"].values) == {"step10"}
     measured(cached(files, store.path, LABELS), parts=["weights"])
     assert visited == ["step0", "step10", *LABELS]
-    found = kept(store).drop_attrs()
-    xr.testing.assert_identical(found, kept(whole).drop_attrs()[list(found.data_vars)])
+    results = results_of(store).drop_attrs()
+    xr.testing.assert_identical(results, results_of(whole).drop_attrs()[list(results.data_vars)])
 
 
-def test_parts_are_kept_alone_and_others_are_another_question(store: Store, whole: Store) -> None:
-    found = measured(store, parts=["attention", "patching"]).dataset().load()
-    assert set(found.data_vars) == {"attention", "effect", "estimate"}
-    assert np.array_equal(found.attention, kept(whole).attention)
+def test_parts_are_measured_alone_and_other_parts_need_overwrite(store: Store, whole: Store) -> None:
+    results = measured(store, parts=["attention", "patching"]).dataset().load()
+    assert set(results.data_vars) == {"attention", "effect", "estimate"}
+    assert np.array_equal(results.attention, results_of(whole).attention)
     with pytest.raises(UserError, match=r"parts is .* replace it with --overwrite"):
         measured(store)
 
@@ -512,10 +516,10 @@ def test_parts_are_kept_alone_and_others_are_another_question(store: Store, whol
 def test_a_store_of_later_layers_is_measured_from_its_first(files: Path, tmp_path: Path, whole: Store) -> None:
     study = Study(str(files), trials=3, sites=("1",))
     list(cache_series(study, resolve(study.model, [], tmp_path), tmp_path / "s.zarr", tmp_path, Machine()))
-    found = measured(Store(tmp_path / "s.zarr")).dataset().load()
-    assert list(found.layer.values) == [1, 2]
+    results = measured(Store(tmp_path / "s.zarr")).dataset().load()
+    assert list(results.layer.values) == [1, 2]
     for name in ("attribution", "attention", "norm", "effect", "estimate"):
-        np.testing.assert_allclose(found[name], kept(whole)[name].sel(layer=[1, 2]), atol=2e-5)
+        np.testing.assert_allclose(results[name], results_of(whole)[name].sel(layer=[1, 2]), atol=2e-5)
 
 
 def test_a_store_of_z_alone_is_refused(files: Path, tmp_path: Path) -> None:
@@ -529,33 +533,33 @@ def test_a_store_of_z_alone_is_refused(files: Path, tmp_path: Path) -> None:
 
 
 def test_approximation_is_pearsons_correlation_and_the_errors(whole: Store) -> None:
-    run_of = kept(whole)
-    found = approximation(run_of)
+    results = results_of(whole)
+    quality = approximation(results)
     for index in range(len(LABELS)):
-        one = run_of.isel(checkpoint=index)
-        exact, estimate = one.effect.values, one.estimate.values
+        at_step = results.isel(checkpoint=index)
+        exact, estimate = at_step.effect.values, at_step.estimate.values
         expected = pearsonr(estimate.ravel(), exact.ravel()).statistic
-        assert float(found.of_all_correlation[index]) == pytest.approx(expected, abs=1e-6)
-        assert float(found.of_all_largest_error[index]) == pytest.approx(np.abs(estimate - exact).max())
+        assert float(quality.of_all_correlation[index]) == pytest.approx(expected, abs=1e-6)
+        assert float(quality.of_all_largest_error[index]) == pytest.approx(np.abs(estimate - exact).max())
         for layer in LAYERS:
             expected = pearsonr(estimate[layer].ravel(), exact[layer].ravel()).statistic
-            assert float(found.correlation[index, layer]) == pytest.approx(expected, abs=1e-6)
-            assert float(found.mean_error[index, layer]) == pytest.approx(np.abs(estimate - exact)[layer].mean())
+            assert float(quality.correlation[index, layer]) == pytest.approx(expected, abs=1e-6)
+            assert float(quality.mean_error[index, layer]) == pytest.approx(np.abs(estimate - exact)[layer].mean())
 
 
 def test_effects_that_do_not_vary_have_no_correlation(whole: Store) -> None:
-    found = approximation(kept(whole).assign(effect=lambda one: one.effect * 0))
-    assert np.isnan(found.correlation).all() and np.isnan(found.of_all_correlation).all()
+    quality = approximation(results_of(whole).assign(effect=lambda results: results.effect * 0))
+    assert np.isnan(quality.correlation).all() and np.isnan(quality.of_all_correlation).all()
 
 
-def test_the_row_names_the_strongest_head_and_the_largest_change(whole: Store) -> None:
-    run_of = kept(whole)
-    at_last = run_of.sel(checkpoint="step20")
+def test_the_row_names_the_head_with_the_largest_attribution_and_the_largest_change(whole: Store) -> None:
+    results = results_of(whole)
+    at_last = results.sel(checkpoint="step20")
     size = np.abs(at_last.attribution.mean("trial")).max("run").values
     layer, head = np.unravel_index(size.argmax(), size.shape)
     change = at_last.change.values
     circuit, changed_layer, changed_head = np.unravel_index(change.argmax(), change.shape)
-    finding = mechanism_text(run_of, make_plan(whole).settings)
+    finding = mechanism_text(results, make_plan(whole).settings)
     assert finding.table is not None and isinstance(finding.numbers, pd.DataFrame)
     row = finding.table.loc["step20"]
     assert row["top head"] == f"L{layer}.H{head}"
@@ -578,7 +582,7 @@ def test_the_row_names_the_strongest_head_and_the_largest_change(whole: Store) -
     ],
 )
 def test_each_part_has_a_table_of_its_own(whole: Store, part: str, columns: list[str]) -> None:
-    finding = mechanism_text(kept(whole), make_plan(whole, [part]).settings)
+    finding = mechanism_text(results_of(whole), make_plan(whole, [part]).settings)
     assert finding.table is not None and finding.numbers is not None
     assert list(finding.table.columns) == columns and len(finding.notes) == 1
     assert finding.numbers.notnull().any().all()
@@ -586,7 +590,7 @@ def test_each_part_has_a_table_of_its_own(whole: Store, part: str, columns: list
 
 @pytest.mark.parametrize("parts", [PARTS, *((part,) for part in PARTS)])
 def test_the_summary_is_eight_short_lines_that_name_the_heads(whole: Store, parts: tuple[str, ...]) -> None:
-    results = kept(whole)
+    results = results_of(whole)
     lines = mechanism_summary(results, make_plan(whole, parts).settings, whole.study)
     assert 2 <= len(lines) <= 8 and max(map(len, lines)) <= 100
     assert "at step20, the last of 3 checkpoints" in lines[0]
@@ -613,7 +617,7 @@ def test_the_summary_is_eight_short_lines_that_name_the_heads(whole: Store, part
 
 
 def test_the_summary_of_nothing_finished_is_empty(whole: Store) -> None:
-    unfinished = kept(whole).assign_coords(complete=("checkpoint", [False] * 3))
+    unfinished = results_of(whole).assign_coords(complete=("checkpoint", [False] * 3))
     assert mechanism_summary(unfinished, make_plan(whole).settings, whole.study) == []
 
 
@@ -636,16 +640,16 @@ def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path,
     [line] = told(failed)
     assert line.startswith("error: step10: ") and "are not those that were cached" in line
     [path] = tmp_path.glob("*.zarr")
-    found = kept(Store(path))
-    assert list(found.complete.values) == [True, False, True]
-    assert np.isnan(found.change.sel(checkpoint="step20")).all() and found.previous.values[2] == ""
+    results = results_of(Store(path))
+    assert list(results.complete.values) == [True, False, True]
+    assert np.isnan(results.change.sel(checkpoint="step20")).all() and results.previous.values[2] == ""
     only_compared = run("mechanism", "--checkpoints", "step20", cache=tmp_path)
     assert only_compared.returncode == 1 and told(only_compared) == [line], "a comparison that fails is never silent"
     shutil.copy(files / "step10" / "model.safetensors", own / "step10")
-    mended = run("mechanism", cache=tmp_path)
-    assert mended.returncode == 0, mended.stderr
-    assert "2 checkpoints in" in mended.stdout
-    assert [row.split()[0] for row in mended.stdout.splitlines()[1:4]] == LABELS
+    restored = run("mechanism", cache=tmp_path)
+    assert restored.returncode == 0, restored.stderr
+    assert "2 checkpoints in" in restored.stdout
+    assert [row.split()[0] for row in restored.stdout.splitlines()[1:4]] == LABELS
     again = run("mechanism", "--checkpoints", "step0..step10", cache=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     other = run("mechanism", "--direction", "noise", cache=tmp_path)
@@ -662,14 +666,14 @@ def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is
     Store(path).array("answer_logits")[1] += np.array([0.1, 0.0], dtype=np.float32)
     failed = run("mechanism", path, cache=tmp_path)
     assert failed.returncode == 1 and told(failed)[0].startswith("error: step10: the contributions of the heads")
-    assert list(kept(Store(path)).complete.values) == [True, False, False]
+    assert list(results_of(Store(path)).complete.values) == [True, False, False]
 
 
 def test_the_report_shows_what_was_measured(files: Path, tmp_path: Path) -> None:
     assert run("cache", "--model", files, "--trials", 3, cache=tmp_path).returncode == 0
     assert run("patch", "--layers", "1", cache=tmp_path).returncode == 0
     assert run("mechanism", "--parts", "attribution", cache=tmp_path).returncode == 0
-    done = run("report", cache=tmp_path)
-    assert done.returncode == 0, done.stderr
-    page = Path(done.stdout.strip())
+    reported = run("report", cache=tmp_path)
+    assert reported.returncode == 0, reported.stderr
+    page = Path(reported.stdout.strip())
     assert "<h2>Mechanism</h2>" in page.read_text() and len(pd.read_csv(page.parent / "mechanism.csv"))

@@ -1,4 +1,4 @@
-"""A checkpoint series through one resident resident: cached once, then patched from the cache."""
+"""Cache a checkpoint series: load each checkpoint's weights into one resident model and capture its activations."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -155,7 +155,7 @@ def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]
 
 
 def _is_directory(model: str) -> bool:
-    """As in `sources`: the embedded series goes before a folder of its name."""
+    """As in `checkpoints.resolve`: the embedded series takes precedence over a folder of its name."""
     return model != DEMO and Path(model).expanduser().is_dir()
 
 

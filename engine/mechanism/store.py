@@ -91,8 +91,8 @@ def open_mechanism(store: Store, settings: MechanismSettings) -> MechanismRun:
     return run
 
 
-def _create(path: Path, settings: MechanismSettings, rows: Sequence[CheckpointRow], store: Store) -> None:
-    group = zarr_group.start(path, rows)
+def _create(path: Path, settings: MechanismSettings, checkpoints: Sequence[CheckpointRow], store: Store) -> None:
+    group = zarr_group.start(path, checkpoints)
     arrays = {name: dims for part in settings.parts for name, dims in ARRAYS[part].items()}
     axes: dict[str, Any] = {"run": RUNS, "to": ATTENDED_TO, "circuit": CIRCUITS}
     axes |= {"layer": np.array(store.layers), "head": np.arange(store.n_heads)}
@@ -102,10 +102,10 @@ def _create(path: Path, settings: MechanismSettings, rows: Sequence[CheckpointRo
     sizes = {name: len(values) for name, values in axes.items()} | {"trial": store.array("tokens").shape[1]}
     for name, dims in arrays.items():
         shape = tuple(sizes[dim] for dim in dims)
-        zarr_group.put_empty(group, name, (len(rows), *shape), (1, *shape), "float32", ("checkpoint", *dims))
+        zarr_group.put_empty(group, name, (len(checkpoints), *shape), (1, *shape), "float32", ("checkpoint", *dims))
     if "weights" in settings.parts:
         for name in NEIGHBOURS:
-            zarr_group.put_empty(group, name, (len(rows),), (1,), str, ("checkpoint",))
+            zarr_group.put_empty(group, name, (len(checkpoints),), (1,), str, ("checkpoint",))
     group.attrs.update(
         mechanism=settings.to_attributes(),
         versions=zarr_group.package_versions(),

@@ -184,10 +184,11 @@ def _weights_columns(measured: xr.Dataset, settings: MechanismSettings) -> Colum
     change = measured.change.stack(at=["circuit", *HEADS])
     is_compared = change.notnull().any("at")
     largest = change.fillna(-1).argmax("at")
+    places = change["at"].values[largest.values]
     names = [
-        f"{format_head(*at[1:])} {at[0]} {value:.2g}" if compared else "–"
-        for at, value, compared in zip(
-            change["at"].values[largest.values], change.isel(at=largest).values, is_compared.values, strict=True
+        f"{format_head(layer, head)} {circuit} {value:.2g}" if compared else "–"
+        for (circuit, layer, head), value, compared in zip(
+            places, change.isel(at=largest).values, is_compared.values, strict=True
         )
     ]
     to_final = measured.to_last.mean(["layer", "head"])
