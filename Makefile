@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP = -m pip install --quiet
+# Models of the tests are too small for threads; a file's fixtures are made once.
+PYTEST = -m pytest -n 2 --dist loadfile
 
 # The torch that is tested: newer ones come as CUDA builds of several GB even where there is no GPU.
 TORCH := 2.13.0
@@ -23,10 +25,10 @@ demo: $(VENV)/installed  ## set up, then cache, patch, dissect and report the em
 	$(RUN) scripts/report.py
 
 test: lint  ## set up, then run everything: lint, types, all tests
-	$(RUN) -m pytest
+	$(RUN) $(PYTEST)
 
 check: lint  ## lint, types and the fast tests
-	$(RUN) -m pytest --quiet -m 'not slow'
+	$(RUN) $(PYTEST) --quiet -m 'not slow'
 
 lint: $(VENV)/installed  ## ruff, mypy, and pyright for imports that do not resolve
 	$(RUN) -m ruff check --quiet .
@@ -34,19 +36,24 @@ lint: $(VENV)/installed  ## ruff, mypy, and pyright for imports that do not reso
 	$(RUN) -m mypy
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(RUN)
 
+# Verdicts stay in build/mutants: what was interrupted goes on.  `python -m tests.mutants --help` has shares and rooms.
+mutants: $(VENV)/installed  ## change the code in small ways and list what no test notices; hours
+	$(RUN) $(PIP) 'mutmut>=3.8,<4'
+	$(RUN) -m tests.mutants --survivors $(MUTANTS)
+
 # Both ends of the ranges in pyproject.toml, each in an environment of its own.  The oldest torch that is tried is the
 # one above: PyPI's older ones for Linux are CUDA builds, and each wants the one Triton it was built with.
 test-newest:  ## the whole suite with the newest versions that pyproject.toml admits
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python $(PIP) --upgrade setuptools
 	$(VENV)-newest/bin/python $(PIP) --upgrade --upgrade-strategy eager --no-build-isolation --editable '.[test]'
-	$(VENV)-newest/bin/python -m pytest
+	$(VENV)-newest/bin/python $(PYTEST)
 
 test-oldest:  ## the whole suite with the oldest versions that pyproject.toml admits; needs Python 3.11 or 3.12
 	$(PYTHON) -m venv --clear $(VENV)-oldest
 	$(VENV)-oldest/bin/python $(PIP) --constraint constraints-oldest.txt setuptools
 	$(VENV)-oldest/bin/python $(PIP) --constraint constraints-oldest.txt --no-build-isolation --editable '.[test]'
-	$(VENV)-oldest/bin/python -m pytest
+	$(VENV)-oldest/bin/python $(PYTEST)
 
 # What is installed stays as it is pinned, unless UPGRADE=--upgrade.
 constraints: $(VENV)/installed  ## pin what pyproject.toml newly requires

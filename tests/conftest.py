@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,24 @@ torch.set_num_threads(1)
 
 # tokenizers warns when a process that has used it is forked.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+CHECKED_ARCHITECTURES = ("neox-parallel", "llama-gqa")
+"""Those on which `make check` runs the laws of every architecture; between them parallel and sequential blocks, with
+and without grouped queries, layer and RMS norms."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Laws on further architectures are slow."""
+    architectures = getattr(sys.modules.get("tests.models"), "CONFIGS", {})
+    for item in items:
+        name = (
+            item.callspec.params.get("name")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        if isinstance(name, str) and name in architectures and name not in CHECKED_ARCHITECTURES:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")

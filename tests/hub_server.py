@@ -14,6 +14,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -154,6 +155,14 @@ class HubServer:
         inherited = {name: value for name, value in os.environ.items() if name not in names}
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
         return inherited | hub | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"} | more
+
+    @contextmanager
+    def used_here(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> Iterator[None]:
+        """`use_here` while the body runs, with no connection kept after it."""
+        with monkeypatch.context() as patch:
+            self.use_here(patch, home)
+            yield
+        huggingface_hub.close_session()
 
     def use_here(self, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         """Let this very process know no hub but this one, as if it had started in `env(home)`."""

@@ -166,6 +166,7 @@ def test_added_checkpoints_are_the_only_ones_captured_and_patched(series: Path, 
     assert (ours.logit_diff.sel(checkpoint=theirs.checkpoint).values == theirs.logit_diff.values).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [5, 54, 60, 68])
 def test_a_killed_capture_finishes_with_the_same_command_bit_for_bit(
     series: Path, cached: Path, tmp_path: Path, kill_at: int
@@ -177,6 +178,7 @@ def test_a_killed_capture_finishes_with_the_same_command_bit_for_bit(
     assert store_files(tmp_path) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [3, 30, 45])
 def test_killed_patching_finishes_with_the_same_command_bit_for_bit(cached: Path, copied: Path, kill_at: int) -> None:
     shutil.rmtree(the_store(copied) / "patches")
@@ -404,6 +406,7 @@ def test_a_bad_line_of_a_task_is_refused_with_its_number(series: Path, tmp_path:
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*.zarr"))
 
 
+@pytest.mark.slow
 def test_revisions_of_a_hub_are_captured_by_name_and_read_once(series: Path, cached: Path, tmp_path: Path) -> None:
     revisions = {label: {f.name: f for f in (series / label).iterdir()} for label in FORM_OF}
     with HubServer({REPO: {**revisions, "main": revisions["step20"]}}) as hub:
@@ -426,12 +429,12 @@ def test_revisions_of_a_hub_are_captured_by_name_and_read_once(series: Path, cac
     assert (ours.logit_diff.values == theirs.logit_diff.values).all()
 
 
-def test_a_plan_says_what_would_be_fetched_and_stored_and_does_neither(series: Path, tmp_path: Path) -> None:
+def test_a_plan_says_what_would_be_fetched_and_stored_and_does_neither(
+    series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     revisions = {label: {f.name: f for f in (series / label).iterdir()} for label in FORM_OF}
-    with HubServer({REPO: revisions}) as hub:
-        done = run(
-            "cache", "--model", REPO, "--checkpoints", "all", "--plan", cache=tmp_path, env=hub.env(tmp_path / "home")
-        )
+    with HubServer({REPO: revisions}) as hub, hub.used_here(monkeypatch, tmp_path / "home"):
+        done = run("cache", "--model", REPO, "--checkpoints", "all", "--plan", cache=tmp_path)
         assert done.returncode == 0, done.stderr
         assert not [name for name in hub.downloads() if name.endswith((".safetensors", ".bin"))]
     assert all(f"{label} " in done.stdout for label in FORM_OF)
@@ -444,17 +447,17 @@ def test_a_plan_says_what_would_be_fetched_and_stored_and_does_neither(series: P
     [(REPO, "step11", "step11"), ("someone/nothing", "main", "someone/nothing"), ("./nowhere", "all", "./nowhere")],
 )
 def test_a_wrong_name_is_one_line_and_exit_status_2(
-    series: Path, tmp_path: Path, model: str, checkpoint: str, complaint: str
+    series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, checkpoint: str, complaint: str
 ) -> None:
     files = {f.name: f for f in (series / "step20").iterdir()}
-    with HubServer({REPO: {"step20": files, "main": files}}) as hub:
-        env = hub.env(tmp_path / "home")
-        refused = run("cache", "--model", model, "--checkpoints", checkpoint, cache=tmp_path, env=env)
+    with HubServer({REPO: {"step20": files, "main": files}}) as hub, hub.used_here(monkeypatch, tmp_path / "home"):
+        refused = run("cache", "--model", model, "--checkpoints", checkpoint, cache=tmp_path)
     assert refused.returncode == 2
     [line] = told(refused)
     assert complaint in line
 
 
+@pytest.mark.slow
 def test_no_network_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     hub = HubServer({})
     with hub:
@@ -465,6 +468,7 @@ def test_no_network_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
     assert "cannot be reached" in line
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_command_at_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
     """The embedded series is in training when the interrupt comes."""
     command = [sys.executable, "scripts/cache.py", "--checkpoints", "step0"]
