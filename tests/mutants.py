@@ -76,7 +76,7 @@ def workplace(module: str) -> Path:
         # jaxtyping's hook has to come before the first import, which mutmut's own processes are past.
         "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider"],
         "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS[module]],
-        # A parent that has run the tests has imported all they need; not where torch and zarr have run: they keep threads.
+        # A parent that has run the tests has imported all they need, but torch and zarr that have run keep threads.
         "process_isolation": "fork" if module.startswith(PURE) else "forkserver",
         "timeout_constant": 5.0,
     }
