@@ -10,7 +10,8 @@ import xarray as xr
 
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.store.activations import KINDS, Capture
-from headlapse.engine.store.store import Store, create_store, find_store, to_numpy, to_tensor, zarr_group
+from headlapse.engine.store.inventory import find_store
+from headlapse.engine.store.store import Store, create_store, to_numpy, to_tensor, zarr_group
 from headlapse.engine.store.zarr_group import CheckpointRow
 from headlapse.engine.study.prompts import Trials
 from headlapse.engine.study.subsets import parse_subsets

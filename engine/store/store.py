@@ -23,6 +23,7 @@ from ..study.study import RUNS, Measure
 from ..study.tasks.contrast import Contrast
 from . import zarr_group
 from .activations import Capture
+from .inventory import patch_paths, require_store
 from .zarr_group import CheckpointArrays, CheckpointRow
 
 FORMAT = 1
@@ -44,9 +45,7 @@ class Store(CheckpointArrays):
     """An open store.  Raises `UserError` where there is none, or one of another format."""
 
     def __init__(self, path: Path) -> None:
-        if not zarr_group.is_group(path):
-            there = "is there, but is no store" if path.exists() else "is no store"
-            raise UserError(f"{path} {there}; python scripts/cache.py makes one, with --store at a place of its own")
+        require_store(path)
         super().__init__(path)
         found = self.attrs.get("headlapse_format")
         if found != FORMAT:
@@ -114,7 +113,7 @@ class Store(CheckpointArrays):
 
     def patch_names(self, protocol: str | None = None) -> list[str]:
         """Names of the patched runs, the last written to last; all of them, or those of one protocol."""
-        paths = sorted(_patches(self.path), key=zarr_group.last_write_ns)
+        paths = patch_paths(self.path)
         if protocol is not None:
             paths = [path for path in paths if zarr_group.attributes(path)["patch"].get("protocol") == protocol]
         return [path.name for path in paths]
@@ -123,9 +122,7 @@ class Store(CheckpointArrays):
         """A patched run.  Raises `UserError` where there is none of that name."""
         if name not in self.patch_names():
             held = ", ".join(self.patch_names()) or "none"
-            raise UserError(
-                f"{self.path} has no patched run {name}; it has {held}; make one with: python scripts/patch.py"
-            )
+            raise UserError(f"{self.path} has no patched run {name}; it has {held}; make one with: headlapse patch")
         return PatchedRun(self.path / "patches" / name)
 
     def patch_dataset(self, name: str) -> xr.Dataset:
@@ -354,17 +351,6 @@ def duplicate_weights(store: Store) -> list[str]:
     ]
 
 
-def find_store(cache: Path) -> Path:
-    """The store under `cache` that was written to last.  Raises `UserError` where there is none."""
-    folders = [path for path in cache.iterdir() if path.is_dir()] if cache.is_dir() else []
-    found = [
-        path for path in folders if zarr_group.is_group(path) and "headlapse_format" in zarr_group.attributes(path)
-    ]
-    if not found:
-        raise UserError(f"there is no store under {cache}; make one with: python scripts/cache.py")
-    return max(found, key=lambda path: max(map(zarr_group.last_write_ns, [path, *_patches(path)])))
-
-
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """As numpy; bfloat16, which zarr lacks, as its raw 16 bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -374,11 +360,6 @@ def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     """The tensor that `to_numpy` was given."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
-
-
-def _patches(path: Path) -> list[Path]:
-    folder = path / "patches"
-    return [run for run in folder.iterdir() if zarr_group.is_group(run)] if folder.is_dir() else []
 
 
 def _make_patch(

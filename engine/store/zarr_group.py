@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,14 @@ def put_empty(
 
 
 def package_versions() -> dict[str, str]:
-    return {package: version(package) for package in _PACKAGES}
+    return {package: _version(package) for package in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # headlapse itself, where it runs from a clone
+        return "not installed"
 
 
 def refuse_difference(where: Path, held: Mapping[str, Any], asked: Mapping[str, Any], mend: str) -> None:

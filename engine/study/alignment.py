@@ -35,18 +35,29 @@ class Alignment:
         return replace(self, positions=self.positions[:, chosen], valid=self.valid[chosen], read=self.read[chosen])
 
 
+def patched_positions(spec: str) -> int | None:
+    """How many positions, counted from the end, a word of `--positions` names; None for all of them.
+
+    Raises `UserError` for a word that names none.
+    """
+    if spec == "all":
+        return None
+    number = re.fullmatch("end:([0-9]{1,9})", "end:1" if spec == "last" else spec)
+    k = int(number[1]) if number else 0
+    if k < 1:
+        raise UserError(f"--positions {spec}: not a choice; write last, end:K (the last K, at least 1) or all")
+    return k
+
+
 def align(trials: Trials, spec: str) -> Alignment:
     """Positions to patch: `last`, `end:K` (the last K, aligned from the end) or `all` (position p to position p).
 
     Raises `UserError` for any other `spec`, and, showing both token rows, where prompts are too short (`end:K`) or the
     clean and the corrupt one differ in length (`all`).
     """
-    if spec == "all":
+    k = patched_positions(spec)
+    if k is None:
         return _align_all(trials)
-    number = re.fullmatch("end:([0-9]{1,9})", "end:1" if spec == "last" else spec)
-    k = int(number[1]) if number else 0
-    if k < 1:
-        raise UserError(f"--positions {spec}: not a choice; write last, end:K (the last K, at least 1) or all")
     trial = int(trials.length.min(axis=0).argmin())
     shortest = int(trials.length[:, trial].min())
     if shortest < k:

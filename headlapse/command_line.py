@@ -1,0 +1,272 @@
+"""The command line: options in, one call of the pipeline, lines out.  Only here is anything printed."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from .engine.runtime.errors import UserError
+from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
+from .engine.runtime.format import format_bytes
+from .help_text import HelpText
+from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+
+if TYPE_CHECKING:
+    from . import pipeline
+
+FLAT = Parameter(name="*")
+"""The fields of a dataclass as options of their own."""
+
+_CACHE, _PATCH, _MECHANISM, _REPORT = CacheOptions(), PatchOptions(), MechanismOptions(), ReportOptions()
+
+Folder = Annotated[Path, Parameter(parse=False)]
+"""The cache folder: no option, handed in by whoever runs the command line."""
+
+app = App(
+    name="headlapse",
+    help="A time-lapse of attention heads: which heads cause a behaviour, and when in training they start to.",
+    help_format="plaintext",
+    help_formatter=HelpText(),
+    version=lambda: _version(),
+    default_parameter=Parameter(consume_multiple=(1, None), negative=(), show_default=False),
+)
+
+
+def _examples(*commands: str) -> str:
+    return "\n".join(["examples:", *(f"  {command}" for command in commands)])
+
+
+app.register_install_completion_command()
+
+
+def run(words: list[str], folder: str) -> int:
+    """Run one command and return its exit status.  Raises `UserError`, of one line, for what it cannot do."""
+    try:
+        command, bound, injected = app.parse_args(words, exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as error:
+        left = " ".join(error.unused_tokens or ())
+        raise UserError(f"{left}: more than this command takes; {_help(words)} shows what it does take") from None
+    except CycloptsError as error:
+        raise UserError(f"{' '.join(str(error).split())} ({_help(words)} shows what there is)") from None
+    given = {"folder": Path(folder)} if "folder" in injected else {}
+    with _own_log():
+        status = command(*bound.args, **bound.kwargs, **given)
+    return status if isinstance(status, int) else DONE
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse cache",
+        "headlapse cache --model EleutherAI/pythia-160m --task ioi --checkpoints log",
+        "headlapse cache --model someone/model --checkpoints main 1000..64000 --plan",
+    )
+)
+def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) -> int:
+    """Run every checkpoint of a model once on a contrastive task and keep every head's activations in a zarr store."""
+    from . import pipeline
+
+    if options.plan:
+        print(pipeline.describe_cache(options, folder))
+        return DONE
+    work = pipeline.cache(options, folder)
+    if not work.n_missing:
+        print(f"nothing to do: {work.n_asked} of {work.n_asked} checkpoints are in {work.store} already")
+        return DONE
+    print_problems(work.problems)
+    if not work.n_finished:
+        return FAILED if len(work.problems) < work.n_asked else REFUSED
+    for warning in work.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    checkpoints = f"{work.n_finished} checkpoint{'s' * (work.n_finished != 1)}"
+    print(f"cached {checkpoints} x {work.n_prompts} prompts in {work.store} ({_speed(work)})")
+    return FAILED if work.problems else DONE
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse patch",
+        "headlapse patch cache/demo-decimal.zarr --subsets lattice --layers 1",
+        "headlapse patch --subsets 0,2,4 random:100 --direction noise --name mine",
+    )
+)
+def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) -> int:
+    """Patch heads between clean and corrupt runs at every checkpoint of a store: exact, and no prompt is run again.
+
+    Ends in a verdict of at most 12 lines; --verbose prints every table.
+    """
+    from . import pipeline
+    from .results import patch_lines, patch_tables
+
+    work = pipeline.patch(options, folder)
+    if work.n_complete:
+        if options.verbose:
+            for table in patch_tables(work.store, work.name, options.correction):
+                print(table)
+        runs = f"{work.n_runs:,} patched runs, {work.n_runs / max(work.seconds, 1e-9):,.0f}/s" if work.n_missing else ""
+        print(f"{f'{runs} ({_speed(work)})' if runs else 'nothing to do'}; {work.name} is in {work.store}")
+        for line in patch_lines(work.store, work.name, options.correction):
+            print(line)
+    print_problems(work.problems)
+    return _status(work)
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse mechanism", "headlapse mechanism --parts attribution weights --checkpoints step1000..main --verbose"
+    )
+)
+def mechanism(options: Annotated[MechanismOptions, FLAT] = _MECHANISM, *, folder: Folder) -> int:
+    """What heads do and how their weights change, at every checkpoint of a store; no prompt is run again."""
+    from . import pipeline
+    from .results import mechanism_lines
+
+    work = pipeline.mechanism(options, folder)
+    if work.n_complete:
+        for line in mechanism_lines(work.store, options.verbose):
+            print(line)
+        checkpoints = f"{work.n_finished} checkpoint{'s' * (work.n_finished != 1)} ({_speed(work)})"
+        print(f"{checkpoints if work.n_missing else 'nothing to do'}; mechanism is in {work.store}")
+    print_problems(work.problems)
+    return _status(work)
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse report", "headlapse report cache/demo-decimal.zarr --name parity --out parity-report"
+    )
+)
+def report(options: Annotated[ReportOptions, FLAT] = _REPORT, *, folder: Folder) -> int:
+    """Write a patched run as a page with figures and tables: index.html, PNG, SVG and CSV."""
+    from . import pipeline
+
+    print(pipeline.report(options, folder))
+    return DONE
+
+
+@app.command(name="ls", help_epilogue=_examples("headlapse ls"))
+def list_stores(directory: Path | None = None, /, *, folder: Folder) -> int:
+    """List the stores in a folder.
+
+    Parameters
+    ----------
+    directory
+        e.g. cache (default: cache/)
+    """
+    from .engine.report.findings.stores import store_list
+    from .engine.store import inventory
+
+    place = directory or folder
+    if directory is not None and not place.is_dir():
+        raise UserError(f"{place}: there is no such folder; name the folder that holds stores")
+    stores = inventory.stores_in(place)
+    if not stores:
+        print(f"no store in {place}; headlapse cache makes one")
+    for line in store_list([inventory.summarize(store) for store in stores], datetime.now()):
+        print(line)
+    return DONE
+
+
+@app.command(help_epilogue=_examples("headlapse info cache/demo-decimal.zarr"))
+def info(store: Path | None = None, *, folder: Folder) -> int:
+    """What a store holds: model, task, checkpoints complete and missing, arrays, patched runs, versions.
+
+    Parameters
+    ----------
+    store
+        e.g. cache/demo-decimal.zarr (default: the newest under cache/)
+    """
+    from .engine.report.findings.stores import store_page
+    from .engine.store import inventory
+
+    path = store or inventory.find_store(folder)
+    for line in store_page(inventory.summarize(path), inventory.arrays_of(path)):
+        print(line)
+    return DONE
+
+
+@app.command(
+    name="rm",
+    help_epilogue=_examples(
+        "headlapse rm cache/demo-decimal.zarr parity", "headlapse rm cache/demo-decimal.zarr --yes"
+    ),
+)
+def remove(store: Path, run_name: str | None = None, /, *, yes: bool = False) -> int:
+    """Remove a store, or one patched run of it; asks first.
+
+    Parameters
+    ----------
+    store
+        e.g. cache/demo-decimal.zarr
+    run_name
+        the patched run to remove, e.g. parity (default: the whole store)
+    yes
+        do not ask
+    """
+    from .engine.store import inventory, zarr_group
+
+    summary = inventory.summarize(store)
+    target = store if run_name is None else store / "patches" / run_name
+    if run_name is not None and target not in inventory.patch_paths(store):
+        names = ", ".join(run.name for run in summary.runs) or "none"
+        raise UserError(f"{store} has no patched run {run_name}; it has {names}")
+    runs = f"{len(summary.runs)} patched run{'s' * (len(summary.runs) != 1)}"
+    size = f"{len(summary.complete)} checkpoints, {runs}, {format_bytes(summary.n_bytes)}"
+    what = f"{store} ({size})" if run_name is None else f"patched run {run_name} of {store}"
+    if not yes and not _confirmed(what):
+        print(f"kept {what}")
+        return FAILED
+    with zarr_group.locked(store):
+        zarr_group.remove(target)
+    print(f"removed {what}")
+    return DONE
+
+
+def _confirmed(what: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError(f"{what} is removed only with --yes where nobody can be asked")
+    return input(f"remove {what}? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _speed(work: "pipeline.Work") -> str:
+    peak = format_bytes(work.peak_memory)
+    return f"{work.seconds:.1f} s on {work.device}, {work.dtype}, peak memory {peak}"
+
+
+def _status(work: "pipeline.Work") -> int:
+    return DONE if not work.problems else FAILED if work.n_complete else REFUSED
+
+
+def _help(words: list[str]) -> str:
+    command = words[0] if words and words[0] in app else ""
+    return " ".join(filter(None, ["headlapse", command, "--help"]))
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+class _Lines(logging.Handler):
+    """Log lines as the other lines of stderr: `warning: ...`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+@contextmanager
+def _own_log() -> Iterator[None]:
+    """Show what headlapse itself logs from warnings up, and nothing of any other library."""
+    own, handler, last_resort = logging.getLogger("headlapse"), _Lines(logging.WARNING), logging.lastResort
+    own.addHandler(handler)
+    logging.lastResort = None
+    try:
+        yield
+    finally:
+        own.removeHandler(handler)
+        logging.lastResort = last_resort

@@ -1,0 +1,225 @@
+"""What the commands can be asked: every option once, for the command line and for Python alike.
+
+The docstring beneath a field is its help.  A command takes one of these dataclasses; `refuse_impossible` raises for
+whatever is wrong whatever the model and the store, before torch is imported.
+"""
+
+import re
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Group, Parameter
+
+from .engine.runtime.errors import UserError
+from .engine.runtime.format import parse_bytes
+from .engine.study.patch_settings import Direction, PatchRequest, Protocol
+from .engine.study.study import Arithmetic, Dtype, Measure, Study
+from .engine.study.tasks.registry import TASKS
+
+COMPUTING = Group("Computing", sort_key=2)
+
+MOST_LAYERS = MOST_HEADS = 1024
+"""No model has more: words that are wrong even then are wrong for every model."""
+
+Part = Literal["attribution", "attention", "weights", "patching"]
+
+_TASK_HELP = "\n\n".join(
+    [
+        "one of these, or a JSON Lines file such as prompts.jsonl with lines like "
+        '{"clean": "2+2=", "corrupt": "2+3=", "answer": "4", "wrong": "5"} (default: decimal)',
+        *(f"{name}: {task.asks}" for name, task in TASKS.items()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class StoreOption:
+    """Which store a command works on."""
+
+    store: Path | None = None
+    """e.g. cache/demo-decimal.zarr (default: the newest under cache/)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """Where a command computes."""
+
+    device: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """e.g. cpu or cuda:0 (default: cuda where there is one)"""
+
+    memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for what no model and no store can answer."""
+        if self.memory:
+            parse_bytes(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(ComputeOptions):
+    """Options of `headlapse cache`."""
+
+    model: str = "demo"
+    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory (default: demo)"""
+
+    checkpoints: tuple[str, ...] = ()
+    """labels, a range, or a set (study = the published eleven, log, all), e.g. step1000 main | step120000..step143000
+    | study (default: what suits the model)"""
+
+    task: Annotated[str, Parameter(help=_TASK_HELP)] = "decimal"
+
+    trials: int | None = None
+    """distinct prompt pairs, e.g. 30 (default: 15, or all lines of a file)"""
+
+    sites: tuple[str, ...] = ("all",)
+    """what to keep: all, only what patching some layers needs, or z alone, e.g. all | 6 | 4-8 | z (default: all)"""
+
+    store: Path | None = None
+    """where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)"""
+
+    dtype: Annotated[Dtype, Parameter(group=COMPUTING, metavar="DTYPE")] = "float32"
+    """arithmetic and what is stored, e.g. float16 (default: float32)"""
+
+    plan: bool = False
+    """say what would be fetched and stored, and stop"""
+
+    overwrite: bool = False
+    """replace an existing store whose settings differ"""
+
+    @property
+    def study(self) -> Study:
+        """The question.  Raises `UserError` where it is none."""
+        return Study(self.model, self.task, self.trials, self.sites, self.dtype)
+
+    def refuse_impossible(self) -> None:
+        from .engine.study.prompts import check_task
+
+        super().refuse_impossible()
+        check_task(self.study.task)
+
+
+@dataclass(frozen=True)
+class PatchOptions(ComputeOptions, StoreOption):
+    """Options of `headlapse patch`."""
+
+    _: KW_ONLY
+
+    subsets: tuple[str, ...] = ()
+    """which heads: even odd none all, each (single heads), but (all but one), balanced (every equal split), lattice
+    (all subsets), size:K (all of K heads), random:N, splits:N (even, odd and N random equal splits, each with its
+    complement), orders:N (beginnings of N random orders and their reverses, for Shapley values), or heads themselves,
+    e.g. even odd 0,2,4 size:6 random:100 (default: even odd all each)"""
+
+    layers: tuple[str, ...] = ()
+    """which layers, one at a time, e.g. all | 6 | 4-8 11 (default: all)"""
+
+    joint: bool = False
+    """patch those layers all at once, e.g. --layers 4-8 --joint"""
+
+    positions: Annotated[str, Parameter(allow_leading_hyphen=True)] = "last"
+    """last, end:K (the last K) or all (prompts of equal length), e.g. end:3 (default: last)"""
+
+    direction: Direction = "denoise"
+    """denoise (clean into corrupt) or noise (corrupt into clean), e.g. noise (default: denoise)"""
+
+    checkpoints: tuple[str, ...] = ("all",)
+    """which of the store's checkpoints, e.g. step1000 step4000..main (default: all)"""
+
+    measures: tuple[Measure, ...] = ()
+    """beside the logit difference: probability, rank, kl (from the clean run) or sequence (whole answers),
+    e.g. probability kl"""
+
+    protocol: Protocol = "corrected"
+    """corrected (z of true heads at aligned positions) or published (the study bug for bug: layer 6, slices of the
+    attention's output, 20 greedy tokens), e.g. published (default: corrected)"""
+
+    correction: Literal["bh", "holm"] = "bh"
+    """multiple-comparison correction over layers and checkpoints, e.g. holm (default: bh)"""
+
+    generate: int = 0
+    """greedy tokens of every patched run as well, e.g. 20 (default: none)"""
+
+    name: str | None = None
+    """what to call the run in the store, e.g. parity (default: from the settings)"""
+
+    dtype: Annotated[Arithmetic | None, Parameter(group=COMPUTING, metavar="DTYPE")] = None
+    """arithmetic of the replay, e.g. float32, or tf32 on CUDA devices (default: the store's)"""
+
+    verbose: bool = False
+    """print every table, not the verdict alone"""
+
+    overwrite: bool = False
+    """replace an existing run of that name"""
+
+    @property
+    def request(self) -> PatchRequest:
+        """What is asked of every checkpoint, with the protocol's own subsets and layers where none are named."""
+        # The study's are spelled out where its procedure is: published_protocol.SUBSETS and LAYERS.
+        subsets, layers = {
+            "corrected": (PatchRequest.subsets, PatchRequest.layers),
+            "published": (("none", "even", "odd"), ("6",)),
+        }[self.protocol]
+        how = (self.joint, self.positions, self.direction, self.dtype, self.measures, self.generate)
+        return PatchRequest(self.subsets or subsets, self.layers or layers, *how)
+
+    def refuse_impossible(self) -> None:
+        from .engine.study.alignment import patched_positions
+        from .engine.study.subsets import count_subsets, parse_layers
+
+        super().refuse_impossible()
+        if self.name is not None:
+            refuse_bad_name(self.name)
+        if self.generate < 0:
+            raise UserError(f"--generate {self.generate}: a number of tokens is at least 0")
+        for word in self.request.subsets:
+            count_subsets(word, MOST_HEADS)
+        parse_layers(self.request.layers, range(MOST_LAYERS))
+        patched_positions(self.positions)
+
+
+@dataclass(frozen=True)
+class MechanismOptions(ComputeOptions, StoreOption):
+    """Options of `headlapse mechanism`."""
+
+    _: KW_ONLY
+
+    checkpoints: tuple[str, ...] = ("all",)
+    """which of the store's checkpoints, e.g. step1000 step4000..main (default: all)"""
+
+    parts: tuple[Part, ...] = ("attribution", "attention", "weights", "patching")
+    """attribution (what each head adds to the logit difference directly), attention (to the first token, the previous,
+    itself, the digits), weights (QK and OV: norms, change, cosines), patching (gradient estimate beside the exact
+    effect), e.g. attribution weights (default: all)"""
+
+    direction: Direction = "denoise"
+    """of patching, e.g. noise, as of `headlapse patch` (default: denoise)"""
+
+    dtype: Annotated[Arithmetic | None, Parameter(group=COMPUTING, metavar="DTYPE")] = None
+    """arithmetic, e.g. float32 (default: the store's)"""
+
+    verbose: bool = False
+    """print every checkpoint, not the last alone"""
+
+    overwrite: bool = False
+    """replace what was measured before"""
+
+
+@dataclass(frozen=True)
+class ReportOptions(StoreOption):
+    """Options of `headlapse report`."""
+
+    _: KW_ONLY
+
+    out: Path | None = None
+    """folder to write, e.g. cache/demo-decimal-report (default: <store>-report beside the store)"""
+
+    name: str | None = None
+    """which patched run, e.g. parity (default: the newest; the page lists them all)"""
+
+
+def refuse_bad_name(name: str) -> None:
+    """Raise `UserError` for what cannot be the name of a patched run, which is a folder's."""
+    if not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", name):
+        raise UserError(f"--name {name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
