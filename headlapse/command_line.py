@@ -12,7 +12,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from .engine.runtime.errors import UserError
 from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
-from .engine.runtime.format import format_bytes
+from .engine.runtime.format import format_bytes, format_count
 from .help_text import HelpText
 from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
 
@@ -82,8 +82,9 @@ def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) ->
         return FAILED if len(work.problems) < work.n_asked else REFUSED
     for warning in work.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    checkpoints = f"{work.n_finished} checkpoint{'s' * (work.n_finished != 1)}"
-    print(f"cached {checkpoints} x {work.n_prompts} prompts in {work.store} ({_speed(work)})")
+    captured = f"{format_count(work.n_finished, 'checkpoint')} x {work.n_prompts} prompts in {work.store}"
+    speed = f"{work.seconds:.1f} s on {work.device}, {work.dtype}, peak memory {format_bytes(work.peak_memory)}"
+    print(f"cached {captured} ({speed})")
     return FAILED if work.problems else DONE
 
 
@@ -107,8 +108,8 @@ def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) ->
         if options.verbose:
             for table in patch_tables(work.store, work.name, options.correction):
                 print(table)
-        runs = f"{work.n_runs:,} patched runs, {work.n_runs / max(work.seconds, 1e-9):,.0f}/s" if work.n_missing else ""
-        print(f"{f'{runs} ({_speed(work)})' if runs else 'nothing to do'}; {work.name} is in {work.store}")
+        speed = f"{work.n_runs / max(work.seconds, 1e-9):,.0f}/s, "
+        print(f"{_amount(work, f'{work.n_runs:,} patched runs', speed)}; {work.name} is in {work.store}")
         for line in patch_lines(work.store, work.name, options.correction):
             print(line)
     print_problems(work.problems)
@@ -129,8 +130,7 @@ def mechanism(options: Annotated[MechanismOptions, FLAT] = _MECHANISM, *, folder
     if work.n_complete:
         for line in mechanism_lines(work.store, options.verbose):
             print(line)
-        checkpoints = f"{work.n_finished} checkpoint{'s' * (work.n_finished != 1)} ({_speed(work)})"
-        print(f"{checkpoints if work.n_missing else 'nothing to do'}; mechanism is in {work.store}")
+        print(f"{_amount(work, format_count(work.n_finished, 'checkpoint'))}; mechanism is in {work.store}")
     print_problems(work.problems)
     return _status(work)
 
@@ -214,8 +214,8 @@ def remove(store: Path, run_name: str | None = None, /, *, yes: bool = False) ->
     if run_name is not None and target not in inventory.patch_paths(store):
         names = ", ".join(run.name for run in summary.runs) or "none"
         raise UserError(f"{store} has no patched run {run_name}; it has {names}")
-    runs = f"{len(summary.runs)} patched run{'s' * (len(summary.runs) != 1)}"
-    size = f"{len(summary.complete)} checkpoints, {runs}, {format_bytes(summary.n_bytes)}"
+    counts = format_count(len(summary.complete), "checkpoint"), format_count(len(summary.runs), "patched run")
+    size = f"{', '.join(counts)}, {format_bytes(summary.n_bytes)}"
     what = f"{store} ({size})" if run_name is None else f"patched run {run_name} of {store}"
     if not yes and not _confirmed(what):
         print(f"kept {what}")
@@ -232,9 +232,12 @@ def _confirmed(what: str) -> bool:
     return input(f"remove {what}? [y/N] ").strip().lower() in ("y", "yes")
 
 
-def _speed(work: "pipeline.Work") -> str:
+def _amount(work: "pipeline.Work", amount: str, speed: str = "") -> str:
+    """How much was done in how long, and on what."""
+    if not work.n_missing:
+        return "nothing to do"
     peak = format_bytes(work.peak_memory)
-    return f"{work.seconds:.1f} s on {work.device}, {work.dtype}, peak memory {peak}"
+    return f"{amount} in {work.seconds:.1f} s ({speed}{work.device}, {work.dtype}), peak memory {peak}"
 
 
 def _status(work: "pipeline.Work") -> int:

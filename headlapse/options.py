@@ -13,6 +13,7 @@ from cyclopts import Group, Parameter
 
 from .engine.runtime.errors import UserError
 from .engine.runtime.format import parse_bytes
+from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
 from .engine.study.study import Arithmetic, Dtype, Measure, Study
 from .engine.study.tasks.registry import TASKS
@@ -21,8 +22,6 @@ COMPUTING = Group("Computing", sort_key=2)
 
 MOST_LAYERS = MOST_HEADS = 1024
 """No model has more: words that are wrong even then are wrong for every model."""
-
-Part = Literal["attribution", "attention", "weights", "patching"]
 
 _TASK_HELP = "\n\n".join(
     [
@@ -153,16 +152,10 @@ class PatchOptions(ComputeOptions, StoreOption):
     overwrite: bool = False
     """replace an existing run of that name"""
 
-    @property
-    def request(self) -> PatchRequest:
-        """What is asked of every checkpoint, with the protocol's own subsets and layers where none are named."""
-        # The study's are spelled out where its procedure is: published_protocol.SUBSETS and LAYERS.
-        subsets, layers = {
-            "corrected": (PatchRequest.subsets, PatchRequest.layers),
-            "published": (("none", "even", "odd"), ("6",)),
-        }[self.protocol]
+    def request(self, default: PatchRequest) -> PatchRequest:
+        """What is asked of every checkpoint, with the subsets and layers of `default` where none are named."""
         how = (self.joint, self.positions, self.direction, self.dtype, self.measures, self.generate)
-        return PatchRequest(self.subsets or subsets, self.layers or layers, *how)
+        return PatchRequest(self.subsets or default.subsets, self.layers or default.layers, *how)
 
     def refuse_impossible(self) -> None:
         from .engine.study.alignment import patched_positions
@@ -173,9 +166,10 @@ class PatchOptions(ComputeOptions, StoreOption):
             refuse_bad_name(self.name)
         if self.generate < 0:
             raise UserError(f"--generate {self.generate}: a number of tokens is at least 0")
-        for word in self.request.subsets:
+        for word in self.subsets:
             count_subsets(word, MOST_HEADS)
-        parse_layers(self.request.layers, range(MOST_LAYERS))
+        if self.layers:
+            parse_layers(self.layers, range(MOST_LAYERS))
         patched_positions(self.positions)
 
 
@@ -188,7 +182,7 @@ class MechanismOptions(ComputeOptions, StoreOption):
     checkpoints: tuple[str, ...] = ("all",)
     """which of the store's checkpoints, e.g. step1000 step4000..main (default: all)"""
 
-    parts: tuple[Part, ...] = ("attribution", "attention", "weights", "patching")
+    parts: tuple[Part, ...] = PARTS
     """attribution (what each head adds to the logit difference directly), attention (to the first token, the previous,
     itself, the digits), weights (QK and OV: norms, change, cosines), patching (gradient estimate beside the exact
     effect), e.g. attribution weights (default: all)"""

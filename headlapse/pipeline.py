@@ -129,16 +129,16 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     asked = select_checkpoints(path, options.checkpoints)
-    from .engine.replay import published_protocol
-    from .engine.replay import run as corrected_protocol
+    from .engine.replay.protocols import protocol_named
     from .engine.runtime.resources import Machine, peak_memory
     from .engine.store.store import Store
 
-    protocol = {"corrected": corrected_protocol, "published": published_protocol}[options.protocol]
+    protocol = protocol_named(options.protocol)
+    request = options.request(protocol.default)
     with quiet_libraries():
         store = Store(path)
-        plan = protocol.make_plan(options.request, store)
-        name = options.name or protocol.name_of(options.request)
+        plan = protocol.make_plan(request, store)
+        name = options.name or protocol.name_of(request)
         machine = Machine.from_options(options.device, options.memory, plan.dtype)
         with zarr_group.locked(path):
             if options.overwrite:

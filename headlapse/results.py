@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from .engine.mechanism.store import MechanismRun
+from .engine.runtime.quiet import quiet_libraries
+from .engine.statistics.multiple_testing import Correction
 from .engine.store.zarr_group import CheckpointArrays
-from .pipeline import open_run
-
-Correction = Literal["bh", "holm"]
+from .engine.study.mechanism_settings import MechanismSettings
+from .pipeline import open_run, report_folder
 
 
 def patch_tables(store: Path, name: str, correction: Correction = "bh") -> Iterator[str]:
@@ -17,21 +17,33 @@ def patch_tables(store: Path, name: str, correction: Correction = "bh") -> Itera
     from .engine.report.findings.self_check import self_check_text
 
     run, settings = open_run(store, name)
-    yield from tell(run, settings, CheckpointArrays(store).attrs["study"], correction)
+    with quiet_libraries():
+        yield from tell(run, settings, study_of(store), correction)
     if "self_check" in run:
         yield self_check_text(run)
 
 
 def patch_lines(store: Path, name: str, correction: Correction = "bh") -> list[str]:
-    """The verdict on a patched run: at most twelve lines."""
-    return []
+    """The verdict on a patched run: at most twelve lines, with the page where there is one."""
+    from .engine.report.findings.verdict import verdict
+
+    run, settings = open_run(store, name)
+    page = report_folder(store) / "index.html"
+    with quiet_libraries():
+        return verdict(run.load(), settings, study_of(store), str(page) if page.is_file() else None, correction)
 
 
 def mechanism_lines(store: Path, verbose: bool = False) -> list[str]:
-    """What was measured of the mechanism: at the last finished checkpoint, or at every one."""
-    from .engine.report.findings.mechanism import mechanism_text
-    from .engine.report.findings.mechanism_summary import last_checkpoint
+    """What was measured of the mechanism: every checkpoint where `verbose`, then the final one in a few lines."""
+    from .engine.report.findings.mechanism import mechanism_summary, mechanism_text
 
-    run = MechanismRun(store / "mechanism")
-    finding = mechanism_text(run.dataset(), run.settings)
-    return [str(finding)] if verbose else last_checkpoint(finding)
+    group = CheckpointArrays(store / "mechanism")
+    settings, run = MechanismSettings.from_attributes(group.attrs["mechanism"]), group.dataset()
+    with quiet_libraries():
+        tables = [str(mechanism_text(run, settings))] if verbose else []
+        return tables + mechanism_summary(run, settings, study_of(store))
+
+
+def study_of(store: Path) -> dict[str, Any]:
+    """What a store was made to answer."""
+    return dict(CheckpointArrays(store).attrs["study"])

@@ -268,7 +268,7 @@ def test_other_numbers_of_tokens_have_other_names() -> None:
 
 def test_the_command_shows_texts_beside_the_logit_differences(cache: Path) -> None:
     words = ("patch", cache / "s.zarr", "--generate", "4", "--layers", "1", "--subsets", "even", "odd", "none")
-    done = script(*words, cache=cache)
+    done = script(*words, "--verbose", cache=cache)
     assert done.returncode == 0, done.stderr
     assert "texts of 4 greedy tokens that begin with the right answer, over 3 distinct prompts" in done.stdout
     header = next(line for line in done.stdout.splitlines() if "agree" in line)

@@ -1,6 +1,5 @@
 """Laws of what the lattice tells: planted games are read off a patched run as they were planted."""
 
-
 import numpy as np
 import pytest
 import xarray as xr

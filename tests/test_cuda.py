@@ -38,7 +38,7 @@ def test_whole_commands_run_on_the_device_and_say_so(tmp_path: Path, dtype: str)
     path = tmp_path / "s.zarr"
     cached = run("cache", "--model", tmp_path / "series", "--store", path, "--device", "cuda", cache=tmp_path)
     assert cached.returncode == 0 and "on cuda" in cached.stdout
-    patched = run("patch", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
+    patched = run("patch", path, "--device", "cuda", "--dtype", dtype, "--verbose", cache=tmp_path)
     assert patched.returncode == 0 and "self-check" in patched.stdout
     [name] = Store(path).patch_names()
     attributes = Store(path).patch(name).group.attrs

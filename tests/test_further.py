@@ -334,7 +334,7 @@ ASKED = ("--subsets", "even", "odd", "all", "--name", "r", "--measures")
 
 
 def test_the_command_keeps_shows_and_checks_every_measure(cached: Path) -> None:
-    done = run("patch", *ASKED, *MEASURES, cache=cached.parent)
+    done = run("patch", "--verbose", *ASKED, *MEASURES, cache=cached.parent)
     assert done.returncode == 0, done.stderr
     kept = xr.open_zarr(cached, group="patches/r", consolidated=False)
     for name in MEASURES:

@@ -259,7 +259,7 @@ def test_the_commands_print_the_finding(
     digits = task(tmp_path / "digits.jsonl")
     cached = run("cache", "--model", series / "model", "--checkpoints", "step800", "--task", digits, cache=tmp_path)
     assert cached.returncode == 0, cached.stderr
-    done = run("patch", *words, "--correction", "holm", cache=tmp_path)
+    done = run("patch", *words, "--correction", "holm", "--verbose", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     _, _, table = done.stdout.partition("p adjusted")
     row = next(line for line in table.splitlines() if line.startswith("step800 ")).split()

@@ -646,7 +646,7 @@ def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path,
     only_compared = run("mechanism", "--checkpoints", "step20", cache=tmp_path)
     assert only_compared.returncode == 1 and told(only_compared) == [line], "a comparison that fails is never silent"
     shutil.copy(files / "step10" / "model.safetensors", own / "step10")
-    restored = run("mechanism", cache=tmp_path)
+    restored = run("mechanism", "--verbose", cache=tmp_path)
     assert restored.returncode == 0, restored.stderr
     assert "2 checkpoints in" in restored.stdout
     assert [row.split()[0] for row in restored.stdout.splitlines()[1:4]] == LABELS

@@ -90,7 +90,7 @@ def test_the_score_is_the_studys() -> None:
 def test_identical_trials_are_one(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert script("cache", "--model", model, "--task", "published", cache=cache).returncode == 0
-    done = script("patch", "--protocol", "published", "--layers", "1", cache=cache)
+    done = script("patch", "--protocol", "published", "--layers", "1", "--verbose", cache=cache)
     assert done.returncode == 0, done.stderr
     assert "over 1 distinct prompt\n" in done.stdout and "6 patched runs in" in done.stdout
     [path] = cache.glob("*.zarr")

@@ -1,11 +1,10 @@
 """Laws of the report: the page says what the store holds, needs nothing but itself, and appears whole or not at all."""
 
-import importlib.util
+import runpy
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from headlapse.engine.report.page import _example, write_report
 from headlapse.engine.report.plot_style import INK
 from headlapse.engine.report.result import ranges, read_result, signed
 from headlapse.engine.runtime.errors import UserError
-from headlapse.engine.runtime.exit_status import exit_status_of
 from headlapse.engine.store.activations import Capture
 from headlapse.engine.store.store import PatchedRun, Store, create_store
 from headlapse.engine.store.zarr_group import CheckpointRow
@@ -439,42 +437,34 @@ def test_a_run_that_is_not_there_and_a_file_in_the_way_are_refused(store: Store,
 
 
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
     monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path))
-    spec = importlib.util.spec_from_file_location("script_report", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    run: Callable[[list[str]], int] = runpy.run_path(str(SCRIPT))["main"]
+    return lambda words: run(["report", *words])
 
 
 def test_the_script_takes_the_newest_store_and_prints_the_page(
-    script: ModuleType, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    script: Callable[[list[str]], int], store: Store, tmp_path: Path, capsys: Any
 ) -> None:
     some_run(store)
-    monkeypatch.setattr("sys.argv", ["report.py"])
-    assert exit_status_of(script.main) == 0
+    assert script([]) == 0
     page = tmp_path / "tiny-report" / "index.html"
     assert capsys.readouterr().out == f"{page}\n" and page.is_file()
 
 
 def test_the_script_writes_where_it_is_told(
-    script: ModuleType, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    script: Callable[[list[str]], int], store: Store, tmp_path: Path, capsys: Any
 ) -> None:
     some_run(store, name="mine")
     some_run(store, name="newer")
     words = [str(store.path), "--out", str(tmp_path / "deep" / "out"), "--name", "mine"]
-    monkeypatch.setattr("sys.argv", ["report.py", *words])
-    assert exit_status_of(script.main) == 0
+    assert script(words) == 0
     assert "mine (this page)" in text_of(Path(capsys.readouterr().out.strip()))
 
 
-def test_the_script_refuses_in_one_line(
-    script: ModuleType, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_the_script_refuses_in_one_line(script: Callable[[list[str]], int], store: Store, capsys: Any) -> None:
     for words in ([], [str(store.path / "nowhere")]):
-        monkeypatch.setattr("sys.argv", ["report.py", *words])
-        assert exit_status_of(script.main) == 2
+        assert script(words) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
 

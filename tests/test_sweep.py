@@ -368,7 +368,7 @@ def test_a_drift_within_the_tolerance_is_kept_as_the_self_check(store: Store, sh
 def test_the_printed_largest_difference_is_the_stored_one(model: Path, tmp_path: Path, shifted: list[float]) -> None:
     assert run("cache", "--model", model, "--trials", 3, cache=tmp_path).returncode == 0
     shifted += [0.0, 5e-5, 0.0]
-    done = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
+    done = run("patch", "--subsets", "all", "--name", "r", "--verbose", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     [path] = tmp_path.glob("*.zarr")
     checks = xr.open_zarr(path, group="patches/r", consolidated=False).self_check.values
@@ -384,7 +384,7 @@ def test_after_a_drift_the_same_command_does_what_is_missing(model: Path, tmp_pa
     [line] = told(failed)
     assert line.startswith("error: step10: replay differs")
     shifted += [0.0, 0.0, 9.0]
-    done = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
+    done = run("patch", "--subsets", "all", "--name", "r", "--verbose", cache=tmp_path)
     assert done.returncode == 0, done.stderr
     assert shifted == [9.0], "step0 was not replayed again"
     assert [row.split()[0] for row in done.stdout.splitlines()[2:5]] == LABELS

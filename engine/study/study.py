@@ -9,8 +9,8 @@ from ..runtime.errors import UserError
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 
-Arithmetic = Dtype | Literal["tf32"]
-ARITHMETICS: tuple[Arithmetic, ...] = (*DTYPES, "tf32")
+Arithmetic = Literal["float32", "float16", "bfloat16", "tf32"]
+ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
 """What can be computed in; `tf32` is float32 whose matrix products round to ten bits, on CUDA devices."""
 
 ROUNDING: dict[Arithmetic, float] = {"float32": 2**-23, "tf32": 2**-10, "float16": 2**-10, "bfloat16": 2**-7}

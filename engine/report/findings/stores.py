@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from ...runtime.format import format_bytes
+from ...runtime.format import format_bytes, format_count
 from ...store.inventory import ArraySummary, RunSummary, StoreSummary
 
 MOST_LABELS = 6
@@ -24,7 +24,7 @@ def store_page(store: StoreSummary, arrays: Sequence[ArraySummary]) -> list[str]
     study = store.study
     subjects: list[tuple[str, list[str]]] = [
         ("model", [str(study["model"])]),
-        ("task", [f"{study['task']}, {_count(store.n_trials, 'prompt pair')}"]),
+        ("task", [f"{study['task']}, {format_count(store.n_trials, 'prompt pair')}"]),
         ("kept", [f"sites {' '.join(study['sites'])} in {study['dtype']}, {format_bytes(store.n_bytes)} on disk"]),
         ("complete", [f"{_of(store)} checkpoints: {_labels(store.complete)}"]),
         ("missing", list(_missing(store))),
@@ -42,13 +42,15 @@ def store_page(store: StoreSummary, arrays: Sequence[ArraySummary]) -> list[str]
 
 def _cells(store: StoreSummary, now: datetime) -> tuple[str, ...]:
     written = datetime.fromtimestamp(store.last_write_ns / 1e9)
-    problems = f"{_count(len(store.missing), 'checkpoint')} missing: headlapse info {store.path}" * bool(store.missing)
+    problems = f"{format_count(len(store.missing), 'checkpoint')} missing: headlapse info {store.path}" * bool(
+        store.missing
+    )
     return (
         str(store.path),
         Path(store.study["model"]).name,
         str(store.study["task"]),
         f"{_of(store)} checkpoints",
-        _count(len(store.runs), "run"),
+        format_count(len(store.runs), "run"),
         format_bytes(store.n_bytes),
         _when(written, now),
         problems,
@@ -108,7 +110,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def _with_first(texts: Sequence[str]) -> Iterator[tuple[bool, str]]:
     for index, text in enumerate(texts):
         yield index == 0, text
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}{'s' * (n != 1)}"
