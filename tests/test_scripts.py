@@ -112,7 +112,7 @@ def test_patching_prints_the_timeline_and_the_largest_difference(cached: Path) -
     assert header.split() == ["step", "clean", "corrupt", "even", "odd", "all", "strength", "best", "layer"]
     assert [row.split()[0] for row in rows[:3]] == ["step0", "step10", "step20"]
     assert "nothing to do" in again.stdout and "largest difference" in again.stdout
-    assert "70 halvings of 8 heads exist; --subsets balanced runs them all" in again.stdout
+    assert "70 equal splits of 8 heads exist; --subsets balanced runs them all" in again.stdout
     run_of = xr.open_zarr(the_store(cached), group="patches/parity", consolidated=False)
     assert list(run_of.subset.values) == ["even", "odd", "all", *map(str, range(8))]
     assert run_of.sizes["layer"] == N_LAYERS
@@ -124,7 +124,7 @@ def test_even_against_odd_is_held_against_every_halving_where_all_were_run(copie
     assert done.returncode == 0
     _, table = done.stdout.split("even - odd   95 % interval")
     assert [row.split()[0] for row in table.splitlines()[2:5]] == ["step0", "step10", "step20"]
-    assert f"all 70 halvings of 8 heads (two-sided, at least 0.029), adjusted over {3 * N_LAYERS} layers" in table
+    assert f"all 70 equal splits of 8 heads (two-sided, at least 0.029), adjusted over {3 * N_LAYERS} layers" in table
 
 
 def test_none_is_the_corrupt_run_and_noise_mirrors_denoise(copied: Path) -> None:
