@@ -5,9 +5,10 @@ whatever is wrong whatever the model and the store, before torch is imported.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from cyclopts import Group, Parameter
 
@@ -15,8 +16,11 @@ from .engine.runtime.errors import UserError
 from .engine.runtime.format import parse_bytes
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
-from .engine.study.study import Arithmetic, Dtype, Measure, Study
+from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
 from .engine.study.tasks.registry import TASKS
+
+Correction = Literal["bh", "holm"]
+"""As in `statistics.multiple_testing`, which imports numpy and more."""
 
 COMPUTING = Group("Computing", sort_key=2)
 
@@ -96,6 +100,7 @@ class CacheOptions(ComputeOptions):
         from .engine.study.prompts import check_task
 
         super().refuse_impossible()
+        refuse_unknown("--dtype", [self.dtype], DTYPES)
         check_task(self.study.task)
 
 
@@ -134,7 +139,7 @@ class PatchOptions(ComputeOptions, StoreOption):
     """corrected (z of true heads at aligned positions) or published (the study bug for bug: layer 6, slices of the
     attention's output, 20 greedy tokens), e.g. published (default: corrected)"""
 
-    correction: Literal["bh", "holm"] = "bh"
+    correction: Correction = "bh"
     """multiple-comparison correction over layers and checkpoints, e.g. holm (default: bh)"""
 
     generate: int = 0
@@ -162,6 +167,11 @@ class PatchOptions(ComputeOptions, StoreOption):
         from .engine.study.subsets import count_subsets, parse_layers
 
         super().refuse_impossible()
+        refuse_unknown("--measures", self.measures, MEASURES)
+        refuse_unknown("--protocol", [self.protocol], get_args(Protocol))
+        refuse_unknown("--correction", [self.correction], get_args(Correction))
+        refuse_unknown("--direction", [self.direction], get_args(Direction))
+        refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
         if self.name is not None:
             refuse_bad_name(self.name)
         if self.generate < 0:
@@ -199,6 +209,12 @@ class MechanismOptions(ComputeOptions, StoreOption):
     overwrite: bool = False
     """replace what was measured before"""
 
+    def refuse_impossible(self) -> None:
+        super().refuse_impossible()
+        refuse_unknown("--parts", self.parts, PARTS)
+        refuse_unknown("--direction", [self.direction], get_args(Direction))
+        refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
+
 
 @dataclass(frozen=True)
 class ReportOptions(StoreOption):
@@ -211,6 +227,13 @@ class ReportOptions(StoreOption):
 
     name: str | None = None
     """which patched run, e.g. parity (default: the newest; the page lists them all)"""
+
+
+def refuse_unknown(option: str, words: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `UserError` for a word that is none of those an option takes; the command line has checked already."""
+    for word in words:
+        if word not in known:
+            raise UserError(f"{option} {word}: not known; write some of {', '.join(known)}")
 
 
 def refuse_bad_name(name: str) -> None:

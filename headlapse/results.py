@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from .engine.runtime.errors import UserError
 from .engine.runtime.quiet import quiet_libraries
 from .engine.statistics.multiple_testing import Correction
 from .engine.store.zarr_group import CheckpointArrays
@@ -31,6 +34,16 @@ def patch_lines(store: Path, name: str, correction: Correction = "bh") -> list[s
     page = report_folder(store) / "index.html"
     with quiet_libraries():
         return verdict(run.load(), settings, study_of(store), str(page) if page.is_file() else None, correction)
+
+
+def heads(store: Path, name: str, correction: Correction = "bh") -> pd.DataFrame:
+    """What each head does when it is patched alone: one row for each checkpoint, layer and head."""
+    from .engine.statistics.head_effects import head_effects
+
+    run, settings = open_run(store, name)
+    if settings.protocol == "published":
+        raise UserError(f"{name} was made by the published protocol, which has no effects of heads; see its verdict")
+    return head_effects(run.load(), settings, correction)
 
 
 def mechanism_lines(store: Path, verbose: bool = False) -> list[str]:
