@@ -1,17 +1,17 @@
 """The tools used today for the same work, each as its documentation recommends: what scripts/bench.py times.
 
-Everybody does the same: z of the listed heads at the clean prompt's last token is written over the corrupt prompt's,
+Every tool does the same: z of the listed heads at the clean prompt's last token is written over the corrupt prompt's,
 at one layer, and the logit difference is read at the corrupt prompt's last token; all trials go through in one
-right-padded batch.  Nobody keeps gradients or a key/value cache, the clean prompts are run once, and the unembedding is
+right-padded batch.  None keeps gradients or a key/value cache, the clean prompts are run once, and the unembedding is
 applied at last tokens only (`logits_to_keep`, which all of them hand through to transformers).
 
-Optional packages: `transformer-lens>=4.3,<5` and `nnsight>=0.8,<0.9`, imported only by whoever asks for them.
+Optional packages: `transformer-lens>=4.3,<5` and `nnsight>=0.8,<0.9`, imported only where they are used.
 """
 
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..checkpoints.architecture import Architecture, inspect_architecture
+from ..checkpoints.hooks import collect_inputs, collect_outputs, hook_inputs, hook_outputs
 from ..study.prompts import Trials
 from ..study.study import RUNS
 
@@ -29,7 +30,7 @@ Condition = tuple[int, Bool[np.ndarray, " head"]]
 """A layer and the heads that are patched in it."""
 
 SEVERAL = 12
-"""Conditions per forward where a tool is asked to take several."""
+"""Conditions per forward of the tools that run several at once."""
 
 
 class Peer(Protocol):
@@ -53,23 +54,23 @@ class _Prompts:
     """The attention mask."""
     last: Int[Tensor, " row"]
     """Each prompt's last position."""
-    kept: Int[Tensor, " kept"]
-    """The distinct last positions, where logits are made."""
+    distinct: Int[Tensor, " distinct"]
+    """The distinct last positions, where logits are computed."""
     read: Int[Tensor, " row"]
-    """Each prompt's place among the kept."""
+    """Each prompt's index among the distinct positions."""
 
     @classmethod
     def of(cls, tokens: Int[np.ndarray, "row position"], length: Int[np.ndarray, " row"], device: Any) -> "_Prompts":
         tokens = tokens[:, : length.max()]
         real = np.arange(tokens.shape[1]) < length[:, None]
-        kept, read = np.unique(length - 1, return_inverse=True)
-        arrays = (tokens, real.astype(np.int64), length - 1, kept, read)
+        distinct, read = np.unique(length - 1, return_inverse=True)
+        arrays = (tokens, real.astype(np.int64), length - 1, distinct, read)
         return cls(*(torch.from_numpy(array).to(device) for array in arrays))
 
     def repeated(self, times: int) -> "_Prompts":
         """All prompts once, then all prompts again."""
         tokens, real = (x.repeat(times, 1) for x in (self.tokens, self.real))
-        return _Prompts(tokens, real, self.last.repeat(times), self.kept, self.read.repeat(times))
+        return _Prompts(tokens, real, self.last.repeat(times), self.distinct, self.read.repeat(times))
 
 
 class _Tool(ABC):
@@ -87,7 +88,7 @@ class _Tool(ABC):
 
     @abstractmethod
     def logits(self, corrupt: _Prompts, conditions: Sequence[Condition], source: list[Tensor]) -> Tensor:
-        """Logits of one forward of so many patched runs: (condition * trial, kept, vocab)."""
+        """Logits of one forward of so many patched runs: (condition * trial, distinct, vocab)."""
 
     @torch.inference_mode()
     def capture(self, trials: Trials) -> list[Float[Tensor, "run trial position head head_dim"]]:
@@ -102,17 +103,17 @@ class _Tool(ABC):
         trial = torch.arange(trials.n_trials, device=self.device)
         source = [_by_head(z, self.architecture.n_heads)[trial, clean.last] for z in self.read(clean)]
         right, wrong = torch.from_numpy(trials.answer_tokens).to(self.device).T
-        found = []
+        logit_diffs = []
         for first in range(0, len(conditions), self.together):
             some = conditions[first : first + self.together]
             logits = self.logits(corrupt, some, source).unflatten(0, (len(some), -1))
-            found.append(logits[:, trial, corrupt.read, right] - logits[:, trial, corrupt.read, wrong])
-        return torch.cat(found).float().cpu().numpy()
+            logit_diffs.append(logits[:, trial, corrupt.read, right] - logits[:, trial, corrupt.read, wrong])
+        return torch.cat(logit_diffs).float().cpu().numpy()
 
     def _place(self, layer: int, z: Tensor, last: Tensor, conditions: Sequence[Condition], source: Tensor) -> None:
-        """Write source z (trial, head, head_dim) where a condition asks for it at this layer, in place.
+        """Write source z (trial, head, head_dim) where a condition patches this layer, in place.
 
-        Every architecture makes z anew for W_O, so nobody else sees the change.
+        Every architecture makes a new tensor of z for W_O alone, so nothing else sees the change.
         """
         runs = _by_head(z, self.architecture.n_heads).unflatten(0, (len(conditions), -1))
         trial = torch.arange(len(source), device=z.device)
@@ -127,34 +128,24 @@ class Hooks(_Tool):
 
     def __init__(self, model: PreTrainedModel, together: int = 1) -> None:
         super().__init__("transformers hooks", model, together)
-        self.model = _twin(model)
+        self.model = _with_shared_weights(model)
         self.projections = [self.model.get_submodule(path) for path in self.architecture.out_proj]
 
     def read(self, prompts: _Prompts) -> list[Tensor]:
-        found: list[Tensor] = []
-
-        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            found.append(args[0])
-
-        with ExitStack() as stack:
-            for projection in self.projections:
-                stack.callback(projection.register_forward_pre_hook(keep).remove)
+        with collect_inputs(dict(enumerate(self.projections))) as z:
             self.model(prompts.tokens, attention_mask=prompts.real, use_cache=False, logits_to_keep=1)
-        return found
+        return [z[layer] for layer in range(len(self.projections))]
 
     def logits(self, corrupt: _Prompts, conditions: Sequence[Condition], source: list[Tensor]) -> Tensor:
-        def write(layer: int):
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-                self._place(layer, args[0], corrupt.last, conditions, source[layer])
-
-            return hook
+        def write(layer: int, inputs: tuple[Any, ...]) -> None:
+            self._place(layer, inputs[0], corrupt.last, conditions, source[layer])
 
         rows = corrupt.repeated(len(conditions))
-        with ExitStack() as stack:
-            for layer in {layer for layer, _ in conditions}:
-                stack.callback(self.projections[layer].register_forward_pre_hook(write(layer)).remove)
-            kept = corrupt.kept
-            return self.model(rows.tokens, attention_mask=rows.real, use_cache=False, logits_to_keep=kept).logits
+        with hook_inputs({layer: self.projections[layer] for layer, _ in conditions}, write):
+            logits: Tensor = self.model(
+                rows.tokens, attention_mask=rows.real, use_cache=False, logits_to_keep=corrupt.distinct
+            ).logits
+        return logits
 
 
 class Lens(_Tool):
@@ -165,8 +156,8 @@ class Lens(_Tool):
 
         super().__init__("TransformerLens", model, together)
         # What `boot_transformers(hf_model=...)` does, but that needs a tokenizer.
-        twin = _twin(model)
-        self.bridge = build_bridge_from_module(twin, type(model).__name__, hf_config=twin.config)
+        copied = _with_shared_weights(model)
+        self.bridge = build_bridge_from_module(copied, type(model).__name__, hf_config=copied.config)
         self.z_names = [f"blocks.{layer}.attn.hook_z" for layer in range(self.architecture.n_layers)]
 
     def read(self, prompts: _Prompts) -> list[Tensor]:
@@ -182,7 +173,7 @@ class Lens(_Tool):
         return [cache[name] for name in self.z_names]
 
     def logits(self, corrupt: _Prompts, conditions: Sequence[Condition], source: list[Tensor]) -> Tensor:
-        def write(layer: int):
+        def write(layer: int) -> Callable[..., Tensor]:
             def hook(z: Tensor, hook: Any) -> Tensor:
                 self._place(layer, z, corrupt.last, conditions, source[layer])
                 return z
@@ -191,9 +182,10 @@ class Lens(_Tool):
 
         rows = corrupt.repeated(len(conditions))
         hooks = [(self.z_names[layer], write(layer)) for layer in {layer for layer, _ in conditions}]
-        return self.bridge.run_with_hooks(
-            rows.tokens, fwd_hooks=hooks, attention_mask=rows.real, use_cache=False, logits_to_keep=corrupt.kept
+        logits: Tensor = self.bridge.run_with_hooks(
+            rows.tokens, fwd_hooks=hooks, attention_mask=rows.real, use_cache=False, logits_to_keep=corrupt.distinct
         )
+        return logits
 
 
 class NNsight(_Tool):
@@ -222,19 +214,20 @@ class NNsight(_Tool):
                 return (tokens,), invokes[0][1] | {"attention_mask": real}
 
         super().__init__("nnsight", model, together)
-        self.model = Batching(_twin(model))
+        self.model = Batching(_with_shared_weights(model))
         self.projections = [self.model.get(path) for path in self.architecture.out_proj]
         self.save = nnsight.save
 
     def read(self, prompts: _Prompts) -> list[Tensor]:
         with self.model.trace(prompts.tokens, attention_mask=prompts.real, use_cache=False, logits_to_keep=1):
-            found: list[Tensor] = self.save([projection.input for projection in self.projections])
-        return found
+            z: list[Tensor] = self.save([projection.input for projection in self.projections])
+        return z
 
     def logits(self, corrupt: _Prompts, conditions: Sequence[Condition], source: list[Tensor]) -> Tensor:
         ((layer, _heads),) = conditions
-        kept = corrupt.kept
-        with self.model.trace(corrupt.tokens, attention_mask=corrupt.real, use_cache=False, logits_to_keep=kept):
+        with self.model.trace(
+            corrupt.tokens, attention_mask=corrupt.real, use_cache=False, logits_to_keep=corrupt.distinct
+        ):
             self._place(layer, self.projections[layer].input, corrupt.last, conditions, source[layer])
             logits: Tensor = self.save(self.model.output.logits)
         return logits
@@ -247,12 +240,12 @@ class NNsightInvokes(NNsight):
         super().__init__(model, together)
 
     def logits(self, corrupt: _Prompts, conditions: Sequence[Condition], source: list[Tensor]) -> Tensor:
-        with self.model.trace(use_cache=False, logits_to_keep=corrupt.kept) as tracer:
+        with self.model.trace(use_cache=False, logits_to_keep=corrupt.distinct) as tracer:
             for condition in conditions:
                 with tracer.invoke(corrupt.tokens, attention_mask=corrupt.real):
                     layer = condition[0]
                     self._place(layer, self.projections[layer].input, corrupt.last, [condition], source[layer])
-            with tracer.invoke():  # without an input it sees the rows of all
+            with tracer.invoke():  # an invoke without input sees the rows of all the others
                 logits: Tensor = self.save(self.model.output.logits)
         return logits
 
@@ -265,7 +258,7 @@ PEERS: dict[str, Callable[[PreTrainedModel], Peer]] = {
     "nnsight": NNsight,
     "nnsight-several": NNsightInvokes,
 }
-"""Every tool, one condition a forward and several; all share the weights of the model, none changes it."""
+"""Every tool, with one condition a forward and with several; all share the model's weights, none changes the model."""
 
 
 @torch.inference_mode()
@@ -281,36 +274,25 @@ def generate_published(
 
     As published: what is patched is the attention module's output, cut into as many slices as there are heads, which
     are not heads; positions are copied from the start, not aligned; and as the hook fires at every decoding step, the
-    clean prompt's first position is written into each generated token.  To be timed, not to be believed.
+    clean prompt's first position is written into each generated token.  For timing only: its results mean little.
     """
     architecture = inspect_architecture(model.config)
     attention = model.get_submodule(architecture.out_proj[layer].rpartition(".")[0])
     clean, corrupt = (tokens[None].to(model.device) for tokens in (clean, corrupt))
-    with _listening(attention) as heard:
+    with collect_outputs({0: attention}) as outputs:
         model(clean, attention_mask=torch.ones_like(clean), use_cache=False, logits_to_keep=1)
     generations = []
     for slices in (range(0), range(0, architecture.n_heads, 2), range(1, architecture.n_heads, 2)):
-        with _overwriting(attention, heard[0], slices, architecture):
+        with _overwriting(attention, outputs[0], slices, architecture):
             generations.append([_generate(model, corrupt, n_tokens) for _ in range(n_trials)])
     return generations
 
 
 def _generate(model: PreTrainedModel, prompt: Tensor, n_tokens: int) -> Tensor:
-    generate: Any = model.generate  # a mixin's, which the type does not tell
+    generate: Any = model.generate  # from a mixin, which its type leaves out
     mask = torch.ones_like(prompt)
-    made: Tensor = generate(prompt, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False, pad_token_id=0)
-    return made[0, prompt.shape[1] :]
-
-
-@contextmanager
-def _listening(attention: nn.Module) -> Iterator[list[Tensor]]:
-    """Keep what an attention module returns while the body runs."""
-    heard: list[Tensor] = []
-    handle = attention.register_forward_hook(lambda _module, _args, output: heard.append(output[0]))
-    try:
-        yield heard
-    finally:
-        handle.remove()
+    output: Tensor = generate(prompt, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False, pad_token_id=0)
+    return output[0, prompt.shape[1] :]
 
 
 @contextmanager
@@ -319,19 +301,15 @@ def _overwriting(
 ) -> Iterator[None]:
     """Copy slices of a saved output, from the first position on, into all that the module returns."""
 
-    def hook(_module: nn.Module, _args: Any, output: tuple[Any, ...]) -> tuple[Any, ...]:
+    def overwrite(_key: int, output: tuple[Any, ...]) -> tuple[Any, ...]:
         patched = _by_head(output[0].clone(), architecture.n_heads)
         shared = min(patched.shape[1], saved.shape[1])
-        for one in slices:
-            patched[:, :shared, one] = _by_head(saved, architecture.n_heads)[:, :shared, one]
+        for index in slices:
+            patched[:, :shared, index] = _by_head(saved, architecture.n_heads)[:, :shared, index]
         return (patched.flatten(2), *output[1:])
 
-    handle = attention.register_forward_hook(hook) if slices else None
-    try:
+    with hook_outputs({0: attention} if slices else {}, overwrite):
         yield
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 def _by_head(z: Tensor, n_heads: int) -> Tensor:
@@ -339,7 +317,7 @@ def _by_head(z: Tensor, n_heads: int) -> Tensor:
     return z.view(*z.shape[:2], n_heads, -1)
 
 
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """Modules of its own over the same weights: tools rebuild the modules that they are given."""
+def _with_shared_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """New modules over the same weights: some tools rebuild the modules that they are given."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

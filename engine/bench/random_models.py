@@ -31,9 +31,9 @@ N_VOCAB = 50_304
 
 
 def pythia_config(shape: str) -> GPTNeoXConfig:
-    """Raises `UserError` for a shape that is none of Pythia's."""
+    """The config of one of Pythia's shapes.  Raises `UserError` for any other."""
     if shape not in SHAPES:
-        raise UserError(f"--shape {shape}: not a shape that is known; known are {', '.join(SHAPES)}")
+        raise UserError(f"--shape {shape}: not a known shape; known are {', '.join(SHAPES)}")
     n_layers, d_model, n_heads = SHAPES[shape]
     return GPTNeoXConfig(
         vocab_size=N_VOCAB,
@@ -49,16 +49,16 @@ def pythia_config(shape: str) -> GPTNeoXConfig:
 
 
 def write_random(shape: str, directory: Path, dtype: Arithmetic, seed: int = 0) -> None:
-    """A checkpoint of random weights, drawn as GPT-NeoX's are, where there is none."""
+    """Write a checkpoint of random weights, initialised as GPT-NeoX's are, unless `directory` holds one."""
     if (directory / CONFIG).exists():
         return
     config = pythia_config(shape)
     with torch.device("meta"):
-        names = AutoModelForCausalLM.from_config(config).state_dict()
+        parameters = AutoModelForCausalLM.from_config(config).state_dict()
     draw = torch.Generator().manual_seed(seed)
     weights = {}
-    for name, like in names.items():
-        drawn = torch.empty(like.shape).normal_(0, 0.02, generator=draw)
+    for name, parameter in parameters.items():
+        drawn = torch.empty(parameter.shape).normal_(0, 0.02, generator=draw)
         gain = "norm.weight" in name or "layernorm.weight" in name
         weights[name] = (1 + drawn if gain else drawn).to(TORCH_DTYPES[dtype])
     directory.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ def write_random(shape: str, directory: Path, dtype: Arithmetic, seed: int = 0) 
 
 
 def write_series(shape: str, directory: Path) -> None:
-    """As many float16 checkpoints as the published study took, at the same steps; `main` goes by its step."""
+    """Write float16 checkpoints at the steps of the published study; its `main` is named by its step."""
     for seed, step in enumerate(STUDY):
         write_random(shape, directory / f"step{step}", "float16", seed)
 
 
 def some_trials(n_trials: int, clean: int, corrupt: int, seed: int = 0) -> Trials:
-    """Random prompts of `clean` and `corrupt` tokens."""
+    """Random prompts of `clean` and `corrupt` tokens, each with two different answer tokens."""
     draw = np.random.default_rng(seed)
     length = np.array([[clean] * n_trials, [corrupt] * n_trials])
     tokens = draw.integers(2, 50_000, (2, n_trials, max(clean, corrupt)))

@@ -1,4 +1,4 @@
-"""What scripts/bench.py prints: the same work by every tool in turn, a table for each kind of work."""
+"""The tables of scripts/bench.py: the same work by every tool in turn, one table for each kind of work."""
 
 import platform
 import re
@@ -22,12 +22,12 @@ from .scaling import growths
 
 PATCHES = ("parity", "each", "splits", "lattice")
 WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth")
-"""Everything that can be timed, by the words that ask for it."""
+"""Everything that can be timed: the words of `--workloads`."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Who is timed on what."""
+    """What is timed: tools, model and work."""
 
     shape: str
     checkpoint: Path
@@ -35,13 +35,13 @@ class Bench:
     scripts: Path
     contestants: Mapping[str, Contestant]
     sample: int
-    """Patched conditions that a peer is timed on; 0 for all."""
+    """Patched conditions that a peer is timed on; 0 is all."""
 
     trials: int
     device: str
 
     def tables(self, words: Sequence[str]) -> Iterator[str]:
-        """A table per workload, as soon as all are through with it."""
+        """A table per workload, each as soon as every tool has finished it."""
         for word in words:
             yield "\n".join(self._tables()[word]())
 
@@ -58,9 +58,9 @@ class Bench:
     def _patch(self, word: str) -> Iterator[str]:
         work = patch_workloads(self.shape)[word]
         peers = word != "lattice"  # they would take a quarter of an hour
-        able = {name: one for name, one in self.contestants.items() if peers or one.tool.is_ours}
+        timed = {name: contestant for name, contestant in self.contestants.items() if peers or contestant.tool.is_ours}
         yield f"{work.name}: {len(work.conditions(SHAPES[self.shape][2])):,} conditions x {self.trials} trials"
-        yield _compared(in_turn(able, lambda one: one.patch(work, self.sample)))
+        yield _compared(in_turn(timed, lambda contestant: contestant.patch(work, self.sample)))
 
     def _each(self, title: str, work: Callable[[Contestant], Timing]) -> Iterator[str]:
         yield title
@@ -68,8 +68,10 @@ class Bench:
 
     def _generation(self) -> Iterator[str]:
         yield "the published study's 45 generations of 20 tokens (differences are between token numbers)"
-        able = {name: one for name, one in self.contestants.items() if one.tool.name in (OURS, "hooks")}
-        yield _compared(in_turn(able, Contestant.generate))
+        timed = {
+            name: contestant for name, contestant in self.contestants.items() if contestant.tool.name in (OURS, "hooks")
+        }
+        yield _compared(in_turn(timed, Contestant.generate))
 
     def _study(self) -> Iterator[str]:
         write_series(self.shape, self.series)
@@ -82,47 +84,55 @@ class Bench:
                 "--device", self.device,
             )  # fmt: skip
             patch = run_command(self.scripts / "patch.py", store, "--subsets", *SUBSETS, "--device", self.device)
-        rows = {"cache.py": cache, "patch.py": patch, "both": (cache[0] + patch[0], max(cache[1], patch[1]))}
-        named = {name: {"seconds": f"{s:.1f}", "peak memory": format_bytes(peak)} for name, (s, peak) in rows.items()}
-        yield pd.DataFrame.from_dict(named, orient="index").to_string()
+        commands = {"cache.py": cache, "patch.py": patch, "both": (cache[0] + patch[0], max(cache[1], patch[1]))}
+        table = {
+            name: {"seconds": f"{seconds:.1f}", "peak memory": format_bytes(peak)}
+            for name, (seconds, peak) in commands.items()
+        }
+        yield pd.DataFrame.from_dict(table, orient="index").to_string()
         if torch.device(self.device).type == "cpu":
             yield self._parts()
 
     def _parts(self) -> str:
         """Where the time of a checkpoint goes."""
-        one = pace(self.series, 11, self.trials, self.device)
-        each, reading, products = (x / one.n_checkpoints for x in (one.seconds, one.reading, one.products))
+        series = pace(self.series, 11, self.trials, self.device)
+        each, reading, products = (
+            seconds / series.n_checkpoints for seconds in (series.seconds, series.reading, series.products)
+        )
         return (
             f"of a checkpoint's {each:.2f} s reading files takes {reading:.2f} s and linear layers {products:.2f} s; "
-            f"{one.rest:.0%} is neither"
+            f"{series.rest:.0%} is neither"
         )
 
     def _growth(self) -> Iterator[str]:
         write_series(self.shape, self.series)
         yield "growth of headlapse: seconds at each size, the exponent fitted to them, peak memory"
         tool = Tool(OURS, "float32")
-        for one in growths(self.shape, self.checkpoint, self.series, tool, self.device):
-            seconds = ", ".join(f"{size}: {took:.3g}" for size, took in zip(one.sizes, one.seconds, strict=True))
-            peaks = ", ".join(format_bytes(peak) for peak in one.peaks)
-            yield f"{one.what}: {seconds}; exponent {one.exponent:.2f}; {peaks}"
+        for growth in growths(self.shape, self.checkpoint, self.series, tool, self.device):
+            seconds = ", ".join(f"{size}: {took:.3g}" for size, took in zip(growth.sizes, growth.seconds, strict=True))
+            peaks = ", ".join(format_bytes(peak) for peak in growth.peaks)
+            yield f"{growth.what}: {seconds}; exponent {growth.exponent:.2f}; {peaks}"
 
 
 def in_turn(
-    contestants: Mapping[str, Contestant], work: Callable[[Contestant], Timing], goes: int = 5, enough: float = 240.0
+    contestants: Mapping[str, Contestant], work: Callable[[Contestant], Timing], repeats: int = 5, limit: float = 240.0
 ) -> dict[str, Timing]:
-    """The fastest go of each; one go of everybody, then the next, as many as begin within `enough` seconds."""
-    taken: dict[str, list[Timing]] = {name: [] for name in contestants}
+    """The fastest repeat of each contestant; no round of all of them begins after `limit` seconds.
+
+    They take turns, so that whatever else the machine does meanwhile slows all of them alike.
+    """
+    timings: dict[str, list[Timing]] = {name: [] for name in contestants}
     began = time.perf_counter()
-    for go in range(goes):
-        if go and time.perf_counter() - began > enough:
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() - began > limit:
             break
-        for name, one in contestants.items():
-            taken[name].append(work(one))
-    return {name: fastest(each) for name, each in taken.items()}
+        for name, contestant in contestants.items():
+            timings[name].append(work(contestant))
+    return {name: fastest(repeated) for name, repeated in timings.items()}
 
 
 def patch_workloads(shape: str) -> dict[str, Workload]:
-    """Patched runs, by the word that asks for them."""
+    """Patched runs, by their word of `--workloads`."""
     n_layers = SHAPES[shape][0]
     every, middle = tuple(range(n_layers)), (n_layers // 2,)
     return {
@@ -134,15 +144,18 @@ def patch_workloads(shape: str) -> dict[str, Workload]:
 
 
 def choose_workloads(words: Sequence[str], shape: str) -> list[str]:
-    """Raises `UserError` for a word that is none, and for what would never finish."""
+    """The workloads of `words`, or all that the shape allows.
+
+    Raises `UserError` for an unknown word, and for a workload that would never finish.
+    """
     if unknown := [word for word in words if word not in WORKLOADS]:
         raise UserError(f"--workloads {unknown[0]}: not a workload; there are {', '.join(WORKLOADS)}")
-    few = SHAPES[shape][2] <= 16
-    if words and not few and {"splits", "lattice"} & set(words):
+    tries_all = SHAPES[shape][2] <= 16
+    if words and not tries_all and {"splits", "lattice"} & set(words):
         raise UserError(
             f"--workloads splits lattice: {shape} has {SHAPES[shape][2]} heads, too many to try every subset"
         )
-    return list(words) or [word for word in WORKLOADS if few or word not in ("splits", "lattice")]
+    return list(words) or [word for word in WORKLOADS if tries_all or word not in ("splits", "lattice")]
 
 
 def machine(device: str) -> str:
@@ -152,12 +165,12 @@ def machine(device: str) -> str:
 
 
 def _compared(timings: Mapping[str, Timing]) -> str:
-    """A row per tool.  Peers are all but ours; differences are from the first of them."""
+    """A row per tool.  Speed is relative to the fastest peer; differences are from the first peer."""
     peers = {name: timing for name, timing in timings.items() if not name.startswith(OURS)}
     best = min((timing.seconds for timing in peers.values()), default=None)
     like = next((timing for timing in peers.values() if timing.values is not None), None)
-    rows = {name: _row(timing, best, like) for name, timing in timings.items()}
-    return pd.DataFrame.from_dict(rows, orient="index").fillna("").to_string()
+    table = {name: _row(timing, best, like) for name, timing in timings.items()}
+    return pd.DataFrame.from_dict(table, orient="index").fillna("").to_string()
 
 
 def _row(timing: Timing, best: float | None, like: Timing | None) -> dict[str, str]:
