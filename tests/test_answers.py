@@ -191,6 +191,7 @@ def generated(cache: Path, sweep: PatchRequest, name: str, labels: list[str] = L
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("joint", [False, True], ids=["single", "joint"])
 def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: Any, joint: bool) -> None:

@@ -228,6 +228,7 @@ def test_another_seed_is_another_series(undisturbed: Path, tmp_path: Path) -> No
     assert (tmp_path / weights).read_bytes() != (undisturbed / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train(tmp_path, replace(TINY, threads=threads + 1))
@@ -238,6 +239,7 @@ def test_training_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path)
 # Interruptions
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     """A real SIGKILL, between two checkpoints."""
     killed = tmp_path / "demo"
@@ -258,6 +260,7 @@ demo.train(pathlib.Path({str(killed)!r}), demo.{TINY!r})
     assert contents(killed) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_any_renaming_it_goes_on_to_the_same_bytes(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

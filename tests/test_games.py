@@ -110,6 +110,11 @@ def test_the_smallest_sets_are_those_of_a_search_through_all() -> None:
         least = len(sufficient[0])
         assert found.size == least and found.count == sum(len(s) == least for s in sufficient)
         assert v[bits(*found.heads)] == max(v[bits(*s)] for s in sufficient if len(s) == least)
+        necessary = [s for k in range(7) for s in combinations(range(6), k) if v[~bits(*s)] <= goal]
+        found = smallest_necessary(v, goal)
+        least = len(necessary[0])
+        assert found.size == least and found.count == sum(len(s) == least for s in necessary)
+        assert v[~bits(*found.heads)] == min(v[~bits(*s)] for s in necessary if len(s) == least)
 
 
 def test_sampled_values_come_within_their_error_of_the_exact_ones() -> None:

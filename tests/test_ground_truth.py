@@ -179,6 +179,7 @@ def test_the_finding_is_where_it_was_planted(carriers: Sequence[int], tmp_path: 
     assert found == pytest.approx(6.0, abs=1.0) and p == pytest.approx(LEAST_P)
 
 
+@pytest.mark.slow
 def test_permuting_the_heads_moves_the_finding_to_where_they_went(tmp_path: Path) -> None:
     """What was even is now the first half, of which as many are even as odd."""
     order = (0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11)
@@ -200,6 +201,7 @@ def test_permuting_the_heads_moves_the_finding_to_where_they_went(tmp_path: Path
 # --- a series ---
 
 
+@pytest.mark.slow
 def test_the_strength_of_a_series_is_what_was_planted_at_each_step(series_run: xr.Dataset) -> None:
     frame = parity(series_run)
     assert frame is not None
@@ -308,6 +310,7 @@ def null_p() -> np.ndarray:
     return np.array([[place_of_even(layer) for layer in model] for model in found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [0.01, 0.05, 0.10, 0.25, 0.5])
 def test_random_models_are_rejected_as_often_as_the_level_says(null_p: np.ndarray, level: float) -> None:
     """At 5 % in 5 % of 600 null layers (300 models), plus or minus the binomial standard error of 0.9 %, three times.

@@ -465,6 +465,7 @@ def test_the_results_are_those_of_the_stock_models(whole: Store) -> None:
                 assert float(at_step.to_last[kind, layer, head]) == pytest.approx(cosine, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one_go(
     store: Store, whole: Store, visited: list[str]
 ) -> None:
@@ -493,6 +494,7 @@ def test_what_was_cut_off_is_measured_again(store: Store, monkeypatch: pytest.Mo
     assert visited == ["step10", "step20"] and results_of(store).complete.all()
 
 
+@pytest.mark.slow
 def test_checkpoints_whose_neighbours_changed_are_compared_anew(
     files: Path, tmp_path: Path, whole: Store, visited: list[str]
 ) -> None:

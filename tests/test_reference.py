@@ -233,6 +233,7 @@ def test_patching_every_head_of_every_layer_is_not_the_source_run_where_token_or
         assert np.abs(found - run_logit_diff(model, trials)[CLEAN]).mean() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_a_clean_to_clean_patch_changes_nothing(name: str) -> None:
     model, trials = tiny(name), clean_to_clean(random_trials())

@@ -117,6 +117,7 @@ def test_replay_equals_a_full_hooked_forward_for_other_architectures(
     assert difference <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAIN)
 def test_replay_equals_the_definition_one_run_at_a_time(name: str) -> None:
     """The tests above run the definition's subsets as one batch; here it stands alone."""
@@ -246,6 +247,7 @@ def test_replay_reports_every_patched_run_once() -> None:
     assert len(heard) > 1 and sum(heard) == found.size
 
 
+@pytest.mark.slow
 def test_replay_goes_on_with_fewer_runs_where_memory_fails_and_reports_each_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

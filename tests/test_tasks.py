@@ -226,6 +226,7 @@ def test_a_built_in_task_that_never_branches_is_refused() -> None:
     assert "--trials 7: only 0 can be drawn, 1 were dropped" in refusal("published", tokenizer, 7)
 
 
+@pytest.mark.slow
 def test_more_trials_than_there_are_pairs_are_refused(digits: PreTrainedTokenizerFast) -> None:
     assert "--trials 7000: only 6480 can be drawn; ask for at most 6480" in refusal("decimal", digits, 7000)
 
