@@ -14,7 +14,7 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ from ..study.prompts import Trials
 from ..study.study import ARITHMETICS, Arithmetic
 from ..study.subsets import parse_subsets
 from .peers import PEERS, Condition, generate_published
+
+Result = TypeVar("Result")
 
 OURS = "headlapse"
 
@@ -172,7 +174,7 @@ class Contestant:
     def close(self) -> None:
         self._process.shutdown()
 
-    def _do(self, work: Callable[..., Any], *arguments: Any) -> Any:
+    def _do(self, work: Callable[..., Result], *arguments: Any) -> Result:
         return self._process.submit(work, *arguments).result()
 
 
@@ -213,7 +215,7 @@ _buffers: Weights = {}
 
 def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
     global _here
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped in transformers
     allow_tf32(tool.dtype == "tf32")
     n_heads = inspect_architecture(read_config(directory)).n_heads
     worker: Any = (

@@ -94,7 +94,7 @@ class _Tool(ABC):
     def capture(self, trials: Trials) -> list[Float[Tensor, "run trial position head head_dim"]]:
         both = trials.tokens.reshape(-1, trials.tokens.shape[-1]), trials.length.reshape(-1)
         read = self.read(_Prompts.of(*both, self.device))
-        return [_by_head(z, self.architecture.n_heads).unflatten(0, (len(RUNS), -1)) for z in read]
+        return [torch.unflatten(_by_head(z, self.architecture.n_heads), 0, (len(RUNS), -1)) for z in read]
 
     @torch.inference_mode()
     def patch(self, trials: Trials, conditions: Sequence[Condition]) -> Float[np.ndarray, "condition trial"]:
@@ -106,7 +106,7 @@ class _Tool(ABC):
         logit_diffs = []
         for first in range(0, len(conditions), self.together):
             some = conditions[first : first + self.together]
-            logits = self.logits(corrupt, some, source).unflatten(0, (len(some), -1))
+            logits = torch.unflatten(self.logits(corrupt, some, source), 0, (len(some), -1))
             logit_diffs.append(logits[:, trial, corrupt.read, right] - logits[:, trial, corrupt.read, wrong])
         return torch.cat(logit_diffs).float().cpu().numpy()
 
@@ -115,7 +115,7 @@ class _Tool(ABC):
 
         Every architecture makes a new tensor of z for W_O alone, so nothing else sees the change.
         """
-        runs = _by_head(z, self.architecture.n_heads).unflatten(0, (len(conditions), -1))
+        runs = torch.unflatten(_by_head(z, self.architecture.n_heads), 0, (len(conditions), -1))
         trial = torch.arange(len(source), device=z.device)
         for run, (patched, heads) in zip(runs, conditions, strict=True):
             if patched == layer:

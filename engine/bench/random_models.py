@@ -54,7 +54,8 @@ def write_random(shape: str, directory: Path, dtype: Arithmetic, seed: int = 0) 
         return
     config = pythia_config(shape)
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).state_dict()
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
+        parameters = model.state_dict()
     draw = torch.Generator().manual_seed(seed)
     weights = {}
     for name, parameter in parameters.items():
