@@ -13,7 +13,7 @@ from .mix import mix_heads
 
 
 def kernel_for(device: torch.device) -> str:
-    """Which twin computes there: `triton` on a CUDA device where Triton is installed, else `eager`."""
+    """Which implementation computes there: `triton` on a CUDA device where Triton is installed, else `eager`."""
     return "triton" if device.type == "cuda" and find_spec("triton") else "eager"
 
 
@@ -60,7 +60,7 @@ def _attend_eagerly(
     absent = torch.arange(N, device=query.device) >= prefix_length_T[:, None]
     bias = query.new_zeros(T, 1, N).masked_fill_(absent[:, None], -torch.inf).repeat_interleave(K, 0)
     to_prefix = torch.baddbmm(bias, query, prefix_key_TKND.flatten(0, 1).transpose(1, 2), alpha=scaling)
-    to_own = _own_scores(query_THSPD.unflatten(1, (K, H // K)), key_TKSPD[:, :, None]).mul_(scaling)
+    to_own = _own_scores(torch.unflatten(query_THSPD, 1, (K, H // K)), key_TKSPD[:, :, None]).mul_(scaling)
     scores = torch.cat([to_prefix.view(*to_own.shape[:-1], N), to_own], dim=-1)
     pattern = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     from_prefix = pattern[..., :N].reshape(T * K, H // K * S * P, N) @ prefix_value_TKNV.flatten(0, 1)

@@ -17,16 +17,19 @@ TILE = 2**14
 """Bytes: two tiles of keys and two of values in flight leave room for the queries' on small cards."""
 
 
-@triton.jit
-def _vectors(first, offset_R, present_R, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+# Triton's decorator has no types, and Triton reads a kernel's annotations as types of its own: hence the exceptions.
+@triton.jit  # type: ignore[untyped-decorator]
+def _vectors(  # type: ignore[no-untyped-def]
+    first, offset_R, present_R, stride, WIDTH: tl.constexpr, PADDED: tl.constexpr
+):
     """One vector per offset; the padding, and all of an absent vector, is zero and never read."""
     column = tl.arange(0, PADDED)
     inside = present_R[:, None] & (column < WIDTH)[None, :]
     return tl.load(first + offset_R[:, None] + column.to(tl.int64)[None, :] * stride, mask=inside, other=0.0)
 
 
-@triton.jit
-def _attend(
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
@@ -138,8 +141,8 @@ def attend_shared_prefix(
     padded_D, padded_V = (max(16, triton.next_power_of_2(width)) for width in (D, V))
     vector = max(padded_D, padded_V) * query_THSPD.element_size()
     # Tensor cores do not compute in float32: there a product is unrolled, and large tiles run out of registers.
-    most = min(TILE // vector, 32 if query_THSPD.dtype == torch.float32 else 64)
-    R, B = (max(16, min(most, triton.next_power_of_2(n))) for n in (S * P, N))
+    widest = min(TILE // vector, 32 if query_THSPD.dtype == torch.float32 else 64)
+    R, B = (max(16, min(widest, triton.next_power_of_2(n))) for n in (S * P, N))
     # Left to itself, Triton 3.9 fuses too, but warns.
     options = {"num_warps": 8 if R * vector >= TILE else 4, "num_stages": 2, "enable_fp_fusion": True}
 
@@ -148,6 +151,6 @@ def attend_shared_prefix(
     strides = (None if tensor is None else tensor.stride() for tensor in tensors)
     sizes = (S, P, N, H // K, D, V, padded_D, padded_V, R, B)
     # Triton starts kernels on the current device, which need not be the tensors'.
-    with torch.cuda.device_of(query_THSPD):
+    with torch.cuda.device_of(query_THSPD):  # type: ignore[no-untyped-call]  # torch has no types for it
         _attend[triton.cdiv(S * P, R), H, T](*tensors, z_TSPHV, *strides, scaling * LOG2_E, *sizes, **options)
     return z_TSPHV

@@ -13,7 +13,7 @@ def head_deltas(source_TPHV: Tensor, target_TPHV: Tensor, weight_HVM: Tensor) ->
     """(z_source - z_target) W_O, head by head: TPHM."""
     T, P, _H, _V = source_TPHV.shape
     by_head_HRV = (source_TPHV - target_TPHV).flatten(0, 1).transpose(0, 1)
-    return (by_head_HRV @ weight_HVM).transpose(0, 1).unflatten(0, (T, P))
+    return torch.unflatten((by_head_HRV @ weight_HVM).transpose(0, 1), 0, (T, P))
 
 
 def add_deltas(unpatched_TPM: Tensor, deltas_TPHM: Tensor, subsets_SH: Tensor) -> Tensor:
@@ -21,4 +21,5 @@ def add_deltas(unpatched_TPM: Tensor, deltas_TPHM: Tensor, subsets_SH: Tensor) -
     T, P, H, M = deltas_TPHM.shape
     by_head_THR = deltas_TPHM.transpose(1, 2).reshape(T, H, P * M)
     chosen_TSH = subsets_SH.to(by_head_THR.dtype).expand(T, -1, -1)
-    return torch.baddbmm(unpatched_TPM.reshape(T, 1, P * M), chosen_TSH, by_head_THR).unflatten(2, (P, M))
+    sums_TSR = torch.baddbmm(unpatched_TPM.reshape(T, 1, P * M), chosen_TSH, by_head_THR)
+    return torch.unflatten(sums_TSR, 2, (P, M))

@@ -19,7 +19,7 @@ from headlapse.engine.replay.patched_generation import (
     MOST_TEXTS,
     PatchedGeneration,
     begins_with,
-    generate_grafted,
+    generate_patched,
     reference_generate,
 )
 from headlapse.engine.replay.run import make_plan, name_of, open_run, patch_series
@@ -58,30 +58,30 @@ def z_hooked(model: PreTrainedModel, layers: tuple[int, ...], see: Any) -> Itera
             handle.remove()
 
 
-def reference(model: PreTrainedModel, graft: PatchedGeneration, n_tokens: int = N_TOKENS) -> list[int]:
+def reference(model: PreTrainedModel, generation: PatchedGeneration, n_tokens: int = N_TOKENS) -> list[int]:
     """Spelled out.  Only the prompt has more than one position at a time."""
     kept: dict[int, Tensor] = {}
-    with z_hooked(model, graft.site, kept.__setitem__):
-        if graft.site:
-            model(torch.tensor([graft.source]))
+    with z_hooked(model, generation.site, kept.__setitem__):
+        if generation.site:
+            model(torch.tensor([generation.source]))
 
     def patch(layer: int, z: Tensor) -> None:
         if len(z) == 1:
             return
-        for into, out_of in zip(graft.into, graft.out_of, strict=True):
-            for head in np.flatnonzero(graft.heads):
+        for into, out_of in zip(generation.into, generation.out_of, strict=True):
+            for head in np.flatnonzero(generation.heads):
                 z[into, head] = kept[layer][out_of, head]
 
     generate_stock: Any = model.generate
-    with z_hooked(model, graft.site, patch):
+    with z_hooked(model, generation.site, patch):
         made = generate_stock(
-            torch.tensor([graft.target]), attention_mask=torch.ones(1, len(graft.target), dtype=torch.long),
+            torch.tensor([generation.target]), attention_mask=torch.ones(1, len(generation.target), dtype=torch.long),
             max_new_tokens=n_tokens, do_sample=False, pad_token_id=0,
         )  # fmt: skip
-    return made[0, len(graft.target) :].tolist()
+    return made[0, len(generation.target) :].tolist()
 
 
-def grafts(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
+def generations(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
     """Prompts of several lengths, one layer and joint ones, one position and several."""
     rng = np.random.default_rng(seed)
     some = (NONE, EVEN, ODD, ALL, tuple((rng.random(N_HEADS) < 0.5).tolist()))
@@ -100,10 +100,10 @@ def grafts(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
 @torch.inference_mode()
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
     model, resident = in_precision(tiny(name), dtype)
-    asked = grafts()
-    made = generate_grafted(resident, asked, N_TOKENS, most=11)
-    assert made.tokens == [reference(model, graft) for graft in asked]
-    assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "most are decided in the batch"
+    asked = generations()
+    made = generate_patched(resident, asked, N_TOKENS, batch_size=11)
+    assert made.tokens == [reference(model, generation) for generation in asked]
+    assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "the batch decides nearly all of them"
     assert any(a != b for a, b in zip(made.tokens[0::5], made.tokens[3::5], strict=True)), "patching tells"
 
 
@@ -111,27 +111,27 @@ def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype
 @torch.inference_mode()
 def test_the_definition_is_the_reference(name: str) -> None:
     model, resident = in_precision(tiny(name), torch.float32)
-    for graft in grafts(1, seed=1)[::3]:
-        assert reference_generate(resident, graft, N_TOKENS) == reference(model, graft)
+    for generation in generations(1, seed=1)[::3]:
+        assert reference_generate(resident, generation, N_TOKENS) == reference(model, generation)
 
 
 @torch.inference_mode()
 def test_the_prompts_patch_is_gone_when_the_model_goes_on() -> None:
     """All heads from the prompt itself: nothing changes, though decoding steps have other z."""
     resident = dressed(tiny("neox-parallel"))
-    for graft in grafts(3):
-        target = graft.target
+    for generation in generations(3):
+        target = generation.target
         here = tuple(range(len(target)))
-        own = PatchedGeneration(target, target, graft.site, ALL, here, here)
-        made = generate_grafted(resident, [own, PatchedGeneration(target)], N_TOKENS, most=2).tokens
+        own = PatchedGeneration(target, target, generation.site, ALL, here, here)
+        made = generate_patched(resident, [own, PatchedGeneration(target)], N_TOKENS, batch_size=2).tokens
         assert made[0] == made[1]
 
 
 @torch.inference_mode()
 def test_generation_leaves_no_hook_behind() -> None:
     resident = dressed(tiny("gpt2"))
-    generate_grafted(resident, grafts(1), 3, most=4)
-    reference_generate(resident, grafts(1)[1], 3)
+    generate_patched(resident, generations(1), 3, batch_size=4)
+    reference_generate(resident, generations(1)[1], 3)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in resident.model.modules())
 
 
@@ -139,7 +139,7 @@ def test_generation_leaves_no_hook_behind() -> None:
 def test_texts_longer_than_the_context_are_refused() -> None:
     resident = dressed(tiny("gpt2"))
     with pytest.raises(UserError, match="60 tokens after a prompt of 7 are more than the model's context of 64 holds"):
-        generate_grafted(resident, grafts(2), 60, most=4)
+        generate_patched(resident, generations(2), 60, batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +211,11 @@ def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: A
             right = tokenizer.decode(tokenizer(prompt + contrast.answer)["input_ids"][given:])
             for layer in run.layer.values.tolist():
                 for subset, heads in zip(run.subset.values.tolist(), run["mask"].values.tolist(), strict=True):
-                    graft = PatchedGeneration(
+                    generation = PatchedGeneration(
                         rows[target], rows[source], (0, 2) if joint else (layer,), tuple(heads), into, out_of
                     )
                     with torch.inference_mode():
-                        expected = reference(stock, graft)
+                        expected = reference(stock, generation)
                     at = run.sel(checkpoint=label, layer=layer, subset=subset).isel(trial=trial)
                     assert at.token.values.tolist() == expected + [-1] * (N_TOKENS - len(expected))
                     text = tokenizer.decode([*rows[target][given:], *expected], skip_special_tokens=True)

@@ -155,8 +155,8 @@ def test_measures_of_patched_and_unpatched_runs_are_those_of_one_hooked_forward_
 ) -> None:
     model, _ = dressed(name)
     trials, mask = trials_with_answers(lengths), random_subsets(3, 8)[1:2]
-    further = prepared(name, trials, positions, direction)
-    found, plain = further.patched(SITES, mask), further.unpatched()
+    vocabulary_measures = prepared(name, trials, positions, direction)
+    found, plain = vocabulary_measures.patched(SITES, mask), vocabulary_measures.unpatched()
     assert list(found) == ["logit_diff", *MEASURES] == list(plain)
     largest = dict.fromkeys(found, 0.0)
     for trial in range(trials.n_trials):
@@ -176,10 +176,10 @@ def test_measures_of_patched_and_unpatched_runs_are_those_of_one_hooked_forward_
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_patching_no_head_is_the_unpatched_target_run(direction: Direction) -> None:
-    further = prepared("neox-parallel", trials_with_answers(), "end:3", direction)
-    found = further.patched([(1,)], np.zeros((1, 8), dtype=bool))
+    vocabulary_measures = prepared("neox-parallel", trials_with_answers(), "end:3", direction)
+    found = vocabulary_measures.patched([(1,)], np.zeros((1, 8), dtype=bool))
     target = CORRUPT if direction == "denoise" else CLEAN
-    for name, values in further.unpatched().items():
+    for name, values in vocabulary_measures.unpatched().items():
         np.testing.assert_allclose(found[name][0, 0], values[target], rtol=0, atol=EXACT)
 
 
@@ -199,8 +199,8 @@ def test_the_logit_difference_is_that_of_replay() -> None:
 def test_answers_of_one_token_score_as_the_logit_difference() -> None:
     trials = trials_with_answers()
     short = replace(trials, continuation=trials.answer_tokens[..., None])
-    further = prepared("neox-parallel", short, measures=["sequence"])
-    for found in (further.patched([(1,)], random_subsets(5, 8)), further.unpatched()):
+    vocabulary_measures = prepared("neox-parallel", short, measures=["sequence"])
+    for found in (vocabulary_measures.patched([(1,)], random_subsets(5, 8)), vocabulary_measures.unpatched()):
         assert list(found) == ["logit_diff", "sequence"]
         assert (found["sequence"] == found["logit_diff"]).all()
 
@@ -215,8 +215,8 @@ def test_rows_of_no_token_change_nothing_however_large_their_logits() -> None:
         resident = ResidentModel(one.config, torch.float32, "cpu")
         resident.load_weights(one.state_dict())
         kept, alignment = capture(resident, trials, 2**30), align(trials, "last")
-        further = VocabularyMeasures.prepare(resident, kept, trials, alignment, "denoise", MEASURES, KNOWN)
-        found.append(further.patched([(1,)], mask))
+        vocabulary_measures = VocabularyMeasures.prepare(resident, kept, trials, alignment, "denoise", MEASURES, KNOWN)
+        found.append(vocabulary_measures.patched([(1,)], mask))
     for name, values in found[0].items():
         np.testing.assert_allclose(values, found[1][name], rtol=0, atol=1e-5)
 
@@ -234,9 +234,9 @@ def test_blocks_of_any_size_give_the_same_numbers() -> None:
 def test_a_block_is_as_large_as_memory_allows() -> None:
     _, resident = dressed("gpt2")
     per_row = VOCAB * 16
-    assert Vocabulary.of(resident, KNOWN, 4 * 10 * per_row).most == 10
-    assert Vocabulary.of(resident, KNOWN, 1).most == 1
-    assert Vocabulary.of(resident, KNOWN, 2**50).most == room.BLOCK["cpu"] // per_row
+    assert Vocabulary.prepare(resident, KNOWN, 4 * 10 * per_row).block_rows == 10
+    assert Vocabulary.prepare(resident, KNOWN, 1).block_rows == 1
+    assert Vocabulary.prepare(resident, KNOWN, 2**50).block_rows == room.BLOCK["cpu"] // per_row
 
 
 def test_progress_counts_a_run_once_though_its_answers_are_scored_besides() -> None:
@@ -303,10 +303,10 @@ def test_positions_behind_the_prompt_are_not_patched() -> None:
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_hooked_forward_says_the_same_and_what_rounding_may_do(measure: str) -> None:
     trials, mask, alignment = trials_with_answers(), random_subsets(5, 8), align(trials_with_answers(), "end:2")
-    further = prepared("llama-gqa", trials, "end:2", measures=[measure])
+    vocabulary_measures = prepared("llama-gqa", trials, "end:2", measures=[measure])
     patches = [(site, heads) for site in SITES for heads in mask]
-    hooked = hooked_measures(further.vocabulary, trials, alignment, "denoise", patches, [measure], 1e-4)
-    found = further.patched(SITES, mask)[measure].reshape(-1, 3)
+    hooked = hooked_measures(vocabulary_measures.vocabulary, trials, alignment, "denoise", patches, [measure], 1e-4)
+    found = vocabulary_measures.patched(SITES, mask)[measure].reshape(-1, 3)
     assert list(hooked.values) == [measure]
     assert (np.abs(found - hooked.values[measure]) <= hooked.allowed[measure]).all()
     assert (hooked.allowed[measure] < 0.1).mean() > 0.9

@@ -1,4 +1,4 @@
-"""Laws of generation: a batch of conditions gives token for token what transformers' own generate gives alone."""
+"""Laws of generation: a batch of patched prompts gives token for token what transformers' own generate gives alone."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from headlapse.engine.checkpoints.model import ModelLoader, ResidentModel, open_resident_model
 from headlapse.engine.checkpoints.resolve import fetch, resolve
-from headlapse.engine.replay.greedy_decoding import Condition, generate, reference_generate
+from headlapse.engine.replay.greedy_decoding import SlicePatch, generate_slice_patched, reference_generate
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
 from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
@@ -35,14 +35,14 @@ def prompts(n: int, seed: int = 0) -> list[tuple[tuple[int, ...], tuple[int, ...
     return [tuple(tuple(rng.integers(1, VOCAB, k).tolist()) for k in pair) for pair in lengths]  # type: ignore[misc]
 
 
-def conditions(n: int = 6, seed: int = 0) -> list[Condition]:
+def slice_patches(n: int = 6, seed: int = 0) -> list[SlicePatch]:
     rng = np.random.default_rng(seed)
-    some = (NONE, EVEN, ODD, ALL, tuple((rng.random(N_HEADS) < 0.5).tolist()))
+    choices = (NONE, EVEN, ODD, ALL, tuple((rng.random(N_HEADS) < 0.5).tolist()))
     return [
-        Condition(clean, corrupt, layer, slices)
+        SlicePatch(clean, corrupt, layer, slices)
         for clean, corrupt in prompts(n, seed)
         for layer in (0, 2)
-        for slices in some
+        for slices in choices
     ]
 
 
@@ -54,20 +54,20 @@ def in_precision(model: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrained
     return model, resident
 
 
-def reference(model: PreTrainedModel, condition: Condition, n_tokens: int = N_TOKENS) -> list[int]:
+def reference(model: PreTrainedModel, patch: SlicePatch, n_tokens: int = N_TOKENS) -> list[int]:
     """The study's procedure, spelled out: a hook on the attention module that overwrites slices of what it returns."""
-    module = model.get_submodule(OUTPUT_PROJECTION[model.config.model_type].format(condition.layer).rpartition(".")[0])
+    module = model.get_submodule(OUTPUT_PROJECTION[model.config.model_type].format(patch.layer).rpartition(".")[0])
     with hooked(module) as saved:
-        model(torch.tensor([condition.clean]))
+        model(torch.tensor([patch.clean]))
     width = D_MODEL // N_HEADS
-    slices = [head for head, is_copied in enumerate(condition.slices) if is_copied]
+    slices = [head for head, is_copied in enumerate(patch.slices) if is_copied]
     with hooked(module, saved[0], [c for head in slices for c in range(head * width, (head + 1) * width)]):
         generate_stock: Any = model.generate
-        made = generate_stock(
-            torch.tensor([condition.corrupt]), attention_mask=torch.ones(1, len(condition.corrupt), dtype=torch.long),
+        texts = generate_stock(
+            torch.tensor([patch.corrupt]), attention_mask=torch.ones(1, len(patch.corrupt), dtype=torch.long),
             max_new_tokens=n_tokens, do_sample=False, pad_token_id=0,
         )  # fmt: skip
-    return made[0, len(condition.corrupt) :].tolist()
+    return texts[0, len(patch.corrupt) :].tolist()
 
 
 @contextmanager
@@ -97,38 +97,40 @@ def hooked(
 @torch.inference_mode()
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
     model, resident = in_precision(tiny(name), dtype)
-    asked = conditions(3)
-    made = generate(resident, asked, N_TOKENS, most=7)
-    assert made.tokens == [reference(model, condition) for condition in asked]
-    assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "most are decided in the batch"
-    changed = [a != b for a, b in zip(made.tokens[0::5], made.tokens[3::5], strict=True)]
+    patches = slice_patches(3)
+    texts = generate_slice_patched(resident, patches, N_TOKENS, batch_size=7)
+    assert texts.tokens == [reference(model, patch) for patch in patches]
+    assert texts.n_near < len(patches) / (10 if dtype == torch.float32 else 2), "the batch decides nearly all of them"
+    changed = [a != b for a, b in zip(texts.tokens[0::5], texts.tokens[3::5], strict=True)]
     assert any(changed), "overwriting all slices changes some text"
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
-def test_the_definition_is_the_reference(name: str) -> None:
+def test_the_packages_reference_is_the_one_spelled_out_here(name: str) -> None:
     model, resident = in_precision(tiny(name), torch.float32)
-    for condition in conditions(2, seed=1)[:6]:
-        assert reference_generate(resident, condition, N_TOKENS) == reference(model, condition)
+    for patch in slice_patches(2, seed=1)[:6]:
+        assert reference_generate(resident, patch, N_TOKENS) == reference(model, patch)
 
 
 @torch.inference_mode()
 def test_a_text_ends_with_the_token_that_ends_texts() -> None:
-    plain = generate(dressed(tiny("neox-parallel", eos_token_id=None)), conditions(3), N_TOKENS, most=100).tokens
+    plain = generate_slice_patched(
+        dressed(tiny("neox-parallel", eos_token_id=None)), slice_patches(3), N_TOKENS, batch_size=100
+    ).tokens
     stop = plain[0][3]
     model, resident = in_precision(tiny("neox-parallel", eos_token_id=stop), torch.float32)
-    made = generate(resident, conditions(3), N_TOKENS, most=100).tokens
-    assert made[0] == plain[0][: plain[0].index(stop) + 1]
-    assert made == [row[: row.index(stop) + 1] if stop in row else row for row in plain]
-    assert made == [reference(model, condition) for condition in conditions(3)]
+    texts = generate_slice_patched(resident, slice_patches(3), N_TOKENS, batch_size=100).tokens
+    assert texts[0] == plain[0][: plain[0].index(stop) + 1]
+    assert texts == [row[: row.index(stop) + 1] if stop in row else row for row in plain]
+    assert texts == [reference(model, patch) for patch in slice_patches(3)]
 
 
 @torch.inference_mode()
-def test_of_the_checkpoints_own_settings_for_texts_only_their_end_is_heard(tmp_path: Path) -> None:
+def test_of_the_checkpoints_own_settings_for_texts_only_the_end_tokens_count(tmp_path: Path) -> None:
     """The file beside the weights wins over the config; what makes a text other than plainly greedy is left aside."""
     model = tiny("neox-parallel", eos_token_id=None)
-    plain = generate(dressed(model), conditions(3), N_TOKENS, most=100).tokens
+    plain = generate_slice_patched(dressed(model), slice_patches(3), N_TOKENS, batch_size=100).tokens
     ends = plain[0][2:4]
     save(model, tmp_path / "own", tokenizer=tiny_tokenizer())
     own = tmp_path / "own" / "generation_config.json"
@@ -136,42 +138,42 @@ def test_of_the_checkpoints_own_settings_for_texts_only_their_end_is_heard(tmp_p
     [checkpoint] = resolve(str(tmp_path / "own"), [], tmp_path)
     files = fetch(checkpoint, tmp_path)
     resident, _ = ModelLoader("float32", Machine()).load_weights((files, None))
-    made = generate(resident, conditions(3), N_TOKENS, most=100).tokens
-    assert made == [_until(row, ends) for row in plain] and made != plain
-    assert made[:5] == [reference_generate(resident, condition, N_TOKENS) for condition in conditions(3)[:5]]
+    texts = generate_slice_patched(resident, slice_patches(3), N_TOKENS, batch_size=100).tokens
+    assert texts == [_until(row, ends) for row in plain] and texts != plain
+    assert texts[:5] == [reference_generate(resident, patch, N_TOKENS) for patch in slice_patches(3)[:5]]
     own.write_text('{"eos_token_id": ')
     with pytest.raises(UserError, match=r"generation_config.json: it cannot be read .* fetch it again, or remove it"):
         open_resident_model(files, "float32", "cpu", resident)
 
 
 def _until(row: list[int], ends: list[int]) -> list[int]:
-    return row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))]
+    return row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))]
 
 
 @torch.inference_mode()
-def test_tokens_as_good_as_equal_are_left_to_the_definition() -> None:
+def test_near_tied_tokens_are_left_to_the_reference() -> None:
     """Two unembedding rows made equal: argmax takes the first in the batch as alone, and every such text is counted."""
     model = tiny("llama-gqa")
     with torch.no_grad():
         model.get_output_embeddings().weight[VOCAB // 2 :] = model.get_output_embeddings().weight[: VOCAB // 2]
     stock, resident = in_precision(model, torch.float32)
-    asked = conditions(2)
-    made = generate(resident, asked, N_TOKENS, most=100)
-    assert made.n_near == len(asked)
-    assert made.tokens == [reference(stock, condition) for condition in asked]
+    patches = slice_patches(2)
+    texts = generate_slice_patched(resident, patches, N_TOKENS, batch_size=100)
+    assert texts.n_near == len(patches)
+    assert texts.tokens == [reference(stock, patch) for patch in patches]
 
 
 @torch.inference_mode()
 def test_how_many_go_side_by_side_changes_nothing() -> None:
     resident = dressed(tiny("gpt2"))
-    asked = conditions(3)
-    alone = generate(resident, asked, N_TOKENS, most=1)
-    assert generate(resident, asked, N_TOKENS, most=1000).tokens == alone.tokens
+    patches = slice_patches(3)
+    alone = generate_slice_patched(resident, patches, N_TOKENS, batch_size=1)
+    assert generate_slice_patched(resident, patches, N_TOKENS, batch_size=1000).tokens == alone.tokens
 
 
 @torch.inference_mode()
 def test_generation_leaves_no_hook_behind() -> None:
     resident = dressed(tiny("neox-sequential"))
-    generate(resident, conditions(2), 3, most=4)
-    reference_generate(resident, conditions(1)[1], 3)
+    generate_slice_patched(resident, slice_patches(2), 3, batch_size=4)
+    reference_generate(resident, slice_patches(1)[1], 3)
     assert not any(module._forward_hooks for module in resident.model.modules())

@@ -11,7 +11,7 @@ import xarray as xr
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from headlapse.engine.replay import published_protocol as room
-from headlapse.engine.replay.greedy_decoding import Condition
+from headlapse.engine.replay.greedy_decoding import SlicePatch
 from headlapse.engine.replay.published_protocol import (
     LAYERS,
     SUBSETS,
@@ -69,7 +69,7 @@ def test_every_text_is_that_of_stock_generate_with_the_studys_hook(model: Path, 
                 for trial, contrast in enumerate(store.trials().contrasts):
                     prompts = [tuple(tokenizer(text)["input_ids"]) for text in (contrast.clean, contrast.corrupt)]
                     with torch.inference_mode():
-                        expected = reference(stock, Condition(*prompts, layer, tuple(heads)), n_tokens=20)
+                        expected = reference(stock, SlicePatch(*prompts, layer, tuple(heads)), n_tokens=20)
                     at = {"checkpoint": label, "layer": layer, "subset": subset, "trial": trial}
                     assert run.token.sel(at).values.tolist() == expected + [-1] * (20 - len(expected))
                     text = tokenizer.decode(expected, skip_special_tokens=True)

@@ -12,7 +12,7 @@ from headlapse.engine.capture.forward import capture
 from headlapse.engine.checkpoints.attention_hook import AttentionMode
 from headlapse.engine.checkpoints.model import ResidentModel
 from headlapse.engine.replay.layers import LayerRunner
-from headlapse.engine.replay.replay import ROWS, Site, replay, runs_at_once, waves
+from headlapse.engine.replay.replay import BATCH_ROWS, Site, replay, run_batches, runs_at_once
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.store.activations import Capture
 from headlapse.engine.study.alignment import align
@@ -48,10 +48,10 @@ JOINT: tuple[Site, ...] = ((0, 2), (0, 1, 2))
 
 
 Pair = tuple[PreTrainedModel, ResidentModel]
-"""A stock model, and a resident that wears its weights."""
+"""A stock model, and a resident with its weights."""
 
 
-def dressed(model: PreTrainedModel) -> Pair:
+def loaded(model: PreTrainedModel) -> Pair:
     resident = ResidentModel(model.config, torch.float32, "cpu")
     resident.load_weights(model.state_dict())
     return model, resident
@@ -59,7 +59,7 @@ def dressed(model: PreTrainedModel) -> Pair:
 
 @cache
 def pair(name: str) -> Pair:
-    return dressed(tiny(name))
+    return loaded(tiny(name))
 
 
 def replayed(
@@ -71,8 +71,8 @@ def replayed(
     mask: np.ndarray,
     activations: Capture | None = None,
 ) -> np.ndarray:
-    kept = activations or capture(resident, trials, MEMORY)
-    return replay(resident, kept, trials, align(trials, positions), direction, sites, mask)
+    captured = activations or capture(resident, trials, MEMORY)
+    return replay(resident, captured, trials, align(trials, positions), direction, sites, mask)
 
 
 def largest_difference(
@@ -157,9 +157,9 @@ def test_replay_is_exact_for_prompts_of_a_single_token(name: str) -> None:
 def test_a_sliding_window_just_as_long_as_the_longest_prompt_is_exact_and_a_shorter_one_refused() -> None:
     trials, mask = random_trials(), random_subsets(20, 8)
     longest = int(trials.length.max())
-    exact = dressed(tiny("mistral-wide-window", sliding_window=longest))
+    exact = loaded(tiny("mistral-wide-window", sliding_window=longest))
     assert largest_difference(exact, trials, "end:3", "denoise", (*SINGLE, *JOINT), mask) <= EXACT
-    _, short = dressed(tiny("mistral-wide-window", sliding_window=longest - 1))
+    _, short = loaded(tiny("mistral-wide-window", sliding_window=longest - 1))
     with pytest.raises(UserError, match=f"window of {longest - 1}"):
         capture(short, trials, MEMORY)
 
@@ -215,12 +215,12 @@ def test_a_run_does_not_depend_on_what_runs_beside_it(name: str) -> None:
     """Whatever the split into passes, and with other subsets, sites and trials left out."""
     _, resident = pair(name)
     trials, mask = random_trials(), random_subsets(30, 8)
-    kept, alignment = capture(resident, trials, MEMORY), align(trials, "end:3")
-    together = replay(resident, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask)
+    captured, alignment = capture(resident, trials, MEMORY), align(trials, "end:3")
+    together = replay(resident, captured, trials, alignment, "denoise", (*SINGLE, *JOINT), mask)
     for runs in (1, 11):
-        split = replay(resident, kept, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, runs=runs)
+        split = replay(resident, captured, trials, alignment, "denoise", (*SINGLE, *JOINT), mask, runs=runs)
         np.testing.assert_allclose(split, together, rtol=0, atol=EXACT)
-    alone = replay(resident, kept, trials, alignment, "denoise", JOINT[1:], mask[7:8])
+    alone = replay(resident, captured, trials, alignment, "denoise", JOINT[1:], mask[7:8])
     np.testing.assert_allclose(alone[0, 0], together[N_LAYERS + 1, 7], rtol=0, atol=EXACT)
 
 
@@ -228,8 +228,10 @@ def test_replay_is_the_same_bit_for_bit_again_and_leaves_the_skeleton_as_it_was(
     for name in MAIN:
         model, resident = pair(name)
         trials, mask = random_trials(), random_subsets(30, 8)
-        kept = capture(resident, trials, MEMORY)
-        first, again = (replayed(resident, trials, "last", "noise", (*SINGLE, *JOINT), mask, kept) for _ in range(2))
+        captured = capture(resident, trials, MEMORY)
+        first, again = (
+            replayed(resident, trials, "last", "noise", (*SINGLE, *JOINT), mask, captured) for _ in range(2)
+        )
         np.testing.assert_array_equal(first, again)
         worn = dict(resident.model.named_parameters())
         assert all(torch.equal(worn[key], value) for key, value in model.named_parameters())
@@ -241,10 +243,10 @@ def test_replay_is_the_same_bit_for_bit_again_and_leaves_the_skeleton_as_it_was(
 def test_replay_reports_every_patched_run_once() -> None:
     _, resident = pair("gpt2")
     trials, mask = random_trials(), random_subsets(30, 8)
-    kept, heard = capture(resident, trials, MEMORY), list[int]()
+    captured, completed = capture(resident, trials, MEMORY), list[int]()
     alignment = align(trials, "last")
-    found = replay(resident, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=3)
-    assert len(heard) > 1 and sum(heard) == found.size
+    found = replay(resident, captured, trials, alignment, "denoise", SINGLE, mask, progress=completed.append, runs=3)
+    assert len(completed) > 1 and sum(completed) == found.size
 
 
 @pytest.mark.slow
@@ -253,9 +255,9 @@ def test_replay_goes_on_with_fewer_runs_where_memory_fails_and_reports_each_once
 ) -> None:
     _, resident = pair("neox-parallel")
     trials, mask = random_trials(), random_subsets(30, 8)
-    kept, heard = capture(resident, trials, MEMORY), list[int]()
+    captured, completed = capture(resident, trials, MEMORY), list[int]()
     alignment, through = align(trials, "last"), LayerRunner.through
-    expected = replay(resident, kept, trials, alignment, "denoise", SINGLE, mask)
+    expected = replay(resident, captured, trials, alignment, "denoise", SINGLE, mask)
 
     def narrow(self: LayerRunner, layer: int, resid_pre: torch.Tensor, mode: AttentionMode) -> torch.Tensor:
         if layer == N_LAYERS - 1 and resid_pre.shape[1] > 7:
@@ -263,29 +265,29 @@ def test_replay_goes_on_with_fewer_runs_where_memory_fails_and_reports_each_once
         return through(self, layer, resid_pre, mode)
 
     monkeypatch.setattr(LayerRunner, "through", narrow)
-    found = replay(resident, kept, trials, alignment, "denoise", SINGLE, mask, done=heard.append, runs=40)
+    found = replay(resident, captured, trials, alignment, "denoise", SINGLE, mask, progress=completed.append, runs=40)
     np.testing.assert_allclose(found, expected, rtol=0, atol=EXACT)
-    assert sum(heard) == found.size and min(heard) < 0
+    assert sum(completed) == found.size and min(completed) < 0
 
 
-# Waves
+# Batches
 
 
 @pytest.mark.parametrize("seed", range(30))
 @pytest.mark.parametrize("joint", [False, True])
-def test_waves_hold_every_run_once_in_equal_parts_and_early_layers_first(seed: int, joint: bool) -> None:
+def test_batches_hold_every_run_once_in_equal_parts_and_early_layers_first(seed: int, joint: bool) -> None:
     draw = np.random.default_rng(seed)
     sites = [(int(layer),) for layer in draw.permutation(9)[: draw.integers(1, 9)]]
     if joint:
         sites = [tuple(sorted(draw.permutation(9)[: draw.integers(1, 5)].tolist())) for _ in sites]
     n_subsets, most = int(draw.integers(1, 40)), int(draw.integers(1, 60))
-    found = list(waves(sites, n_subsets, most))
-    runs = [(group.index, subset) for wave in found for group in wave for subset in range(group.first, group.last)]
+    found = list(run_batches(sites, n_subsets, most))
+    runs = [(group.index, subset) for batch in found for group in batch for subset in range(group.first, group.last)]
     assert sorted(runs) == [(site, subset) for site in range(len(sites)) for subset in range(n_subsets)]
-    sizes = [sum(group.n_runs for group in wave) for wave in found]
+    sizes = [sum(group.n_runs for group in batch) for batch in found]
     assert max(sizes) <= most and max(sizes) - min(sizes) <= 1 <= min(sizes)
     assert len(sizes) == -(-len(runs) // most)
-    groups = [group for wave in found for group in wave]
+    groups = [group for batch in found for group in batch]
     assert all(group.n_runs > 0 and group.site == sites[group.index] for group in groups)
     layers = [group.site[0] for group in groups]
     assert layers == sorted(layers)
@@ -298,12 +300,12 @@ def test_memory_bounds_how_many_runs_go_together() -> None:
     assert few[0] == 1 and few == sorted(few) and few[-1] == most and 1 < few[-3] < most
 
 
-def test_runs_go_together_as_rows_of_a_wave_and_of_memory_allow() -> None:
+def test_runs_go_together_as_rows_of_a_batch_and_of_memory_allow() -> None:
     _, single = pair("neox-parallel")
     half = ResidentModel(tiny("neox-parallel").config, torch.bfloat16, "cpu")
-    for rows_per_run in (1, 3, 100, ROWS["cpu"], 10**6):
+    for rows_per_run in (1, 3, 100, BATCH_ROWS["cpu"], 10**6):
         most = runs_at_once(single, rows_per_run)
-        assert most == max(1, ROWS["cpu"] // rows_per_run)
+        assert most == max(1, BATCH_ROWS["cpu"] // rows_per_run)
         for memory in (10**4, 10**5, 10**6, 10**7):
             runs = runs_at_once(single, rows_per_run, memory)
             assert runs == runs_at_once(half, rows_per_run, memory // 2), "numbers half as wide, twice as many rows"
@@ -315,12 +317,14 @@ def test_runs_go_together_as_rows_of_a_wave_and_of_memory_allow() -> None:
 def test_little_memory_gives_what_plenty_gives(name: str, positions: str, lengths: Lengths) -> None:
     _, resident = pair(name)
     trials, mask, sites = random_trials(lengths=lengths), random_subsets(30, 8), (*SINGLE, *JOINT)
-    kept, alignment = capture(resident, trials, MEMORY), align(trials, positions)
-    results, n_waves = [], []
+    captured, alignment = capture(resident, trials, MEMORY), align(trials, positions)
+    results, n_batches = [], []
     for memory in (0, 500_000, 2**40):
-        runs, heard = runs_at_once(resident, alignment.valid.size, memory), list[int]()
-        results.append(replay(resident, kept, trials, alignment, "denoise", sites, mask, done=heard.append, runs=runs))
-        n_waves.append(sum(n > 0 for n in heard))
-    assert n_waves[0] == len(sites) * len(mask) > n_waves[1] > n_waves[2]
+        runs, completed = runs_at_once(resident, alignment.valid.size, memory), list[int]()
+        results.append(
+            replay(resident, captured, trials, alignment, "denoise", sites, mask, progress=completed.append, runs=runs)
+        )
+        n_batches.append(sum(n > 0 for n in completed))
+    assert n_batches[0] == len(sites) * len(mask) > n_batches[1] > n_batches[2]
     for found in results[:2]:
         np.testing.assert_allclose(found, results[2], rtol=0, atol=1e-5)

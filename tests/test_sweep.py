@@ -16,7 +16,7 @@ from headlapse.engine.checkpoints import files
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.replay import run as room
 from headlapse.engine.replay.reference import choose_pairs
-from headlapse.engine.replay.run import PAIRS, SweepPlan, make_plan, name_of, open_run, patch_series
+from headlapse.engine.replay.run import VERIFIED_PAIRS, SweepPlan, make_plan, name_of, open_run, patch_series
 from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.format import format_time
 from headlapse.engine.runtime.resources import Machine
@@ -196,8 +196,8 @@ def test_results_written_layer_by_layer_are_those_written_at_once(
 ) -> None:
     plan, at_once = opened(store)
     patched(store, plan, at_once, LABELS)
-    monkeypatch.setattr(room, "HELD", 1)
-    assert len(list(room._blocks(plan))) == len(plan.sites) > 1
+    monkeypatch.setattr(room, "BLOCK_BYTES", 1)
+    assert len(list(room._blocks(plan, "step0"))) == len(plan.sites) > 1
     plan, streamed = opened(store, name="streamed")
     patched(store, plan, streamed, LABELS)
     np.testing.assert_allclose(streamed.values("logit_diff"), at_once.values("logit_diff"), rtol=0, atol=1e-5)
@@ -216,9 +216,9 @@ def test_streaming_changes_no_bit_where_every_run_goes_alone(
     plan, at_once = opened(store, sweep)
     finished = patched(store, plan, at_once, LABELS, barely)
     assert set(finished) - {0} == {plan.trials.n_trials}, "each alone"
-    assert len(list(room._blocks(plan))) == 1
-    monkeypatch.setattr(room, "HELD", n_sites * len(plan.subsets) * plan.trials.n_trials * 4)
-    assert len(list(room._blocks(plan))) == -(-len(plan.sites) // n_sites)
+    assert len(list(room._blocks(plan, "step0"))) == 1
+    monkeypatch.setattr(room, "BLOCK_BYTES", n_sites * len(plan.subsets) * plan.trials.n_trials * 4)
+    assert len(list(room._blocks(plan, "step0"))) == -(-len(plan.sites) // n_sites)
     plan, streamed = opened(store, sweep, name="streamed")
     patched(store, plan, streamed, LABELS, barely)
     assert store_files(streamed.path) == store_files(at_once.path)
@@ -226,12 +226,13 @@ def test_streaming_changes_no_bit_where_every_run_goes_alone(
 
 
 def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "HELD", 1)
+    monkeypatch.setattr(room, "BLOCK_BYTES", 1)
     plan, patch = opened(store)
-    exact, checked = room.replay, {site for site, _ in choose_pairs("step0", plan.sites, len(plan.subsets), PAIRS)}
+    verified = {site for site, _ in choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS)}
+    exact = room.replay
 
     def off(*given: Any, **named: Any) -> np.ndarray:
-        return exact(*given, **named) + np.float32(named["sites"] == (plan.sites[max(checked)],))
+        return exact(*given, **named) + np.float32(named["sites"] == (plan.sites[max(verified)],))
 
     monkeypatch.setattr(room, "replay", off)
     with pytest.raises(VerificationError, match=r"^step0: replay differs"):
@@ -345,7 +346,7 @@ def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
 
 def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, patch = opened(store)
-    exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), PAIRS)[-1]
+    exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS)[-1]
 
     def off(*given: Any, **named: Any) -> np.ndarray:
         logit_diff = exact(*given, **named)

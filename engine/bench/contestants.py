@@ -30,10 +30,9 @@ from ..checkpoints.files import config_file, weight_files
 from ..checkpoints.model import ResidentModel
 from ..checkpoints.resolve import Files
 from ..checkpoints.weights import Weights, read_weights
-from ..replay.greedy_decoding import Condition as Prompted
-from ..replay.greedy_decoding import generate
+from ..replay.greedy_decoding import SlicePatch, generate_slice_patched
 from ..replay.published_protocol import N_TOKENS
-from ..replay.replay import replay, runs_at_once, waves
+from ..replay.replay import replay, run_batches, runs_at_once
 from ..runtime.errors import UserError
 from ..runtime.resources import allow_tf32, peak_memory
 from ..store.activations import Capture
@@ -283,8 +282,8 @@ def _time_generation() -> Timing:
     if _here.tool.is_ours:
         layer = _here.worker.resident.architecture.n_layers // 2
         slices = [(False,) * _here.n_heads, *parity]
-        asked = [Prompted(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
-        return _once(lambda: _rows(generate(_here.worker.resident, asked, N_TOKENS, len(asked)).tokens))
+        asked = [SlicePatch(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
+        return _once(lambda: _rows(generate_slice_patched(_here.worker.resident, asked, N_TOKENS, len(asked)).tokens))
     model, layer = _here.worker.model, len(_here.worker.projections) // 2
     prompts = torch.from_numpy(clean), torch.from_numpy(corrupt)
     return _once(lambda: _rows([trials[0].tolist() for trials in generate_published(model, *prompts, layer)]))
@@ -357,10 +356,12 @@ def _row_counts(resident: ResidentModel, workload: Workload, n_trials: int) -> C
     """How many rows go through a layer together, and how often."""
     sites = [(layer,) for layer in workload.layers]
     counts: Counter[int] = Counter()
-    for wave in waves(sites, len(workload.mask(resident.architecture.n_heads)), runs_at_once(resident, n_trials)):
+    for batch in run_batches(
+        sites, len(workload.mask(resident.architecture.n_heads)), runs_at_once(resident, n_trials)
+    ):
         for layer in range(resident.architecture.n_layers):
-            counts[n_trials * sum(group.n_runs for group in wave if group.site[0] < layer)] += 1
+            counts[n_trials * sum(group.n_runs for group in batch if group.site[0] < layer)] += 1
             if not resident.heads_add_up.get(layer):
-                counts.update(n_trials * group.n_runs for group in wave if group.site[0] == layer)
+                counts.update(n_trials * group.n_runs for group in batch if group.site[0] == layer)
     del counts[0]
     return counts

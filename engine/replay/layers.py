@@ -17,54 +17,54 @@ Resid = Float[Tensor, "trial run patched d_model"]
 
 
 class LayerRunner:
-    """The layers of a resident on one checkpoint's inputs, a step each.
+    """Runs the resident's layers, one at a time, on one checkpoint's inputs.
 
-    What the model hands its layers besides the residual stream (rotary angles, say) is recorded once, for `most` runs;
-    fewer runs get as much of it as they have rows.
+    What the model hands its layers besides the residual stream (rotary angles, say) is recorded once, for `max_runs`
+    runs; fewer runs get as much of it as they have rows.
     """
 
-    def __init__(self, resident: ResidentModel, inputs: PatchInputs, most: int = 1) -> None:
+    def __init__(self, resident: ResidentModel, inputs: PatchInputs, max_runs: int = 1) -> None:
         self.resident, self.inputs = resident, inputs
         self._modules = resident.layer_modules()
-        positions = inputs.positions[inputs.target].repeat(1, most)
+        positions = inputs.positions[inputs.target].repeat(1, max_runs)
         self._calls, self._n_rows = resident.layer_calls(positions), positions.shape[1]
 
     def through(self, layer: int, resid_pre: Resid, mode: AttentionMode) -> Resid:
-        """The residual stream after `layer`, whose attention does as `mode` says."""
+        """The residual stream after `layer`, whose attention is computed by `mode`."""
         rows = resid_pre.flatten(1, 2)
         args, kwargs = self._first(rows.shape[1], self._calls[layer])
         with attending(mode):
             output = self._modules[layer](rows, *args, **kwargs)
         resid_post: Tensor = output[0] if isinstance(output, tuple) else output
-        return resid_post.unflatten(1, resid_pre.shape[1:3])
+        return torch.unflatten(resid_post, 1, resid_pre.shape[1:3])
 
     def logit_diff(self, resid: Resid) -> Float[Tensor, "run trial"]:
-        """Right minus wrong, in nats, of residual streams that left the last layer."""
+        """Right minus wrong, in nats, from the residual stream after the last layer."""
         right, wrong = self.resident.answer_logits(self.read(resid), self.inputs.answers).float().unbind(-1)
         return (right - wrong).T
 
     def read(self, resid: Resid, ahead: int = 0) -> Float[Tensor, "trial run d_model"]:
-        """At the position that is read, or some positions `ahead` of it."""
+        """The residual stream at the position that is read, or at `ahead` positions after it."""
         if resid.shape[2] == 1:
             return resid[:, :, 0]
         trial = torch.arange(len(resid), device=resid.device)
         return resid[trial, :, self.inputs.read + ahead]
 
-    def _first(self, n_rows: int, given: Any) -> Any:
-        """Of everything that has as many rows as were recorded, (batch, row, ...) or (row), the first."""
-        if isinstance(given, dict):
-            return {name: self._first(n_rows, value) for name, value in given.items()}
-        if isinstance(given, tuple):
-            return tuple(self._first(n_rows, value) for value in given)
-        if not isinstance(given, Tensor) or not given.ndim:
-            return given
-        axis = min(1, given.ndim - 1)
-        return given.narrow(axis, 0, n_rows) if given.shape[axis] == self._n_rows else given
+    def _first(self, n_rows: int, argument: Any) -> Any:
+        """The first `n_rows` of every tensor that has as many rows as were recorded: (batch, row, ...) or (row)."""
+        if isinstance(argument, dict):
+            return {name: self._first(n_rows, value) for name, value in argument.items()}
+        if isinstance(argument, tuple):
+            return tuple(self._first(n_rows, value) for value in argument)
+        if not isinstance(argument, Tensor) or not argument.ndim:
+            return argument
+        axis = min(1, argument.ndim - 1)
+        return argument.narrow(axis, 0, n_rows) if argument.shape[axis] == self._n_rows else argument
 
 
 @dataclass(frozen=True)
 class FixedZ:
-    """An attention mode whose heads give a fixed z."""
+    """An attention mode whose heads output a fixed z."""
 
     z: Float[Tensor, "trial run patched head head_dim"]
     longest: int
@@ -87,7 +87,7 @@ class SharedPrefixAttention:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         inputs, n_patched = self.inputs, self.inputs.positions.shape[2]
-        query, key, value = (x.unflatten(2, (-1, n_patched)) for x in (query, key, value))
+        query, key, value = (torch.unflatten(x, 2, (-1, n_patched)) for x in (query, key, value))
         source = None if self.patched is None else inputs.patched("z", layer, inputs.source)
         z = attend_shared_prefix(
             query,

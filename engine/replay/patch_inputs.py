@@ -1,4 +1,4 @@
-"""What is known before anything is replayed: one checkpoint's captured runs, read as source and target."""
+"""What replay starts from: one checkpoint's captured runs, one as source and the other as target of the patch."""
 
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ def source_and_target(direction: Direction) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PatchInputs:
-    """One checkpoint's runs, read as source and target, on the device that computes."""
+    """One checkpoint's runs as source and target of a patch, on the device that computes."""
 
     activations: Activations
     source: int
@@ -54,8 +54,8 @@ class PatchInputs:
     all_valid: bool
     """Whether every one of the positions is patched."""
 
-    held: dict[tuple[str, int, int | str], Tensor] = field(default_factory=dict)
-    """What was read and cut out before: every wave needs the same."""
+    cache: dict[tuple[str, int, int | str], Tensor] = field(default_factory=dict)
+    """What was read and cut out before: every batch needs the same."""
 
     @classmethod
     def from_capture(
@@ -66,6 +66,7 @@ class PatchInputs:
         alignment: Alignment,
         direction: Direction,
     ) -> "PatchInputs":
+        """The runs of a capture for patching in `direction` at the aligned positions."""
         source, target = source_and_target(direction)
         prefix = alignment.positions[target, :, 0]
         arrays = (alignment.positions, alignment.valid, alignment.read, trials.answer_tokens, prefix)
@@ -87,15 +88,15 @@ class PatchInputs:
         )
 
     def run(self, kind: str, layer: int, run: int) -> Tensor:
-        """(trial, position, ...)"""
+        """One kind of activation of a run: (trial, position, ...)."""
         return self.activations.read(kind, layer)[run].to(device=self.device, dtype=self.dtype)
 
     def patched(self, kind: str, layer: int, run: int) -> Tensor:
         """The aligned positions alone: (trial, patched, ...)."""
-        if (kind, layer, run) not in self.held:
+        if (kind, layer, run) not in self.cache:
             trial = torch.arange(len(self.read), device=self.device)[:, None]
-            self.held[kind, layer, run] = self.run(kind, layer, run)[trial, self.positions[run]]
-        return self.held[kind, layer, run]
+            self.cache[kind, layer, run] = self.run(kind, layer, run)[trial, self.positions[run]]
+        return self.cache[kind, layer, run]
 
     def source_z(self, layer: int) -> Float[Tensor, "trial patched head head_dim"]:
         """What goes into patched heads: the source run's z, and at positions that are not patched the target's own."""
@@ -109,8 +110,8 @@ class PatchInputs:
 
         Zero where a trial's prefix is shorter.
         """
-        if (kind, layer, "prefix") not in self.held:
+        if (kind, layer, "prefix") not in self.cache:
             cut = self.run(kind, layer, self.target)[:, : self.longest_prefix].transpose(1, 2)
             absent = torch.arange(self.longest_prefix, device=self.device) >= self.prefix_length[:, None]
-            self.held[kind, layer, "prefix"] = cut.masked_fill(absent[:, None, :, None], 0).contiguous()
-        return self.held[kind, layer, "prefix"]
+            self.cache[kind, layer, "prefix"] = cut.masked_fill(absent[:, None, :, None], 0).contiguous()
+        return self.cache[kind, layer, "prefix"]

@@ -1,37 +1,46 @@
-"""Greedy texts of the corrected patch: heads' z at aligned positions of the prompt, and what the model then says.
+"""Greedy texts of the corrected patch: heads' z at aligned positions of the prompt, and how the model then goes on.
 
-The prompt is the row that is replayed, which ends in the beginning that both answers share; the patch is in place while
-it is read, so that the first token comes from a patched position, and is gone while the model goes on.  A text is that
-beginning and what follows.  It succeeds when it begins with the right answer.
+The prompt is the token row that is replayed, which ends in the beginning that both answers share; the patch is in place
+while it is read, so that the first token comes from a patched position, and is gone while the model goes on.  A text is
+that beginning and what follows.  It succeeds when it begins with the right answer.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..checkpoints.hooks import collect_inputs, replace_inputs
 from ..checkpoints.model import ResidentModel
-from ..runtime.errors import UserError, VerificationError
+from ..runtime.errors import UserError
 from ..store.store import Answers
 from ..study.alignment import Alignment
 from ..study.patch_settings import Direction
 from ..study.prompts import Trials, spell
 from ..study.study import RUNS
 from ..study.tasks.contrast import Tokenizer
-from .greedy_decoding import Texts, Tokens, generate_once, generate_patched, row_of, stock_generate
+from .greedy_decoding import (
+    GeneratedTexts,
+    Tokens,
+    generate_batched,
+    generate_distinct,
+    one_row,
+    padded,
+    require_same_text,
+    stock_generate,
+)
 from .patch_inputs import Site, source_and_target
 from .reference import choose_pairs
 
 MOST_TEXTS = 4096
 """Patched runs of one checkpoint, at most, whose texts are generated: a text costs a hundred replayed runs."""
 
-VERIFIED = 2
-"""Texts generated again by definition at every checkpoint."""
+VERIFIED_TEXTS = 2
+"""Texts generated again by the reference at every checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class PatchedGeneration:
 
 
 def refuse_too_many(n_tokens: int, n_sites: int, n_subsets: int, n_trials: int) -> None:
-    """Raises `UserError` for more texts than `MOST_TEXTS`, or a number of tokens that is none."""
+    """Raises `UserError` for more texts than `MOST_TEXTS`, or a negative number of tokens."""
     if n_tokens < 0:
         raise UserError(f"--generate {n_tokens}: give a number of tokens, e.g. 20")
     n_texts = n_sites * n_subsets * n_trials
@@ -76,33 +85,29 @@ def answers(
 ) -> Answers:
     """`n_tokens` greedy tokens of every patched run and of both unpatched ones.
 
-    Raises `VerificationError` where one of a few that are generated again by definition is another.
+    Raises `VerificationError` where one of the few that the reference generates again is another.
     """
-    rows = _prompts(trials)
-    plain = [PatchedGeneration(rows[run][trial]) for run in range(len(RUNS)) for trial in range(trials.n_trials)]
-    patched = list(_grafts(rows, alignment, direction, sites, mask))
-    grafts = plain + patched
-    texts = _generated(resident, grafts, n_tokens)
-    for place, _ in choose_pairs(label, [(index,) for index in range(len(grafts))], 1, VERIFIED):
-        _require_same(resident, grafts[place], texts.tokens[place], n_tokens, label)
+    prompts = _prompts(trials)
+    run_and_trial = [(run, trial) for run in range(len(RUNS)) for trial in range(trials.n_trials)]
+    unpatched = [PatchedGeneration(prompts[run][trial]) for run, trial in run_and_trial]
+    patched = list(_patched_generations(prompts, alignment, direction, sites, mask))
+    generations = unpatched + patched
+    texts = _generate_all(resident, generations, n_tokens)
+    for place, _ in choose_pairs(label, [(index,) for index in range(len(generations))], 1, VERIFIED_TEXTS):
+        require_same_text(texts.tokens[place], reference_generate(resident, generations[place], n_tokens), label)
 
-    shape = (len(sites), len(mask), trials.n_trials)
     target = source_and_target(direction)[1]
-    of_plain = [(run, trial) for run in range(len(RUNS)) for trial in range(trials.n_trials)]
-    of_patched = [(target, trial) for _ in range(shape[0] * shape[1]) for trial in range(trials.n_trials)]
-    said = _Reading(tokenizer, trials)
-    read = [said.text(*where, made) for where, made in zip(of_plain + of_patched, texts.tokens, strict=True)]
-    right = [said.succeeds(*where, text) for where, text in zip(of_plain + of_patched, read, strict=True)]
-    token = np.full((len(patched), n_tokens), -1, dtype=np.int32)
-    for row, made in zip(token, texts.tokens[len(plain) :], strict=True):
-        row[: len(made)] = made
-    by_run = (len(RUNS), trials.n_trials)
+    run_and_trial += len(sites) * len(mask) * [(target, trial) for trial in range(trials.n_trials)]
+    decoder = _AnswerDecoder(tokenizer, trials)
+    decoded = [decoder.text(*where, tokens) for where, tokens in zip(run_and_trial, texts.tokens, strict=True)]
+    succeeded = [decoder.succeeds(*where, text) for where, text in zip(run_and_trial, decoded, strict=True)]
+    first, shape, by_run = len(unpatched), (len(sites), len(mask), trials.n_trials), (len(RUNS), trials.n_trials)
     return Answers(
-        text=np.array(read[len(plain) :], dtype=object).reshape(shape),
-        token=token.reshape(*shape, n_tokens),
-        success=np.array(right[len(plain) :]).reshape(shape),
-        plain_text=np.array(read[: len(plain)], dtype=object).reshape(by_run),
-        plain_success=np.array(right[: len(plain)]).reshape(by_run),
+        text=np.array(decoded[first:], dtype=object).reshape(shape),
+        token=padded(texts.tokens[first:], n_tokens).reshape(*shape, n_tokens),
+        success=np.array(succeeded[first:]).reshape(shape),
+        plain_text=np.array(decoded[:first], dtype=object).reshape(by_run),
+        plain_success=np.array(succeeded[:first]).reshape(by_run),
         n_near=texts.n_near,
     )
 
@@ -113,13 +118,13 @@ def begins_with(text: str, right: str, wrong: str) -> bool:
     A number must end where the right one does (9.85 is not 9.8); where the wrong answer goes on from the right one, the
     text must not begin with that.
     """
-    said, right, wrong = text.lstrip(), right.strip(), wrong.strip()
-    is_longer = right[-1:].isdigit() and said[len(right) : len(right) + 1].isdigit()
-    return said.startswith(right) and not is_longer and not (wrong.startswith(right) and said.startswith(wrong))
+    text, right, wrong = text.lstrip(), right.strip(), wrong.strip()
+    is_longer = right[-1:].isdigit() and text[len(right) : len(right) + 1].isdigit()
+    return text.startswith(right) and not is_longer and not (wrong.startswith(right) and text.startswith(wrong))
 
 
-class _Reading:
-    """Tokens after a run's prompt as text, and whether they say the right answer, as this tokenizer spells it."""
+class _AnswerDecoder:
+    """Tokens after a run's prompt as text, and whether they give the right answer, as this tokenizer spells it."""
 
     def __init__(self, tokenizer: Tokenizer, trials: Trials) -> None:
         self._tokenizer = tokenizer
@@ -127,8 +132,8 @@ class _Reading:
             [spell(contrast, getattr(contrast, run), tokenizer) for contrast in trials.contrasts] for run in RUNS
         ]
 
-    def text(self, run: int, trial: int, made: Sequence[int]) -> str:
-        return self._decode([*self._spelling[run][trial].shared, *made])
+    def text(self, run: int, trial: int, tokens: Sequence[int]) -> str:
+        return self._decode([*self._spelling[run][trial].shared, *tokens])
 
     def succeeds(self, run: int, trial: int, text: str) -> bool:
         spelling = self._spelling[run][trial]
@@ -139,15 +144,15 @@ class _Reading:
 
 
 def _prompts(trials: Trials) -> list[list[Tokens]]:
-    """The rows that are run, without padding, by run and trial."""
+    """The token rows that are run, without padding, by run and trial."""
     return [
         [tuple(row[:length].tolist()) for row, length in zip(trials.tokens[run], trials.length[run], strict=True)]
         for run in range(len(RUNS))
     ]
 
 
-def _grafts(
-    rows: Sequence[Sequence[Tokens]],
+def _patched_generations(
+    prompts: Sequence[Sequence[Tokens]],
     alignment: Alignment,
     direction: Direction,
     sites: Sequence[Site],
@@ -157,86 +162,74 @@ def _grafts(
     source, target = source_and_target(direction)
     for site in sites:
         for heads in mask:
-            for trial, is_real in enumerate(alignment.valid):
-                into, out_of = (tuple(alignment.positions[run, trial][is_real].tolist()) for run in (target, source))
+            for trial, is_valid in enumerate(alignment.valid):
+                into, out_of = (tuple(alignment.positions[run, trial][is_valid].tolist()) for run in (target, source))
                 yield PatchedGeneration(
-                    rows[target][trial], rows[source][trial], site, tuple(heads.tolist()), into, out_of
+                    prompts[target][trial], prompts[source][trial], site, tuple(heads.tolist()), into, out_of
                 )
 
 
-def _generated(resident: ResidentModel, grafts: Sequence[PatchedGeneration], n_tokens: int) -> Texts:
+def _generate_all(resident: ResidentModel, generations: Sequence[PatchedGeneration], n_tokens: int) -> GeneratedTexts:
     """Every text; where nothing is patched, one for all layers."""
-    keys = [graft if any(graft.heads) else PatchedGeneration(graft.target) for graft in grafts]
-    return generate_once(resident, keys, lambda some, most: generate_grafted(resident, some, n_tokens, most))
-
-
-@torch.inference_mode()
-def generate_grafted(resident: ResidentModel, grafts: Sequence[PatchedGeneration], n_tokens: int, most: int) -> Texts:
-    """`n_tokens` greedy tokens for every graft, `most` of them side by side: those that `reference_generate` gives."""
-    return generate_patched(
-        resident,
-        [graft.target for graft in grafts],
-        lambda batch: _grafting(resident, [grafts[index] for index in batch]),
-        lambda index: reference_generate(resident, grafts[index], n_tokens),
-        n_tokens,
-        most,
+    keys = [generation if any(generation.heads) else PatchedGeneration(generation.target) for generation in generations]
+    return generate_distinct(
+        resident, keys, lambda distinct, batch_size: generate_patched(resident, distinct, n_tokens, batch_size)
     )
 
 
 @torch.inference_mode()
-def reference_generate(resident: ResidentModel, graft: PatchedGeneration, n_tokens: int) -> list[int]:
+def generate_patched(
+    resident: ResidentModel, generations: Sequence[PatchedGeneration], n_tokens: int, batch_size: int
+) -> GeneratedTexts:
+    """`n_tokens` greedy tokens of every patched run, `batch_size` of them side by side.
+
+    Token for token what `reference_generate` gives.  Raises `UserError` beyond the model's context.
+    """
+    return generate_batched(
+        resident,
+        [generation.target for generation in generations],
+        lambda batch: _patching_prompts(resident, [generations[index] for index in batch]),
+        lambda index: reference_generate(resident, generations[index], n_tokens),
+        n_tokens,
+        batch_size,
+    )
+
+
+@torch.inference_mode()
+def reference_generate(resident: ResidentModel, generation: PatchedGeneration, n_tokens: int) -> list[int]:
     """The same as anyone would write it: transformers' own `generate`, one prompt, hooks that act on the prompt."""
-    read: set[int] = set()
-    with resident.stock("default"), ExitStack() as stack:
-        z = _source_z(resident, graft.source, graft.site)
+    patched: set[int] = set()
+    with resident.stock("default"):
+        source_z = _source_z(resident, generation.source, generation.site)
 
-        def patch(layer: int):
-            def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-                if layer in read:  # the prompt has been read: the model goes on
-                    return None
-                read.add(layer)
-                found = args[0].clone().unflatten(-1, (len(graft.heads), -1))
-                for into, out_of in zip(graft.into, graft.out_of, strict=True):
-                    for head in np.flatnonzero(graft.heads):
-                        found[0, into, head] = z[layer][out_of, head]
-                return (found.flatten(-2), *args[1:])
+        def patch(layer: int, projected: Tensor) -> Tensor | None:
+            if layer in patched:  # the prompt has been read: the model goes on
+                return None
+            patched.add(layer)
+            z = torch.unflatten(projected.clone(), -1, (len(generation.heads), -1))
+            for into, out_of in zip(generation.into, generation.out_of, strict=True):
+                for head in np.flatnonzero(generation.heads):
+                    z[0, into, head] = source_z[layer][out_of, head]
+            return z.flatten(-2)
 
-            return hook
-
-        for layer in graft.site:
-            stack.callback(_projection(resident, layer).register_forward_pre_hook(patch(layer)).remove)
-        return stock_generate(resident, graft.target, n_tokens)
-
-
-def _require_same(
-    resident: ResidentModel, graft: PatchedGeneration, made: list[int], n_tokens: int, label: str
-) -> None:
-    again = reference_generate(resident, graft, n_tokens)
-    if again != made:
-        raise VerificationError(
-            f"{label}: in a batch the tokens are {made}, by transformers' own generate {again}; headlapse does not "
-            "compute this architecture rightly"
-        )
+        with replace_inputs(resident.output_projections(generation.site), patch):
+            return stock_generate(resident, generation.target, n_tokens)
 
 
 @contextmanager
-def _grafting(resident: ResidentModel, grafts: Sequence[PatchedGeneration]) -> Iterator[None]:
-    """At the body's first forward, which reads the prompts, every graft's heads take their z from its source."""
-    by_layer: dict[int, list[int]] = {}
-    for row, graft in enumerate(grafts):
-        for layer in graft.site if any(graft.heads) else ():
-            by_layer.setdefault(layer, []).append(row)
-    sources: dict[Tokens, set[int]] = {}
-    for layer, rows in by_layer.items():
-        for row in rows:
-            sources.setdefault(grafts[row].source, set()).add(layer)
-    z = {source: _source_z(resident, source, sorted(layers)) for source, layers in sources.items()}
-    with ExitStack() as stack:
-        for layer, rows in by_layer.items():
-            hook = _PromptOnlyHook(
-                resident, rows, [grafts[row] for row in rows], [z[grafts[row].source][layer] for row in rows]
-            )
-            stack.callback(_projection(resident, layer).register_forward_pre_hook(hook).remove)
+def _patching_prompts(resident: ResidentModel, generations: Sequence[PatchedGeneration]) -> Iterator[None]:
+    """At the model's first forward, which reads the prompts, every patched head takes its z from its source prompt."""
+    rows: dict[int, list[int]] = {}
+    for row, generation in enumerate(generations):
+        for layer in generation.site if any(generation.heads) else ():
+            rows.setdefault(layer, []).append(row)
+    layers: dict[Tokens, set[int]] = {}
+    for layer, layer_rows in rows.items():
+        for row in layer_rows:
+            layers.setdefault(generations[row].source, set()).add(layer)
+    z = {source: _source_z(resident, source, sorted(layers[source])) for source in layers}
+    hooks = {layer: _PromptOnlyHook(resident, layer, rows[layer], generations, z) for layer in rows}
+    with replace_inputs(resident.output_projections(rows), lambda layer, projected: hooks[layer](projected)):
         yield
 
 
@@ -244,42 +237,35 @@ class _PromptOnlyHook:
     """The hook of one layer on the rows of a batch that are patched there; it acts once."""
 
     def __init__(
-        self, resident: ResidentModel, rows: Sequence[int], grafts: Sequence[PatchedGeneration], z: Sequence[Tensor]
+        self,
+        resident: ResidentModel,
+        layer: int,
+        rows: Sequence[int],
+        generations: Sequence[PatchedGeneration],
+        z: dict[Tokens, dict[int, Tensor]],
     ) -> None:
-        device = resident.device
         self.is_over = False
-        places = [(row, into, graft.heads) for row, graft in zip(rows, grafts, strict=True) for into in graft.into]
-        self.row, self.into, self.heads = (torch.tensor(column, device=device) for column in zip(*places, strict=True))
-        self.source = torch.cat([one[list(graft.out_of)] for one, graft in zip(z, grafts, strict=True)])
+        places = [(row, into, generations[row].heads) for row in rows for into in generations[row].into]
+        columns = zip(*places, strict=True)
+        self.row, self.into, self.heads = (torch.tensor(column, device=resident.device) for column in columns)
+        self.source = torch.cat([z[generations[row].source][layer][list(generations[row].out_of)] for row in rows])
 
-    def __call__(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def __call__(self, projected: Tensor) -> Tensor | None:
         if self.is_over:
             return None
         self.is_over = True
-        z = args[0].clone().unflatten(-1, (self.heads.shape[1], -1))
+        z = torch.unflatten(projected.clone(), -1, (self.heads.shape[1], -1))
         z[self.row, self.into] = torch.where(self.heads[..., None], self.source, z[self.row, self.into])
-        return (z.flatten(-2), *args[1:])
+        return z.flatten(-2)
 
 
 def _source_z(
     resident: ResidentModel, source: Tokens, layers: Sequence[int]
 ) -> dict[int, Float[Tensor, "position head head_dim"]]:
     """z of one prompt, run by itself."""
-    kept: dict[int, Tensor] = {}
-
-    def keep(layer: int):
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            kept[layer] = args[0][0].unflatten(-1, (resident.architecture.n_heads, -1))
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(_projection(resident, layer).register_forward_pre_hook(keep(layer)).remove)
-        if layers:
-            resident.model(row_of(resident, source), use_cache=False, logits_to_keep=1)
-    return kept
-
-
-def _projection(resident: ResidentModel, layer: int) -> nn.Module:
-    return resident.model.get_submodule(resident.architecture.out_proj[layer])
+    if not layers:
+        return {}
+    with collect_inputs(resident.output_projections(layers)) as projected:
+        resident.model(one_row(resident, source), use_cache=False, logits_to_keep=1)
+    n_heads = resident.architecture.n_heads
+    return {layer: torch.unflatten(projected[layer][0], -1, (n_heads, -1)) for layer in layers}

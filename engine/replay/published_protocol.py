@@ -7,14 +7,14 @@ holds the right answer and not the wrong one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..checkpoints.model import ModelLoader, load_tokenizer
-from ..runtime.errors import UserError, VerificationError
+from ..runtime.errors import UserError
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
 from ..store.store import Store, TextRun
@@ -23,7 +23,16 @@ from ..study.study import Arithmetic
 from ..study.subsets import Subsets, parse_layers, parse_subsets
 from ..study.tasks.contrast import Contrast
 from .cached_checkpoints import LoadedCheckpoint, load_each
-from .greedy_decoding import Condition, Texts, Tokens, generate, generate_once, reference_generate
+from .greedy_decoding import (
+    GeneratedTexts,
+    SlicePatch,
+    Tokens,
+    generate_distinct,
+    generate_slice_patched,
+    padded,
+    reference_generate,
+    require_same_text,
+)
 from .reference import choose_pairs
 from .run import joined, shortened
 
@@ -36,7 +45,7 @@ N_TOKENS = 20
 
 @dataclass(frozen=True)
 class PublishedPlan:
-    """The study's procedure, spelled out for one store."""
+    """The study's procedure, worked out for one store."""
 
     settings: PatchSettings
     contrasts: tuple[Contrast, ...]
@@ -59,21 +68,25 @@ def name_of(request: PatchRequest) -> str:
 
 
 def make_plan(request: PatchRequest, store: Store) -> PublishedPlan:
-    """Raises `UserError` for what the study's procedure does not have, or the model."""
-    plain = PatchRequest()
+    """The request worked out for one store.
+
+    Raises `UserError` for options that the study's procedure does not have, and for layers that the model does not.
+    """
+    default = PatchRequest()
     for flag in ("joint", "positions", "direction", "measures"):
-        if getattr(request, flag) != getattr(plain, flag):
+        if getattr(request, flag) != getattr(default, flag):
             raise UserError(
                 f"--protocol published copies from the start, one layer at a time, and scores texts; leave --{flag} out"
             )
     if request.generate:
         raise UserError(f"--protocol published generates {N_TOKENS} tokens as it is; leave --generate out")
-    every = range(store.layers[-1] + 1)
-    if request.layers == LAYERS and int(LAYERS[0]) not in every:
+    model_layers = range(store.layers[-1] + 1)
+    if request.layers == LAYERS and int(LAYERS[0]) not in model_layers:
         raise UserError(
-            f"--protocol published patches layer {LAYERS[0]}, this model has layers 0 to {every[-1]}; say --layers"
+            f"--protocol published patches layer {LAYERS[0]}, this model has layers 0 to {model_layers[-1]}; "
+            "say --layers"
         )
-    layers = tuple(parse_layers(request.layers, every))
+    layers = tuple(parse_layers(request.layers, model_layers))
     dtype: Arithmetic = request.dtype or store.study["dtype"]
     settings = PatchSettings("published", layers=layers, subsets=request.subsets, dtype=dtype, n_tokens=N_TOKENS)
     return PublishedPlan(
@@ -95,82 +108,74 @@ def patch_series(
     missing: Sequence[str],
     cache: Path,
     machine: Machine,
-    done: Callable[[int], object],
+    progress: Callable[[int], object],
 ) -> Iterator[Outcome]:
-    """Generate every text at every missing checkpoint, and one of them again by definition.
+    """Generate every text at every missing checkpoint, and one of them again by the reference.
 
-    Raises `VerificationError` where the two differ.
+    `progress` is called with the number of texts that each checkpoint completed.  Raises `VerificationError` where the
+    two differ.
     """
     for label, checkpoint in load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer=None):
         if isinstance(checkpoint, UserError):
             yield Outcome(label, str(checkpoint))
             continue
         _write(plan, run, label, checkpoint)
-        done(plan.n_runs)
+        progress(plan.n_runs)
         yield Outcome(label)
 
 
 def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedCheckpoint) -> None:
     tokenizer = load_tokenizer(checkpoint.files.config.parent)
-    conditions = _conditions(plan, tokenizer)
-    texts = _generated(checkpoint, conditions)
-    _require_same(checkpoint, conditions, texts, label)
+    patches = _slice_patches(plan, tokenizer)
+    texts = _generate_all(checkpoint, patches)
+    _require_same(checkpoint, patches, texts, label)
     shape = (len(plan.layers), len(plan.subsets), len(plan.contrasts))
-    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in texts.tokens]
-    token = np.full((len(decoded), N_TOKENS), -1, dtype=np.int32)
-    for row, made in zip(token, texts.tokens, strict=True):
-        row[: len(made)] = made
-    right = [
-        succeeds(text, contrast) for text, contrast in zip(decoded, plan.contrasts * (shape[0] * shape[1]), strict=True)
-    ]
+    decoded = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts.tokens]
+    contrasts = plan.contrasts * (shape[0] * shape[1])
+    succeeded = [succeeds(text, contrast) for text, contrast in zip(decoded, contrasts, strict=True)]
     run.write_texts(
         label,
         np.array(decoded, dtype=object).reshape(shape),
-        token.reshape(*shape, N_TOKENS),
-        np.array(right).reshape(shape),
+        padded(texts.tokens, N_TOKENS).reshape(*shape, N_TOKENS),
+        np.array(succeeded).reshape(shape),
         texts.n_near,
     )
 
 
 def succeeds(text: str, contrast: Contrast) -> bool:
     """The study's score: the right answer occurs in the text, and the wrong one does not; upper or lower case."""
-    said = text.lower()
-    return contrast.answer.strip().lower() in said and contrast.wrong.strip().lower() not in said
+    text = text.lower()
+    return contrast.answer.strip().lower() in text and contrast.wrong.strip().lower() not in text
 
 
-def _conditions(plan: PublishedPlan, tokenizer: Any) -> list[Condition]:
+def _slice_patches(plan: PublishedPlan, tokenizer: Any) -> list[SlicePatch]:
     """In order of layer, subset and trial."""
 
-    def read(prompt: str) -> Tokens:
+    def tokenize(prompt: str) -> Tokens:
         return tuple(tokenizer(prompt)["input_ids"])
 
-    prompts = [(read(contrast.clean), read(contrast.corrupt)) for contrast in plan.contrasts]
+    prompts = [(tokenize(contrast.clean), tokenize(contrast.corrupt)) for contrast in plan.contrasts]
     return [
-        Condition(clean, corrupt, layer, tuple(heads.tolist()))
+        SlicePatch(clean, corrupt, layer, tuple(slices.tolist()))
         for layer in plan.layers
-        for heads in plan.subsets.mask
+        for slices in plan.subsets.mask
         for clean, corrupt in prompts
     ]
 
 
-def _generated(checkpoint: LoadedCheckpoint, conditions: Sequence[Condition]) -> Texts:
+def _generate_all(checkpoint: LoadedCheckpoint, patches: Sequence[SlicePatch]) -> GeneratedTexts:
     """Every text; where nothing is patched, one for all layers."""
-    keys = [condition if any(condition.slices) else _unpatched(condition) for condition in conditions]
-    return generate_once(
-        checkpoint.resident, keys, lambda some, most: generate(checkpoint.resident, some, N_TOKENS, most)
+    keys = [patch if any(patch.slices) else replace(patch, layer=0) for patch in patches]
+    return generate_distinct(
+        checkpoint.resident,
+        keys,
+        lambda distinct, batch_size: generate_slice_patched(checkpoint.resident, distinct, N_TOKENS, batch_size),
     )
 
 
-def _unpatched(condition: Condition) -> Condition:
-    return Condition(condition.clean, condition.corrupt, 0, condition.slices)
-
-
-def _require_same(checkpoint: LoadedCheckpoint, conditions: Sequence[Condition], texts: Texts, label: str) -> None:
-    """Generate one random text again by definition.  Raises `VerificationError` when it is another."""
-    [(at, _)] = choose_pairs(label, [(index,) for index in range(len(conditions))], 1, 1)
-    again = reference_generate(checkpoint.resident, conditions[at], N_TOKENS)
-    if again != texts.tokens[at]:
-        raise VerificationError(
-            f"{label}: in a batch the tokens are {texts.tokens[at]}, by transformers' own generate {again}; headlapse "
-            "does not compute this architecture rightly"
-        )
+def _require_same(
+    checkpoint: LoadedCheckpoint, patches: Sequence[SlicePatch], texts: GeneratedTexts, label: str
+) -> None:
+    """Generate one random text again by the reference.  Raises `VerificationError` when it is another."""
+    [(place, _)] = choose_pairs(label, [(index,) for index in range(len(patches))], 1, 1)
+    require_same_text(texts.tokens[place], reference_generate(checkpoint.resident, patches[place], N_TOKENS), label)

@@ -1,14 +1,13 @@
-"""The backstop: patched runs done again the slow way, with stock attention, plain hooks and no cache."""
+"""The reference: patched runs computed the slow way, with stock attention, plain hooks and no cache."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..checkpoints.hooks import collect_inputs, replace_inputs
 from ..checkpoints.model import ResidentModel
 from ..runtime.errors import VerificationError
 from ..study.alignment import Alignment
@@ -18,16 +17,16 @@ from .patch_inputs import Site, source_and_target
 
 
 def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int) -> list[tuple[int, int]]:
-    """Random (site, subset) indices to verify; the same for the same checkpoint, whoever asks."""
+    """Random (site, subset) indices to verify; always the same ones for the same checkpoint."""
     draw = np.random.default_rng([*label.encode(), len(sites), n_subsets])
     places = draw.choice(len(sites) * n_subsets, size=min(n_pairs, len(sites) * n_subsets), replace=False)
     return [divmod(int(place), n_subsets) for place in sorted(places)]
 
 
-def choose_trials(label: str, n_trials: int, most: int) -> list[int]:
-    """Random trials to verify on, ascending; the same for the same checkpoint."""
+def choose_trials(label: str, n_trials: int, n_chosen: int) -> list[int]:
+    """Random trials to verify on, ascending, at most `n_chosen`; always the same ones for the same checkpoint."""
     draw = np.random.default_rng([*label.encode(), n_trials])
-    return sorted(draw.choice(n_trials, size=min(most, n_trials), replace=False).tolist())
+    return sorted(draw.choice(n_trials, size=min(n_chosen, n_trials), replace=False).tolist())
 
 
 def hooked_logit_diff(
@@ -64,19 +63,37 @@ def hooked(
 ) -> Float[Tensor, "patch trial *more"]:
     """Whatever `reading` makes of the logits of such patched runs at the positions `read`."""
     source, target = source_and_target(direction)
-    into, out_of = alignment.positions[target], alignment.positions[source]
-    found = []
-    with resident.stock() as model:
-        layers = {layer for site, _ in patches for layer in site}
-        projections = {layer: model.get_submodule(resident.architecture.out_proj[layer]) for layer in layers}
-        with _reading(projections) as z:
+    n_heads = resident.architecture.n_heads
+    with resident.stock():
+        projections = resident.output_projections({layer for site, _ in patches for layer in site})
+        with collect_inputs(projections) as source_z:
             stock_logits(resident, trials, source, read)
-        for site, heads in patches:
-            patched = {layer: projections[layer] for layer in site}
-            with _writing(patched, z, into, out_of, alignment.valid, heads, resident.architecture.n_heads):
-                logits = stock_logits(resident, trials, target, read)
-            found.append(reading(logits))
-    return torch.stack(found)
+
+        def run(site: Site, heads: Bool[np.ndarray, " head"]) -> Float[Tensor, "trial *more"]:
+            def patch(layer: int, z: Tensor) -> Tensor:
+                return _patched(z, source_z[layer], alignment, (source, target), heads, n_heads)
+
+            with replace_inputs(resident.output_projections(site), patch):
+                return reading(stock_logits(resident, trials, target, read))
+
+        return torch.stack([run(site, heads) for site, heads in patches])
+
+
+def _patched(
+    z: Float[Tensor, "trial position width"],
+    source_z: Float[Tensor, "trial position width"],
+    alignment: Alignment,
+    source_and_target: tuple[int, int],
+    heads: Bool[np.ndarray, " head"],
+    n_heads: int,
+) -> Float[Tensor, "trial position width"]:
+    """z in which the named heads' values at the aligned positions are those of the source run."""
+    out_of, into = (alignment.positions[run] for run in source_and_target)
+    patched, source = (torch.unflatten(values, -1, (n_heads, -1)) for values in (z.clone(), source_z))
+    for trial, is_valid in enumerate(alignment.valid):
+        for head in np.flatnonzero(heads):
+            patched[trial, into[trial, is_valid], head] = source[trial, out_of[trial, is_valid], head]
+    return patched.flatten(-2)
 
 
 def require_exact(difference: float, allowed: float, where: str) -> None:
@@ -92,56 +109,12 @@ def require_exact(difference: float, allowed: float, where: str) -> None:
 def stock_logits(
     resident: ResidentModel, trials: Trials, run: int, read: Int[np.ndarray, "run trial read"]
 ) -> Float[Tensor, "trial read vocab"]:
-    """What the model, as it attends now, makes of each prompt of a run at the positions `read`."""
+    """Logits of each prompt of a run at the positions `read`, by the model with whatever attention and hooks it has."""
     arrays = (trials.tokens, trials.length, read)
     tokens, length, positions = (torch.from_numpy(x[run]).to(resident.device) for x in arrays)
-    real = torch.arange(tokens.shape[1], device=resident.device) < length[:, None]
-    kept, which = torch.unique(positions, return_inverse=True)
-    logits = resident.model(tokens, attention_mask=real.long(), use_cache=False, logits_to_keep=kept).logits
+    is_token = torch.arange(tokens.shape[1], device=resident.device) < length[:, None]
+    needed, which = torch.unique(positions, return_inverse=True)
+    logits: Tensor = resident.model(
+        tokens, attention_mask=is_token.long(), use_cache=False, logits_to_keep=needed
+    ).logits
     return logits[torch.arange(len(tokens), device=resident.device)[:, None], which]
-
-
-@contextmanager
-def _reading(projections: dict[int, nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Collect the input of each projection while the body runs."""
-    z: dict[int, Tensor] = {}
-
-    def keep(layer: int):
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            z[layer] = args[0].detach()
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, module in projections.items():
-            stack.callback(module.register_forward_pre_hook(keep(layer)).remove)
-        yield z
-
-
-@contextmanager
-def _writing(
-    projections: dict[int, nn.Module],
-    source_z: dict[int, Tensor],
-    into: np.ndarray,
-    out_of: np.ndarray,
-    valid: Bool[np.ndarray, "trial patched"],
-    heads: Bool[np.ndarray, " head"],
-    n_heads: int,
-) -> Iterator[None]:
-    """Replace the named heads' z at the aligned positions of every projection's input while the body runs."""
-
-    def patch(layer: int):
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            z = args[0].clone().unflatten(-1, (n_heads, -1))
-            source = source_z[layer].unflatten(-1, (n_heads, -1))
-            for trial, patched in enumerate(valid):
-                for head in np.flatnonzero(heads):
-                    z[trial, into[trial, patched], head] = source[trial, out_of[trial, patched], head]
-            return (z.flatten(-2), *args[1:])
-
-        return hook
-
-    with ExitStack() as stack:
-        for layer, module in projections.items():
-            stack.callback(module.register_forward_pre_hook(patch(layer)).remove)
-        yield

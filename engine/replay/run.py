@@ -12,12 +12,12 @@ from jaxtyping import Float
 
 from ...kernels.attend import kernel_for
 from ..checkpoints.files import vocabulary_file
-from ..checkpoints.model import ModelLoader, ResidentModel, load_tokenizer
+from ..checkpoints.model import ModelLoader, load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.format import format_time
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine, matmul_rate
-from ..store.store import PatchedRun, Store, StoredActivations
+from ..store.store import Answers, PatchedRun, Store, StoredActivations
 from ..study.alignment import Alignment, align
 from ..study.patch_settings import Direction, PatchRequest, PatchSettings
 from ..study.prompts import Trials
@@ -28,16 +28,16 @@ from .patch_inputs import Site
 from .patched_generation import answers, refuse_too_many
 from .reference import choose_pairs, choose_trials, hooked_logit_diff, require_exact
 from .replay import replay, runs_at_once
-from .vocabulary_measures import Vocabulary, VocabularyMeasures, hooked_measures, known_tokens
+from .vocabulary_measures import Hooked, VocabularyMeasures, hooked_measures, known_tokens
 
-HELD = 2**28
-"""Bytes of results that are held before they are written, unless a single site needs more."""
+BLOCK_BYTES = 2**28
+"""Bytes of results that are computed before they are written, unless a single site needs more."""
 
-PAIRS = 2
-"""(layer, subset) pairs verified at every checkpoint against full hooked forwards."""
+VERIFIED_PAIRS = 2
+"""(site, subset) pairs verified at every checkpoint against full hooked forwards."""
 
-VERIFIED = 4
-"""Trials, at most, on which they are."""
+VERIFIED_TRIALS = 4
+"""Trials, at most, on which they are verified."""
 
 
 def name_of(request: PatchRequest) -> str:
@@ -53,23 +53,23 @@ def name_of(request: PatchRequest) -> str:
 
 
 def joined(words: Sequence[str]) -> str:
-    """Words of the subset language as part of a file name."""
+    """Words of the subset language as part of a run's name."""
     return "+".join(words).replace(":", "").replace(",", ".")
 
 
 def shortened(name: str) -> str:
-    """Long lists of subsets would not fit into a file name; what is cut off still tells runs apart."""
+    """A name that fits into a file name: long ones are cut off, and a hash of all of it tells them apart."""
     return name if len(name) <= 100 else f"{name[:90]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _in_order(measures: Sequence[Measure]) -> tuple[Measure, ...]:
-    """Each once, however they were asked for."""
+    """Each measure once, in the order of `MEASURES`."""
     return tuple(name for name in MEASURES if name in measures)
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep, spelled out for one store."""
+    """A request worked out for one store."""
 
     settings: PatchSettings
     trials: Trials
@@ -81,7 +81,7 @@ class SweepPlan:
     measures: tuple[Measure, ...] = ()
 
     n_tokens: int = 0
-    """To generate from every patched run."""
+    """Greedy tokens to generate from every patched run."""
 
     @property
     def n_runs(self) -> int:
@@ -110,15 +110,15 @@ def make_plan(request: PatchRequest, store: Store) -> SweepPlan:
         raise UserError(
             f"--measures sequence: {store.path} was cached before whole answers were kept; cache again with --overwrite"
         )
-    how = (sites, request.direction, dtype, measures, request.generate)
-    return SweepPlan(settings, trials, align(trials, request.positions), subsets, *how)
+    alignment = align(trials, request.positions)
+    return SweepPlan(settings, trials, alignment, subsets, sites, request.direction, dtype, measures, request.generate)
 
 
 def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
     """About how long so many subsets at each layer would take, at 24 d_model^2 operations a row and later layer."""
     d_model, n_trials = store.array("resid_pre").shape[-1], store.array("tokens").shape[1]
-    passed = sum(store.layers[-1] - layer for layer in layers)
-    flops = 24 * d_model**2 * n_subsets * n_trials * passed * len(store.complete())
+    n_later_layers = sum(store.layers[-1] - layer for layer in layers)
+    flops = 24 * d_model**2 * n_subsets * n_trials * n_later_layers * len(store.complete())
     return (
         f"they would take about {format_time(flops / matmul_rate('cpu', torch.float32))} on this machine's processor; "
     )
@@ -140,118 +140,160 @@ def patch_series(
     missing: Sequence[str],
     cache: Path,
     machine: Machine,
-    done: Callable[[int], object],
+    progress: Callable[[int], object],
 ) -> Iterator[Outcome]:
-    """Replay the plan at every missing checkpoint and verify a few patched runs of each.
+    """Replay the plan at every missing checkpoint, verify a few patched runs of each, and write them.
 
-    `done` hears how many patched runs were finished.  Weights that cannot be had are an `Outcome` with a problem;
-    replay that differs from stock transformers raises `VerificationError`.
+    `progress` is called with the number of patched runs that each batch completed.  Weights that cannot be had are an
+    `Outcome` with a problem; replay that differs from stock transformers raises `VerificationError`.
     """
     first_layer = min(site[0] for site in plan.sites)
     for label, checkpoint in load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer):
         if isinstance(checkpoint, UserError):
             yield Outcome(label, str(checkpoint))
             continue
-        assert checkpoint.activations is not None
-        further = _further(plan, checkpoint) if plan.measures else None
-        _patch(store, plan, run, label, checkpoint, checkpoint.activations, done, further)
+        _patch(_CheckpointPatch.prepare(store, plan, label, checkpoint), run, progress)
         yield Outcome(label)
 
 
-def _patch(
-    store: Store,
-    plan: SweepPlan,
-    run: PatchedRun,
-    label: str,
-    checkpoint: LoadedCheckpoint,
-    activations: StoredActivations,
-    done: Callable[[int], object],
-    further: VocabularyMeasures | None,
-) -> None:
-    """Replay one checkpoint, as many sites at a time as find room, and write it; with texts where they are asked."""
-    resident = checkpoint.resident
-    runs = runs_at_once(resident, plan.alignment.valid.size, checkpoint.memory)
-    replayed = functools.partial(
-        replay, resident, activations, plan.trials, plan.alignment, plan.direction, mask=plan.subsets.mask, done=done
-    )
-    allowed = tolerance(plan.dtype, store.study["dtype"])
-    pairs = choose_pairs(label, plan.sites, len(plan.subsets), PAIRS)
-    difference, checks = 0.0, dict[str, float](dict.fromkeys(plan.measures, 0.0))
-    for first, sites in _blocks(plan):
-        values = further.patched(sites, plan.subsets.mask, done) if further else {}
-        logit_diff = values.pop("logit_diff") if further else replayed(sites=sites, runs=runs)
-        if chosen := [(site - first, subset) for site, subset in pairs if first <= site < first + len(sites)]:
-            # numpy's maximum keeps NaN, Python's max does not
-            difference = float(np.maximum(difference, _difference(resident, plan, label, sites, chosen, logit_diff)))
-            require_exact(difference, allowed, label)
-            if further:
-                found = _further_differences(further.vocabulary, plan, label, sites, chosen, values, allowed)
-                checks = {name: float(np.maximum(checks[name], found[name])) for name in checks}
-        run.write_layers(label, first, logit_diff, **values)
-    answer_logits = store.answer_logits(store.index(label))
-    if further:
-        unpatched = further.unpatched()
-        captured = answer_logits[..., 0] - answer_logits[..., 1]
-        require_exact(float(np.abs(unpatched.pop("logit_diff") - captured).max()), allowed, f"{label}, unpatched")
-        run.write_further(label, unpatched, checks)
-    if plan.n_tokens:
-        given = (plan.trials, plan.alignment, plan.direction, plan.sites, plan.subsets.mask, plan.n_tokens)
-        run.write_answers(label, answers(resident, load_tokenizer(checkpoint.files.config.parent), *given, label))
-    run.finish(label, answer_logits, difference)
+@dataclass(frozen=True)
+class _CheckpointPatch:
+    """All that patching one checkpoint needs."""
+
+    plan: SweepPlan
+    label: str
+    checkpoint: LoadedCheckpoint
+    activations: StoredActivations
+
+    vocabulary_measures: VocabularyMeasures | None
+    """None where only the logit difference is wanted."""
+
+    answer_logits: Float[np.ndarray, "run trial answer"]
+    """Of the unpatched runs, as captured."""
+
+    tolerance: float
+    """Largest difference allowed of a logit difference, in nats."""
+
+    @classmethod
+    def prepare(cls, store: Store, plan: SweepPlan, label: str, checkpoint: LoadedCheckpoint) -> "_CheckpointPatch":
+        assert checkpoint.activations is not None, "read with the weights"
+        measures = _vocabulary_measures(plan, checkpoint, checkpoint.activations) if plan.measures else None
+        answer_logits = store.answer_logits(store.index(label))
+        allowed = tolerance(plan.dtype, store.study["dtype"])
+        return cls(plan, label, checkpoint, checkpoint.activations, measures, answer_logits, allowed)
 
 
-def _further(plan: SweepPlan, checkpoint: "LoadedCheckpoint") -> VocabularyMeasures:
-    assert checkpoint.activations is not None
-    tokenizer = load_tokenizer(vocabulary_file(checkpoint.files.directory).parent)
-    given = (plan.trials, plan.alignment, plan.direction, plan.measures)
-    return VocabularyMeasures.prepare(
-        checkpoint.resident, checkpoint.activations, *given, known_tokens(tokenizer), checkpoint.memory
-    )
+@dataclass(frozen=True)
+class _Block:
+    """Sites that are replayed, verified and written together."""
+
+    first: int
+    """Index of the first of them among the plan's sites."""
+
+    sites: tuple[Site, ...]
+
+    pairs: tuple[tuple[int, int], ...]
+    """(site, subset) indices to verify, the site's counted within the block."""
 
 
-def _blocks(plan: SweepPlan) -> Iterator[tuple[int, tuple[Site, ...]]]:
-    """Sites whose results are held at once, each block with the index of its first."""
-    per_site = (1 + len(plan.measures)) * len(plan.subsets) * plan.trials.n_trials * np.dtype(np.float32).itemsize
-    size = max(1, HELD // per_site)
-    for first in range(0, len(plan.sites), size):
-        yield first, plan.sites[first : first + size]
+Values = Mapping[str, Float[np.ndarray, "site subset trial"]]
+"""Results of a block's patched runs, by measure; `logit_diff` is always there."""
 
 
-def _difference(
-    resident: ResidentModel,
-    plan: SweepPlan,
-    label: str,
-    sites: Sequence[Site],
-    pairs: Sequence[tuple[int, int]],
-    logit_diff: Float[np.ndarray, "site subset trial"],
-) -> float:
-    """Largest difference between replay and full hooked forwards over a few pairs and trials, in nats."""
-    some = choose_trials(label, plan.trials.n_trials, VERIFIED)
-    patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
-    expected = hooked_logit_diff(resident, plan.trials.only(some), plan.alignment.only(some), plan.direction, patches)
-    replayed = np.stack([logit_diff[site, subset, some] for site, subset in pairs])
-    return float(np.abs(replayed - expected).max())  # numpy's max keeps NaN
+def _patch(patch: _CheckpointPatch, run: PatchedRun, progress: Callable[[int], object]) -> None:
+    """Replay, verify and write one checkpoint, a block of sites at a time; its completion mark comes last."""
+    self_check = dict.fromkeys(("logit_diff", *patch.plan.measures), 0.0)
+    for block in _blocks(patch.plan, patch.label):
+        values = _replay(patch, block, progress)
+        for name, difference in _verify(patch, block, values).items():
+            self_check[name] = float(np.maximum(self_check[name], difference))  # keeps NaN, Python's max does not
+        run.write_layers(patch.label, block.first, **values)
+    largest_difference = self_check.pop("logit_diff")
+    if patch.vocabulary_measures is not None:
+        run.write_further(patch.label, _unpatched(patch, patch.vocabulary_measures), self_check)
+    if patch.plan.n_tokens:
+        run.write_answers(patch.label, _generate_answers(patch))
+    run.finish(patch.label, patch.answer_logits, largest_difference)
 
 
-def _further_differences(
-    vocabulary: Vocabulary,
-    plan: SweepPlan,
-    label: str,
-    sites: Sequence[Site],
-    pairs: Sequence[tuple[int, int]],
-    values: Mapping[str, Float[np.ndarray, "site subset trial"]],
-    allowed: float,
-) -> dict[str, float]:
-    """The same for every other measure, in its own unit.  Raises `VerificationError` beyond what rounding explains."""
-    some = choose_trials(label, plan.trials.n_trials, VERIFIED)
-    patches = [(sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
-    trials, alignment = plan.trials.only(some), plan.alignment.only(some)
-    expected = hooked_measures(vocabulary, trials, alignment, plan.direction, patches, plan.measures, allowed)
-    differences: dict[str, float] = {}
-    for name in plan.measures:
-        replayed = np.stack([values[name][site, subset, some] for site, subset in pairs])
-        off = np.abs(replayed - expected.values[name])
-        worst = np.unravel_index((off - expected.allowed[name]).argmax(), off.shape)  # a NaN before all
-        require_exact(float(off[worst]), float(expected.allowed[name][worst]), f"{label}, {name}")
-        differences[name] = float(off.max())
+def _replay(patch: _CheckpointPatch, block: _Block, progress: Callable[[int], object]) -> Values:
+    """Every measure of the block's patched runs."""
+    plan, mask = patch.plan, patch.plan.subsets.mask
+    if patch.vocabulary_measures is not None:
+        return patch.vocabulary_measures.patched(block.sites, mask, progress)
+    resident = patch.checkpoint.resident
+    runs = runs_at_once(resident, plan.alignment.valid.size, patch.checkpoint.memory)
+    inputs = (resident, patch.activations, plan.trials, plan.alignment, plan.direction)
+    return {"logit_diff": replay(*inputs, sites=block.sites, mask=mask, progress=progress, runs=runs)}
+
+
+def _verify(patch: _CheckpointPatch, block: _Block, values: Values) -> dict[str, float]:
+    """Largest differences between replay and full hooked forwards over a few patched runs, by measure, in its unit.
+
+    Empty where none of the block's runs is to be verified.  Raises `VerificationError` beyond what rounding explains.
+    """
+    if not block.pairs:
+        return {}
+    plan, label, allowed = patch.plan, patch.label, patch.tolerance
+    chosen = choose_trials(label, plan.trials.n_trials, VERIFIED_TRIALS)
+    replayed = {
+        name: np.stack([results[site, subset, chosen] for site, subset in block.pairs])
+        for name, results in values.items()
+    }
+    patches = [(block.sites[site], plan.subsets.mask[subset]) for site, subset in block.pairs]
+    runs = (plan.trials.only(chosen), plan.alignment.only(chosen), plan.direction, patches)
+    expected = hooked_logit_diff(patch.checkpoint.resident, *runs)
+    differences = {"logit_diff": float(np.abs(replayed["logit_diff"] - expected).max())}  # numpy's max keeps NaN
+    require_exact(differences["logit_diff"], allowed, label)
+    if patch.vocabulary_measures is not None:
+        hooked = hooked_measures(patch.vocabulary_measures.vocabulary, *runs, plan.measures, allowed)
+        differences |= {name: _require_measure(name, replayed[name], hooked, label) for name in plan.measures}
     return differences
+
+
+def _require_measure(name: str, replayed: Float[np.ndarray, "patch trial"], hooked: Hooked, label: str) -> float:
+    """Largest difference of one measure.  Raises `VerificationError` where any is larger than it may be."""
+    difference = np.abs(replayed - hooked.values[name])
+    worst = np.unravel_index((difference - hooked.allowed[name]).argmax(), difference.shape)  # a NaN before all
+    require_exact(float(difference[worst]), float(hooked.allowed[name][worst]), f"{label}, {name}")
+    return float(difference.max())
+
+
+def _unpatched(patch: _CheckpointPatch, measures: VocabularyMeasures) -> Mapping[str, Float[np.ndarray, "run trial"]]:
+    """The measures of the unpatched runs.
+
+    Raises `VerificationError` where their logit difference is not the captured one.
+    """
+    unpatched = measures.unpatched()
+    captured = patch.answer_logits[..., 0] - patch.answer_logits[..., 1]
+    difference = float(np.abs(unpatched.pop("logit_diff") - captured).max())
+    require_exact(difference, patch.tolerance, f"{patch.label}, unpatched")
+    return unpatched
+
+
+def _generate_answers(patch: _CheckpointPatch) -> Answers:
+    plan, checkpoint = patch.plan, patch.checkpoint
+    tokenizer = load_tokenizer(checkpoint.files.config.parent)
+    runs = (plan.trials, plan.alignment, plan.direction, plan.sites, plan.subsets.mask)
+    return answers(checkpoint.resident, tokenizer, *runs, plan.n_tokens, patch.label)
+
+
+def _vocabulary_measures(
+    plan: SweepPlan, checkpoint: LoadedCheckpoint, activations: StoredActivations
+) -> VocabularyMeasures:
+    tokenizer = load_tokenizer(vocabulary_file(checkpoint.files.directory).parent)
+    runs = (plan.trials, plan.alignment, plan.direction)
+    return VocabularyMeasures.prepare(
+        checkpoint.resident, activations, *runs, plan.measures, known_tokens(tokenizer), checkpoint.memory
+    )
+
+
+def _blocks(plan: SweepPlan, label: str) -> Iterator[_Block]:
+    """All sites in order, as many at a time as `BLOCK_BYTES` of results allow."""
+    pairs = choose_pairs(label, plan.sites, len(plan.subsets), VERIFIED_PAIRS)
+    per_site = (1 + len(plan.measures)) * len(plan.subsets) * plan.trials.n_trials * np.dtype(np.float32).itemsize
+    size = max(1, BLOCK_BYTES // per_site)
+    for first in range(0, len(plan.sites), size):
+        sites = plan.sites[first : first + size]
+        inside = tuple((site - first, subset) for site, subset in pairs if first <= site < first + len(sites))
+        yield _Block(first, sites, inside)

@@ -1,11 +1,11 @@
-"""Measures beside the logit difference, read off patched runs, off unpatched ones and off full hooked forwards.
+"""Measures beside the logit difference: of patched runs, of unpatched ones and of full hooked forwards.
 
-They need the whole unembedding and not two rows of it, multiplied for a block of rows at a time: exact, at the price of
-the product.  Rows that belong to no token of the tokenizer were never trained; they are left out of softmax, rank and
+They need the whole unembedding and not two rows of it, multiplied for a block of rows at a time: exact, at the cost of
+that product.  Rows that belong to no token of the tokenizer were never trained; they are left out of softmax, rank and
 divergence alike.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,14 @@ class Vocabulary:
     unknown: Int[Tensor, " token"]
     """Rows of the unembedding that belong to no token."""
 
-    most: int
-    """Rows of a block."""
+    block_rows: int
+    """Rows whose logits are computed at once."""
 
     @classmethod
-    def of(cls, resident: ResidentModel, known: Int[np.ndarray, " token"], memory: int) -> "Vocabulary":
+    def prepare(cls, resident: ResidentModel, known: Int[np.ndarray, " token"], memory: int) -> "Vocabulary":
         """Blocks that take at most a quarter of `memory` (bytes)."""
-        weight = resident.model.get_output_embeddings().weight
+        model: Any = resident.model
+        weight = model.get_output_embeddings().weight
         assert isinstance(weight, Tensor)
         unknown = torch.from_numpy(np.setdiff1d(np.arange(len(weight)), known)).to(resident.device)
         # The logits as they come, and three times in float32: converted, normalised and compared.
@@ -97,16 +98,16 @@ class Vocabulary:
         return cls(resident, unknown, max(1, block // bytes_per_row))
 
     def only_known(self, logits: Float[Tensor, "*run vocab"]) -> Float[Tensor, "*run vocab"]:
-        """In float32, without the rows that belong to no token.  Logits that are float32 already are written into."""
+        """In float32, without the rows that belong to no token.  Logits in float32 are changed in place."""
         return logits.float().index_fill_(-1, self.unknown, BELOW)
 
     def blocks(
         self, resid: Float[Tensor, "trial run d_model"]
     ) -> Iterator[tuple[slice, slice, Float[Tensor, "some_trial some_run vocab"]]]:
-        """Trials, runs, and the logits that these residual streams come to."""
+        """Block by block, which trials and runs it holds, and the logits of their residual streams."""
         n_trials, n_runs, _ = resid.shape
-        by_trial = min(n_trials, self.most)
-        by_run = max(1, self.most // by_trial)
+        by_trial = min(n_trials, self.block_rows)
+        by_run = max(1, self.block_rows // by_trial)
         for trial in range(0, n_trials, by_trial):
             for run in range(0, n_runs, by_run):
                 trials, runs = slice(trial, trial + by_trial), slice(run, run + by_run)
@@ -121,32 +122,32 @@ def compute_measures(
 ) -> Float[Tensor, "measure trial run"]:
     """The measures of one position; `clean` is the clean run's log-probabilities there, which the divergence needs."""
     token = right[:, None].expand(logits.shape[:-1])
-    found = {}
+    values = {}
     if "probability" in measures:
-        found["probability"] = log_probability(logits, token).exp()
+        values["probability"] = log_probability(logits, token).exp()
     if "rank" in measures:
-        found["rank"] = rank(logits, token)
+        values["rank"] = rank(logits, token)
     if "kl" in measures:
         assert clean is not None
-        found["kl"] = kl(clean[:, None], logits.log_softmax(-1))
-    return torch.stack([found[name] for name in measures])
+        values["kl"] = kl(clean[:, None], logits.log_softmax(-1))
+    return torch.stack([values[name] for name in measures])
 
 
 @dataclass(frozen=True)
 class AnswerContinuation:
-    """Prompts behind which an answer is told, token by token."""
+    """Prompts with an answer appended, to be scored token by token."""
 
     inputs: PatchInputs
     reverse: PatchInputs
     """The same with source and target exchanged."""
 
     tokens: Int[Tensor, "trial token"]
-    """The answer from the branching token on, padded with -1."""
+    """The answer from the first token where the answers differ on, padded with -1."""
 
 
 @dataclass(frozen=True)
 class VocabularyMeasures:
-    """Reads some measures, and the logit difference with them, at one checkpoint."""
+    """Computes some measures, and the logit difference with them, at one checkpoint."""
 
     vocabulary: Vocabulary
     inputs: PatchInputs
@@ -159,13 +160,14 @@ class VocabularyMeasures:
     sequence: bool
     """Whether the whole answers are scored besides."""
 
-    told: tuple[AnswerContinuation, ...]
-    """Right and wrong; nothing where answers are their branching tokens, or are not scored."""
+    continuations: tuple[AnswerContinuation, ...]
+    """Right and wrong; empty where answers are single tokens, or are not scored."""
 
     clean: Float[Tensor, "trial vocab"] | None
-    """Log-probabilities of the clean run at the branching position, where they are needed."""
+    """Log-probabilities of the clean run at the position that predicts the answers, where they are needed."""
 
     memory: int
+    """Bytes that replay may take."""
 
     @classmethod
     @torch.inference_mode()
@@ -180,83 +182,94 @@ class VocabularyMeasures:
         known: Int[np.ndarray, " token"],
         memory: int = 2**33,
     ) -> "VocabularyMeasures":
-        """Run what no store holds: the prompts with their answers, where the answers go on, and the last layer."""
-        vocabulary = Vocabulary.of(resident, known, memory)
+        """Run what no store has: the prompts with answers of several tokens, and the clean run's last layer."""
+        vocabulary = Vocabulary.prepare(resident, known, memory)
         both_inputs = _both_ways(resident, activations, trials, alignment, direction)
         sequence = "sequence" in measures
         tokens = [answer(trials, which) for which in (RIGHT, WRONG)] if sequence else []
-        told: tuple[AnswerContinuation, ...] = ()
+        continuations: tuple[AnswerContinuation, ...] = ()
         if any(part.shape[1] > 1 for part in tokens):
-            told = tuple(
+            continuations = tuple(
                 AnswerContinuation(
-                    *_told(resident, trials, alignment, direction, which, memory),
+                    *_continued_inputs(resident, trials, alignment, direction, which, memory),
                     torch.from_numpy(tokens[which]).to(resident.device),
                 )
                 for which in (RIGHT, WRONG)
             )
         clean = _clean_log_probs(vocabulary, _into(both_inputs, "clean")) if "kl" in measures else None
-        at_once = tuple(name for name in measures if name != "sequence")
-        return cls(vocabulary, *both_inputs, at_once, sequence, told, clean, memory)
+        of_one_position = tuple(name for name in measures if name != "sequence")
+        return cls(vocabulary, *both_inputs, of_one_position, sequence, continuations, clean, memory)
 
     def patched(
-        self, sites: Sequence[Site], mask: Bool[np.ndarray, "subset head"], done: Any = lambda _runs: None
+        self,
+        sites: Sequence[Site],
+        mask: Bool[np.ndarray, "subset head"],
+        progress: Callable[[int], object] = lambda _runs: None,
     ) -> dict[str, Float[np.ndarray, "site subset trial"]]:
-        """Every measure of every patched run, and `logit_diff`; `done` hears as in `replay`."""
+        """Every measure of every patched run, and `logit_diff`; `progress` as in `replay`."""
         resident = self.vocabulary.resident
 
-        def read(inputs: PatchInputs, reading: Reading, n_readings: int, done: Any) -> np.ndarray:
+        def read(
+            inputs: PatchInputs, reading: Reading, n_readings: int, progress: Callable[[int], object]
+        ) -> Float[np.ndarray, "reading site subset trial"]:
             runs = runs_at_once(resident, inputs.valid.numel(), self.memory)
-            return replay_reading(resident, inputs, sites, mask, reading, done, runs, n_readings)
+            return replay_reading(resident, inputs, sites, mask, reading, progress, runs, n_readings)
 
         names = ("logit_diff", *self.measures)
-        found = dict(zip(names, read(self.inputs, self._read, len(names), done), strict=True))
-        if self.told:
-            right, wrong = (read(one.inputs, self._reads(one), 1, lambda _runs: None)[0] for one in self.told)
-            found["sequence"] = right - wrong
+        values = dict(zip(names, read(self.inputs, self._read, len(names), progress), strict=True))
+        if self.continuations:
+            right, wrong = (
+                read(continuation.inputs, self._answer_reading(continuation), 1, lambda _runs: None)[0]
+                for continuation in self.continuations
+            )
+            values["sequence"] = right - wrong
         elif self.sequence:
-            found["sequence"] = found["logit_diff"]
-        return found
+            values["sequence"] = values["logit_diff"]
+        return values
 
     @torch.inference_mode()
     def unpatched(self) -> dict[str, Float[np.ndarray, "run trial"]]:
-        """The same of the runs as they were captured."""
+        """The same measures of both unpatched runs, from the capture."""
         names = ("logit_diff", *self.measures)
         by_run = [self._unpatched(_into((self.inputs, self.reverse), run), self._read) for run in RUNS]
-        found = dict(zip(names, np.stack(by_run, axis=1), strict=True))
-        if self.told:
-            right, wrong = (
-                np.stack([self._unpatched(_into((one.inputs, one.reverse), run), self._reads(one))[0] for run in RUNS])
-                for one in self.told
-            )
-            found["sequence"] = right - wrong
+        values = dict(zip(names, np.stack(by_run, axis=1), strict=True))
+        if self.continuations:
+            right, wrong = (self._unpatched_answer(continuation) for continuation in self.continuations)
+            values["sequence"] = right - wrong
         elif self.sequence:
-            found["sequence"] = found["logit_diff"]
-        return found
+            values["sequence"] = values["logit_diff"]
+        return values
+
+    def _unpatched_answer(self, continuation: AnswerContinuation) -> Float[np.ndarray, "run trial"]:
+        both_inputs = (continuation.inputs, continuation.reverse)
+        reading = self._answer_reading(continuation)
+        return np.stack([self._unpatched(_into(both_inputs, run), reading)[0] for run in RUNS])
 
     def _unpatched(self, inputs: PatchInputs, reading: Reading) -> Float[np.ndarray, "reading trial"]:
         runner = LayerRunner(self.vocabulary.resident, inputs)
-        return reading(runner, _left(runner))[:, 0].cpu().numpy()
+        numbers: np.ndarray = reading(runner, _final_resid(runner))[:, 0].cpu().numpy()
+        return numbers
 
     def _read(self, runner: LayerRunner, resid: Resid) -> Float[Tensor, "reading run trial"]:
         """The logit difference, and the measures of one position."""
         logit_diff = runner.logit_diff(resid)
         if not self.measures:
             return logit_diff[None]
-        found = logit_diff.new_empty(len(self.measures), *resid.shape[:2])
+        values = logit_diff.new_empty(len(self.measures), *resid.shape[:2])
         for trials, runs, logits in self.vocabulary.blocks(runner.read(resid)):
             right = runner.inputs.answers[trials, RIGHT]
             clean = None if self.clean is None else self.clean[trials]
-            found[:, trials, runs] = compute_measures(self.measures, logits, right, clean)
-        return torch.cat([logit_diff[None], found.transpose(1, 2)])
+            values[:, trials, runs] = compute_measures(self.measures, logits, right, clean)
+        return torch.cat([logit_diff[None], values.transpose(1, 2)])
 
-    def _reads(self, told: AnswerContinuation) -> Reading:
+    def _answer_reading(self, continuation: AnswerContinuation) -> Reading:
         """The log-probability of an answer, token by token."""
 
         def read(runner: LayerRunner, resid: Resid) -> Float[Tensor, "reading run trial"]:
             total = torch.zeros(resid.shape[:2], device=resid.device)
-            for ahead, token in enumerate(told.tokens.T):
+            for ahead, token in enumerate(continuation.tokens.T):
                 for trials, runs, logits in self.vocabulary.blocks(runner.read(resid, ahead)):
-                    total[trials, runs] += _counted(logits, token[trials, None].expand(logits.shape[:-1]))
+                    total[trials, runs] += _token_log_probability(logits, token[trials, None].expand(logits.shape[:-1]))
             return total.T[None]
 
         return read
@@ -269,7 +282,7 @@ class Hooked:
     values: Mapping[str, Float[np.ndarray, "patch trial"]]
 
     allowed: Mapping[str, Float[np.ndarray, "patch trial"]]
-    """How far off each may be for rounding alone."""
+    """Largest difference that rounding alone explains, of each."""
 
 
 @torch.inference_mode()
@@ -282,43 +295,43 @@ def hooked_measures(
     measures: Sequence[Measure],
     tolerance: float,
 ) -> Hooked:
-    """What `VocabularyMeasures` should read.  `tolerance` is that of a logit difference, in nats.
+    """What `VocabularyMeasures` should compute.  `tolerance` is that of a logit difference, in nats.
 
-    A probability may be off by as much, the divergence by as much and as large a part of itself, an answer by as much
-    a token; a rank by the tokens whose logits are within it.
+    A probability may differ by as much, the divergence by as much plus that share of itself, a whole answer by as much
+    per token; a rank by the number of tokens whose logits are that close.
     """
     resident = vocabulary.resident
     last = trials.length[..., None] - 1
     right = torch.from_numpy(trials.answer_tokens[:, RIGHT]).to(resident.device)
-    at_once = [name for name in measures if name != "sequence"]
+    of_one_position = [name for name in measures if name != "sequence"]
     with resident.stock():
         clean = vocabulary.only_known(stock_logits(resident, trials, RUNS.index("clean"), last)[:, 0]).log_softmax(-1)
 
     def read(logits: Float[Tensor, "trial read vocab"]) -> Float[Tensor, "trial measure"]:
         logits = vocabulary.only_known(logits)
         near = (logits[:, 0] - logits[:, 0].gather(1, right[:, None])).abs() <= tolerance
-        found = (
-            compute_measures(at_once, logits, right, clean)[..., 0].T if at_once else logits.new_empty(len(logits), 0)
-        )
-        return torch.cat([found, near.sum(1, keepdim=True) - 1], dim=1)
+        values = logits.new_empty(len(logits), 0)
+        if of_one_position:
+            values = compute_measures(of_one_position, logits, right, clean)[..., 0].T
+        return torch.cat([values, near.sum(1, keepdim=True) - 1], dim=1)
 
-    found = hooked(resident, trials, alignment, direction, patches, last, read).cpu().numpy()
-    values: dict[str, np.ndarray] = {name: found[..., place] for place, name in enumerate(at_once)}
-    allowed: dict[str, np.ndarray] = {name: np.full_like(found[..., 0], tolerance) for name in measures}
+    measured = hooked(resident, trials, alignment, direction, patches, last, read).cpu().numpy()
+    values: dict[str, np.ndarray] = {name: measured[..., place] for place, name in enumerate(of_one_position)}
+    allowed: dict[str, np.ndarray] = {name: np.full_like(measured[..., 0], tolerance) for name in measures}
     if "rank" in measures:
-        allowed["rank"] = found[..., -1]
+        allowed["rank"] = measured[..., -1]
     if "kl" in measures:
         allowed["kl"] = tolerance * (1 + values["kl"])
     if "sequence" in measures:
         right_answer, wrong_answer = (
-            _answer_by_hook(vocabulary, trials, alignment, direction, patches, which) for which in (RIGHT, WRONG)
+            _hooked_answer(vocabulary, trials, alignment, direction, patches, which) for which in (RIGHT, WRONG)
         )
         values["sequence"] = right_answer - wrong_answer
         allowed["sequence"] *= trials.continuation.shape[2] if trials.continuation is not None else 1
     return Hooked(values, allowed)
 
 
-def _answer_by_hook(
+def _hooked_answer(
     vocabulary: Vocabulary, trials: Trials, alignment: Alignment, direction: Direction, patches: Patches, which: int
 ) -> Float[np.ndarray, "patch trial"]:
     """The log-probability of an answer, in nats."""
@@ -328,13 +341,13 @@ def _answer_by_hook(
     token = torch.from_numpy(tokens).to(resident.device)
 
     def score(logits: Float[Tensor, "trial read vocab"]) -> Float[Tensor, " trial"]:
-        return _counted(vocabulary.only_known(logits), token).sum(1)
+        return _token_log_probability(vocabulary.only_known(logits), token).sum(1)
 
     return hooked(resident, longer, alignment, direction, patches, read, score).cpu().numpy()
 
 
-def _counted(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
-    """Log-probability of a token; 0 for the -1 behind an answer's end."""
+def _token_log_probability(logits: Float[Tensor, "*run vocab"], token: Int[Tensor, "*run"]) -> Float[Tensor, "*run"]:
+    """Log-probability of a token, in nats; 0 for the padding (-1) after an answer's end."""
     return torch.where(token >= 0, log_probability(logits, token.clamp(min=0)), 0)
 
 
@@ -342,10 +355,10 @@ def _both_ways(
     resident: ResidentModel, activations: Activations, trials: Trials, alignment: Alignment, direction: Direction
 ) -> tuple[PatchInputs, PatchInputs]:
     reverse: Direction = "noise" if direction == "denoise" else "denoise"
-    there, back = (
+    forth, back = (
         PatchInputs.from_capture(resident, activations, trials, alignment, way) for way in (direction, reverse)
     )
-    return there, back
+    return forth, back
 
 
 def _into(both_inputs: tuple[PatchInputs, PatchInputs], run: str) -> PatchInputs:
@@ -353,22 +366,23 @@ def _into(both_inputs: tuple[PatchInputs, PatchInputs], run: str) -> PatchInputs
     return next(inputs for inputs in both_inputs if inputs.target == RUNS.index(run))
 
 
-def _told(
+def _continued_inputs(
     resident: ResidentModel, trials: Trials, alignment: Alignment, direction: Direction, which: int, memory: int
 ) -> tuple[PatchInputs, PatchInputs]:
+    """Inputs of both directions for the prompts with all of an answer but its last token appended."""
     longer = continued(trials, which, resident.architecture.context)
-    further = answer(trials, which).shape[1] - 1
-    rows = lengthened(alignment, further, longer.tokens.shape[2])
-    return _both_ways(resident, capture(resident, longer, memory), longer, rows, direction)
+    n_appended = answer(trials, which).shape[1] - 1
+    positions = lengthened(alignment, n_appended, longer.tokens.shape[2])
+    return _both_ways(resident, capture(resident, longer, memory), longer, positions, direction)
 
 
-def _left(runner: LayerRunner) -> Resid:
-    """What left the last layer of the target run, as captured."""
+def _final_resid(runner: LayerRunner) -> Resid:
+    """The residual stream after the last layer of the target run, from the capture."""
     last = runner.resident.architecture.n_layers - 1
     return layer_output(runner, last, runner.inputs.patched("z", last, runner.inputs.target))[:, None]
 
 
 def _clean_log_probs(vocabulary: Vocabulary, inputs: PatchInputs) -> Float[Tensor, "trial vocab"]:
     runner = LayerRunner(vocabulary.resident, inputs)
-    parts = [logits[:, 0].log_softmax(-1) for _, _, logits in vocabulary.blocks(runner.read(_left(runner)))]
+    parts = [logits[:, 0].log_softmax(-1) for _, _, logits in vocabulary.blocks(runner.read(_final_resid(runner)))]
     return torch.cat(parts)
