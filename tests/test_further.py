@@ -225,8 +225,8 @@ def test_blocks_of_any_size_give_the_same_numbers() -> None:
     trials, mask = trials_with_answers(), random_subsets(4, 8)
     whole = prepared("neox-sequential", trials)
     expected = whole.patched(SITES, mask)
-    for most in (2, 7):
-        parts = replace(whole, vocabulary=replace(whole.vocabulary, most=most))
+    for block_rows in (2, 7):
+        parts = replace(whole, vocabulary=replace(whole.vocabulary, block_rows=block_rows))
         for name, values in parts.patched(SITES, mask).items():
             np.testing.assert_allclose(values, expected[name], rtol=0, atol=1e-5)
 
