@@ -85,6 +85,6 @@ def _order(done: xr.Dataset, direction: str, layer: int) -> list[str]:
     ]
 
 
-def _bounds(row: "pd.Series[int]") -> tuple[int | None, int | None]:
+def _bounds(row: pd.Series) -> tuple[int | None, int | None]:
     low, high = (None if pd.isna(row[name]) else int(row[name]) for name in ("low", "high"))
     return low, high
