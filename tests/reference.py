@@ -176,7 +176,7 @@ def logit_diffs(
         with before_output_projection(model, {layer: write(layer) for layer in layers}):
             logits = last_logits(model, target_tokens.expand(len(mask), -1))
         right, wrong = trials.answer_tokens[trial]
-        found[:, trial] = logits[:, right] - logits[:, wrong]
+        found[:, trial] = (logits[:, right] - logits[:, wrong]).numpy()
     return found
 
 
