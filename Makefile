@@ -12,28 +12,30 @@ TORCH := 2.13.0
 COMPILE = echo torch==$(TORCH) | $(RUN) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
 	--fork-strategy fewest --no-annotate --custom-compile-command 'make constraints' --constraint /dev/stdin $(UPGRADE)
 
-.PHONY: help demo test check lint test-newest test-oldest constraints mutants clean
+.PHONY: help demo test check lint imports test-newest test-oldest constraints mutants clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 demo: $(VENV)/installed  ## set up, then cache, patch, dissect and report the embedded series
-	$(RUN) scripts/cache.py
-	$(RUN) scripts/patch.py --protocol published --layers all
-	$(RUN) scripts/patch.py --subsets lattice
-	$(RUN) scripts/mechanism.py
-	$(RUN) scripts/report.py
+	$(VENV)/bin/headlapse cache
+	$(VENV)/bin/headlapse patch --protocol published --layers all
+	$(VENV)/bin/headlapse patch --subsets lattice
+	$(VENV)/bin/headlapse mechanism
+	$(VENV)/bin/headlapse report
 
-test: lint  ## set up, then run everything: lint, types, all tests
+test: lint imports  ## set up, then run everything: lint, types, all tests
 	$(RUN) $(PYTEST)
 
 check: lint  ## lint, types and the fast tests
 	$(RUN) $(PYTEST) --quiet -m 'not slow'
 
-lint: $(VENV)/installed  ## ruff, mypy, and pyright for imports that do not resolve
+lint: $(VENV)/installed  ## ruff and strict mypy
 	$(RUN) -m ruff check --quiet .
 	$(RUN) -m ruff format --quiet --check .
 	$(RUN) -m mypy
+
+imports: $(VENV)/installed  ## pyright finds every import in the bare clone
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(RUN)
 
 # Verdicts stay in build/mutants: what was interrupted goes on.  `python -m tests.mutants --help` has shares and rooms.
