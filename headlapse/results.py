@@ -9,9 +9,9 @@ import pandas as pd
 from .engine.runtime.errors import UserError
 from .engine.runtime.quiet import quiet_libraries
 from .engine.statistics.multiple_testing import Correction
-from .engine.store.zarr_group import CheckpointArrays
+from .engine.store.zarr_group import CheckpointArrays, last_write_ns
 from .engine.study.mechanism_settings import MechanismSettings
-from .pipeline import open_run, report_folder
+from .pipeline import open_run, report_folder, run_path
 
 
 def patch_tables(store: Path, name: str, correction: Correction = "bh") -> Iterator[str]:
@@ -31,9 +31,17 @@ def patch_lines(store: Path, name: str, correction: Correction = "bh") -> list[s
     from .engine.report.findings.verdict import verdict
 
     run, settings = open_run(store, name)
-    page = report_folder(store) / "index.html"
     with quiet_libraries():
-        return verdict(run.load(), settings, study_of(store), str(page) if page.is_file() else None, correction)
+        return verdict(run.load(), settings, study_of(store), _page(store, name), correction)
+
+
+def _page(store: Path, name: str) -> str:
+    """Where the page is, and what to type where it is not, or is older than the run."""
+    page = report_folder(store) / "index.html"
+    if not page.is_file():
+        return "headlapse report writes it"
+    is_older = page.stat().st_mtime_ns < last_write_ns(run_path(store, name))
+    return f"{page}{' (older than this run: headlapse report)' if is_older else ''}"
 
 
 def heads(store: Path, name: str, correction: Correction = "bh") -> pd.DataFrame:

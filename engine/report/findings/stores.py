@@ -30,7 +30,7 @@ def store_page(store: StoreSummary, arrays: Sequence[ArraySummary]) -> list[str]
         ("missing", list(_missing(store))),
         ("runs", _aligned([_run(run) for run in store.runs])),
         ("mechanism", [" ".join(_run(store.mechanism)[1:])] if store.mechanism else []),
-        ("arrays", _aligned([_array(array) for array in arrays])),
+        ("arrays", _aligned([_array(array) for array in arrays if len(array.dims) > 1])),
         ("versions", [", ".join(f"{name} {version}" for name, version in store.versions.items())]),
         ("format", [str(store.format)]),
     ]
@@ -99,7 +99,7 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 def _array(array: ArraySummary) -> tuple[str, ...]:
     dims = ", ".join(f"{dim} {size}" for dim, size in zip(array.dims, array.shape, strict=True))
-    return array.name, array.dtype, format_bytes(array.n_bytes), f"({dims})"
+    return array.name, "string" if "String" in array.dtype else array.dtype, format_bytes(array.n_bytes), f"({dims})"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
