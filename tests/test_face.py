@@ -84,17 +84,18 @@ def test_a_patched_run_has_numbers_heads_verdict_and_page(
     assert store["heads"].settings == run.settings and "heads" in repr(run)
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
 def test_a_loaded_model_is_captured_as_it_is_and_left_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path))
-    model, tokenizer = tiny("llama", seed=3).train(), tiny_tokenizer()
+    model, tokenizer = tiny(name, seed=3).train(), tiny_tokenizer()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
-    config, weights = model.config.to_dict(), {name: value.clone() for name, value in model.state_dict().items()}
+    config, weights = model.config.to_dict(), {key: value.clone() for key, value in model.state_dict().items()}
     store = hl.cache(model, tokenizer=tokenizer, trials=3)
     assert model.training and model.config.to_dict() == config and model.config._attn_implementation == "eager"
-    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     tokens, length = store.dataset.tokens.values, store.dataset.length.values
     row = torch.from_numpy(tokens[0, 0, : length[0, 0]])[None]
