@@ -1,16 +1,18 @@
-"""A checkpoint's files in Hugging Face's layout: which there are, whether they are whole, their hashes.
+"""A checkpoint's files in Hugging Face's layout: which there are, whether they are complete, their hashes.
 
-What is wrong with them is a `UserError` of one line; no tensor is read.
+No tensor is read.  Whatever is wrong with the files is a `UserError` of one line.
 """
 
 import hashlib
 import json
 from collections.abc import Collection
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
+from ..runtime.format import format_names
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -22,6 +24,9 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 """The forms in which weights come, best first; an index names the shards that hold them."""
+
+WEIGHT_FORMS = f"{WEIGHTS[0]} or {WEIGHTS[2]}, whole or in shards"
+"""The same in words, for errors."""
 
 VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Without one of these there is no tokenizer."""
@@ -35,11 +40,26 @@ BESIDE_WEIGHTS = (
     "added_tokens.json",
     GENERATION,
 )
-"""All that is wanted of a checkpoint besides its weights, as far as it is there."""
+"""What is downloaded of a checkpoint besides its weights, as far as it exists."""
 
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024
 """No Git LFS pointer is longer."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """A checkpoint on disk."""
+
+    directory: Path
+    weights: tuple[Path, ...]
+    config: Path
+
+    sha256: dict[str, str]
+    """Weight file name -> hex digest."""
+
+    commit: str | None
+    """Of the hub's repository; None outside the hub."""
 
 
 def config_file(directory: Path) -> Path:
@@ -52,9 +72,9 @@ def config_file(directory: Path) -> Path:
 
 
 def vocabulary_file(directory: Path) -> Path:
-    """What tells one tokenizer from another; a trainer leaves it above its checkpoints.
+    """The file that tells one tokenizer from another, in `directory` or above it, where trainers leave it.
 
-    Raises `UserError` when there is none: transformers would make an empty tokenizer without a word.
+    Raises `UserError` when there is none: transformers would silently make an empty tokenizer.
     """
     for place in (directory, directory.parent):
         for name in VOCABULARY:
@@ -64,18 +84,16 @@ def vocabulary_file(directory: Path) -> Path:
 
 
 def weight_files(directory: Path) -> tuple[Path, ...]:
-    """The files of the best form of weights in `directory`.  Raises `UserError` when none is there whole."""
+    """The files of the best form of weights in `directory`.  Raises `UserError` when there is none, or one of its files
+    is missing."""
     form = best_form(tuple(form for form in WEIGHTS if (directory / form).is_file()))
     if form is None:
-        raise UserError(f"{directory} holds no weights ({FORMS_TOLD}); {contents(directory)}")
+        raise UserError(f"{directory} holds no weights ({WEIGHT_FORMS}); {contents(directory)}")
     return tuple(_weight_file(directory / name, form) for name in shards(directory / form))
 
 
-FORMS_TOLD = f"{WEIGHTS[0]} or {WEIGHTS[2]}, whole or in shards"
-
-
 def best_form(names: Collection[str]) -> str | None:
-    """Which of the forms of weights among `names` is read."""
+    """The form of weights among `names` that is read; None where there is none."""
     return next((form for form in WEIGHTS if form in names), None)
 
 
@@ -84,29 +102,29 @@ def is_index(form: str) -> bool:
 
 
 def shards(form: Path) -> list[str]:
-    """The files that hold the weights: the shards an index names, or the one file itself.
+    """Names of the files that hold the weights: the shards that an index names, or the one file itself.
 
-    Raises `UserError` when the index is broken.
+    Raises `UserError` when the index is damaged.
     """
     if not is_index(form.name):
         return [form.name]
     names = _read_object(form).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{form} has no weight_map that names shards; fetch or copy it again")
-    found = sorted({str(name) for name in names.values()})
-    if odd := [name for name in found if Path(name).name != name]:
-        raise UserError(f"{form} names {odd[0]}, which is no file beside it; fetch or copy it again")
-    return found
+    shard_names = sorted({str(name) for name in names.values()})
+    if outside := [name for name in shard_names if Path(name).name != name]:
+        raise UserError(f"{form} names {outside[0]}, which is no file beside it; fetch or copy it again")
+    return shard_names
 
 
 def looks_like_shard(name: str, index: str) -> bool:
-    """Whether `name` is what writers of shards call one that belongs to `index`."""
+    """Whether `name` is formed like the name of a shard of `index`: `model-00001-of-00003.safetensors`."""
     stem, suffix = index.removesuffix(".index.json").split(".")
     return fnmatch(name, f"{stem}-*-of-*.{suffix}")
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether config, weights and a tokenizer are all there."""
+    """Whether config, weights and a tokenizer are all in `directory`."""
     try:
         config_file(directory), weight_files(directory)
     except UserError:
@@ -120,27 +138,22 @@ def n_bytes(directory: Path) -> int:
 
 
 def stamp(path: Path) -> list[int]:
-    """Size in bytes and time of the last change in nanoseconds: what tells, at no cost, that a file was touched."""
+    """Size in bytes and time of last change in nanoseconds: a cheap sign of whether a file was changed."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def sha256(path: Path) -> str:
+    """Of the file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def contents(directory: Path) -> str:
-    """What a user who expected something else finds there."""
+    """What is in `directory`, for the errors of those who expected something else."""
     if not directory.is_dir():
         return "the directory is not there"
-    return f"found there: {some(sorted(path.name for path in directory.iterdir()))}"
-
-
-def some(names: Collection[str]) -> str:
-    """The first few of `names`, and how many more there are."""
-    shown = ", ".join(list(names)[:5]) or "nothing"
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+    return f"found there: {format_names(sorted(path.name for path in directory.iterdir()))}"
 
 
 def _weight_file(path: Path, form: str) -> Path:
@@ -155,7 +168,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); mend it, or fetch or copy it again") from error
+        raise UserError(f"{path} is not JSON ({error}); correct it, or fetch or copy it again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object; mend it, or fetch or copy it again")
+        raise UserError(f"{path} is no JSON object; correct it, or fetch or copy it again")
     return content

@@ -1,6 +1,6 @@
-"""Hugging Face's hub through its own client: what a repository holds, and its files brought into the client's cache.
+"""Hugging Face's hub through its own client: what a repository holds, and downloads into the client's cache.
 
-The client reads HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.  What goes wrong is a `UserError` of one line.
+The client reads HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.  Its errors become a `UserError` of one line.
 """
 
 import errno
@@ -16,15 +16,15 @@ from tqdm import tqdm
 
 from ..runtime.errors import UserError
 
-_KEPT = "run it again, files that are complete are kept"
+_RUN_AGAIN = "run it again, files that are complete are kept"
 
 
 class Unreachable(UserError):
-    """The hub gave no usable answer; what is in the cache may do."""
+    """The hub gave no usable answer; the client's cache may still have the files."""
 
 
 class NoRevision(LookupError):
-    """The repository is there, the revision is not."""
+    """The repository exists, the revision does not."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,24 @@ class RemoteFile:
     """Its name in the client's cache: the sha256 of a large (LFS) file, the git hash of a small one."""
 
     sha256: str | None
-    """Finding of large files only."""
+    """Known of large files only."""
 
 
 @dataclass(frozen=True)
 class Revision:
-    """One revision of a repository, as the hub described it."""
+    """One revision of a repository, as the hub describes it."""
 
     repo: str
 
     name: str
-    """As asked for: a branch, a tag or a commit."""
+    """A branch, a tag or a commit."""
 
     commit: str
     files: Mapping[str, RemoteFile]
 
 
 def look_up(repo: str, name: str) -> Revision:
-    """Ask the hub what a revision holds: one request.
+    """Ask the hub what a revision holds, in one request.
 
     Raises `NoRevision`, `Unreachable`, or `UserError` when the repository is missing or closed to the user.
     """
@@ -84,12 +84,12 @@ def revisions(repo: str) -> list[str]:
 
 
 def cached(repo: str, name: str) -> Path | None:
-    """The folder of a revision in the client's cache, perhaps an incomplete one; no network is used."""
+    """The folder of a revision in the client's cache, complete or not; None where it has none.  Uses no network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        # Of the patterns only `config.json` has to be there: which weights there are is for the caller to see.
+        # Without patterns the client would refuse a folder that lacks files which we never download.
         folder = snapshot_download(repo, revision=name, allow_patterns=["config.json"], local_files_only=True)
     except LocalEntryNotFoundError:
         return None
@@ -97,17 +97,17 @@ def cached(repo: str, name: str) -> Path | None:
 
 
 def download(revision: Revision, names: Collection[str]) -> Path:
-    """Bring the named files into the client's cache, complete, and return their folder.
+    """Download the named files into the client's cache, and return their folder.
 
-    What is there already is not fetched again.  Raises `UserError` when the download is cut off, the disk is full, or
-    a file is not of the size that the hub told.
+    What is in the cache already is not downloaded again.  Raises `UserError` when the download breaks off, the disk is
+    full, or a file has another size than the hub says.
     """
     from huggingface_hub import snapshot_download
 
     repo, name = revision.repo, revision.name
     with _explaining(repo, name, downloading=True), _one_bar() as bar:
-        # By name, not by commit: so the client notes in its cache which commit the name stands for, and the name is
-        # found again without a network.
+        # By name, not by commit: the client then records in its cache which commit the name stands for, and finds the
+        # name again without a network.
         directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=bar))
     if directory.name != revision.commit:
         raise UserError(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
@@ -117,23 +117,23 @@ def download(revision: Revision, names: Collection[str]) -> Path:
 
 
 def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]:
-    """Bytes to fetch by blob: those of the named files that are not in the client's cache yet."""
+    """Blob -> bytes of the named files that are not in the client's cache yet; None where the size is not known."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.file_download import repo_folder_name
 
     blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=revision.repo, repo_type="model") / "blobs"
-    absent = {}
+    absent: dict[str, int | None] = {}
     for name in names:
         file = revision.files[name]
-        at_hand = try_to_load_from_cache(revision.repo, name, revision=revision.commit)
-        if not isinstance(at_hand, str) and not (file.blob and (blobs / file.blob).exists()):
+        in_cache = try_to_load_from_cache(revision.repo, name, revision=revision.commit)
+        if not isinstance(in_cache, str) and not (file.blob and (blobs / file.blob).exists()):
             absent[file.blob or f"{revision.commit}/{name}"] = file.size
     return absent
 
 
 def sha256_of_blob(path: Path) -> str | None:
-    """The sha256 of a cached large file, which is its blob's name; None where the cache does not tell."""
-    # One link only: further ones lead to a store that is named by other hashes.
+    """The sha256 of a large file in the cache, which is its blob's name; None where the blob's name is none."""
+    # Follow one link only: a further one leads to a store whose names are other hashes.
     blob = _blob(path)
     return blob.name if blob != path and re.fullmatch("[0-9a-f]{64}", blob.name) else None
 
@@ -148,22 +148,22 @@ def _blob(path: Path) -> Path:
 
 def _require_size(path: Path, size: int | None) -> None:
     if not path.is_file():
-        raise UserError(f"{path.name} did not arrive at {path.parent}; {_KEPT}")
-    found = path.stat().st_size
-    if size is not None and found != size:
-        raise UserError(f"{path.name} has {found} bytes, the hub says {size}; delete {_blob(path)} and run it again")
+        raise UserError(f"{path.name} did not arrive at {path.parent}; {_RUN_AGAIN}")
+    n_bytes = path.stat().st_size
+    if size is not None and n_bytes != size:
+        raise UserError(f"{path.name} has {n_bytes} bytes, the hub says {size}; delete {_blob(path)} and run it again")
 
 
 @contextmanager
 def _explaining(repo: str, name: str | None = None, downloading: bool = False) -> Iterator[None]:
-    """Turn what the client raises into one line that says what was asked, what was found and what to do."""
+    """Turn the client's errors into one line: what was asked, what was found and what to do."""
     import httpx
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
-    asked = repo if name is None else f"{repo} revision {name}"
-    failed = f"the download of {asked} from {hub} broke off" if downloading else f"{hub} cannot be reached for {asked}"
-    mend = _KEPT if downloading else "check the network and HF_ENDPOINT, and run it again"
+    what = repo if name is None else f"{repo} revision {name}"
+    failure = f"the download of {what} from {hub} broke off" if downloading else f"{hub} cannot be reached for {what}"
+    remedy = _RUN_AGAIN if downloading else "check the network and HF_ENDPOINT, and run it again"
     try:
         yield
     except errors.RevisionNotFoundError as error:
@@ -181,66 +181,66 @@ def _explaining(repo: str, name: str | None = None, downloading: bool = False) -
         raise UserError(f"{repo} was disabled at {hub}; ask its authors") from error
     except errors.HFValidationError as error:
         raise UserError(
-            f"{repo} is neither a directory here nor a hub id ({_line(error)}); write owner/name"
+            f"{repo} is neither a directory here nor a hub id ({_cause(error)}); write owner/name"
         ) from error
     except errors.HfHubHTTPError as error:
-        raise _told(error.response.status_code, hub, asked) from error
+        raise _status_error(error.response.status_code, hub, what) from error
     except errors.OfflineModeIsEnabled as error:
-        raise Unreachable(f"{asked} is not asked for: HF_HUB_OFFLINE is set; unset it to use the network") from error
+        raise Unreachable(f"{what} is not looked up: HF_HUB_OFFLINE is set; unset it to use the network") from error
     except OSError as error:
-        told = _unwritten(error, asked, constants.HF_HUB_CACHE)
-        raise told or Unreachable(f"{failed} ({_line(error)}); {mend}") from error
+        disk_error = _disk_error(error, what, constants.HF_HUB_CACHE)
+        raise disk_error or Unreachable(f"{failure} ({_cause(error)}); {remedy}") from error
     except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
         # The client's Xet transfers raise RuntimeError for whatever goes wrong on the way.
-        raise Unreachable(f"{failed} ({_line(error)}); {mend}") from error
+        raise Unreachable(f"{failure} ({_cause(error)}); {remedy}") from error
     except (ValueError, KeyError) as error:
         raise Unreachable(
-            f"{hub} does not answer {asked} as a hub does ({_line(error)}); check HF_ENDPOINT and the network"
+            f"{hub} does not answer {what} as a hub does ({_cause(error)}); check HF_ENDPOINT and the network"
         ) from error
 
 
-def _told(status: int, hub: str, asked: str) -> UserError:
-    """What a status of the hub means that has no exception of its own."""
+def _status_error(status: int, hub: str, what: str) -> UserError:
+    """The error for an HTTP status that has no exception of its own in the client."""
     if status in (401, 403):
         return UserError(
-            f"{hub} refuses access to {asked} (status {status}): private, or the token is not valid; "
+            f"{hub} refuses access to {what} (status {status}): private, or the token is not valid; "
             "run `hf auth login` with one that may read it"
         )
     if status == 429:
         return Unreachable(
-            f"{hub} answers {asked} with status 429, too many requests; wait some minutes, "
+            f"{hub} answers {what} with status 429, too many requests; wait some minutes, "
             "or run `hf auth login` for a higher limit"
         )
-    return Unreachable(f"{hub} answers {asked} with status {status}; run it again later, or check HF_ENDPOINT")
+    return Unreachable(f"{hub} answers {what} with status {status}; run it again later, or check HF_ENDPOINT")
 
 
-def _unwritten(error: OSError, asked: str, cache: str) -> UserError | None:
-    """What an error of the disk means; None for one of the network."""
+def _disk_error(error: OSError, what: str, cache: str) -> UserError | None:
+    """The error for a disk that cannot be written to; None where the network failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"no room for {asked} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk"
+            f"no room for {what} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk"
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return UserError(f"{asked} cannot be kept in {cache}: {error.strerror}; set HF_HOME to a place to write to")
+        return UserError(f"{what} cannot be kept in {cache}: {error.strerror}; set HF_HOME to a place to write to")
     return None
 
 
-def _line(error: BaseException) -> str:
-    """The first cause in one short line: the client wraps it in paragraphs."""
+def _cause(error: BaseException) -> str:
+    """The first cause in one short line; the client wraps it in paragraphs."""
     while isinstance(error.__cause__, BaseException):
         error = error.__cause__
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 @contextmanager
-def _one_bar() -> Iterator[type[tqdm]]:
-    """The client's bars while it downloads: bytes as they come in, on a terminal, gone afterwards.
+def _one_bar() -> Iterator[Any]:
+    """A progress bar class for the client's downloads: one bar of bytes, on a terminal only, removed at the end.
 
-    By itself it shows three, does not close them, and shows one wherever its output goes.
+    By default the client shows three, leaves them open, and shows one of them even where stderr is no terminal.
     """
-    bars = []
+    bars: list[tqdm[Any]] = []
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm[Any]):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             shown = str(kwargs.get("desc", "")).startswith("Downloading bytes")
             super().__init__(*args, **{**kwargs, "leave": False, "disable": None if shown else True})

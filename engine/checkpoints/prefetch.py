@@ -1,4 +1,4 @@
-"""Load the next checkpoint while this one computes."""
+"""Load the next checkpoint in a thread while this one computes."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +13,10 @@ Value = TypeVar("Value")
 def prefetch(
     items: Iterable[Item], load: Callable[[Item], Value]
 ) -> Iterator[tuple[Item, Value | UserError | OSError]]:
-    """Each item with what `load` gave, or why it could not; the next one loads while this one is used."""
+    """Each item with what `load` returned, or the `UserError` or `OSError` that it raised; other errors are raised here.
+
+    The next item loads while the caller works on this one.  Two loaded values exist at once, never three.
+    """
     waiting: _Loading[Item, Value] | None = None
     for item in items:
         loaded = waiting
@@ -28,7 +31,7 @@ def prefetch(
 
 
 class _Loading(threading.Thread, Generic[Item, Value]):
-    """One item on its way.  A daemon: an interrupted program does not wait for it."""
+    """One item being loaded.  A daemon thread: an interrupted program does not wait for it."""
 
     def __init__(self, item: Item, load: Callable[[Item], Value]) -> None:
         super().__init__(daemon=True, name="prefetch")
@@ -41,7 +44,7 @@ class _Loading(threading.Thread, Generic[Item, Value]):
         try:
             self._value = self._load(self.item)
         except BaseException as error:
-            self._error = error
+            self._error = error  # raised or returned by `outcome`, in the thread that asks for it
 
     def outcome(self) -> Value | UserError | OSError:
         if self._error is None:

@@ -1,0 +1,132 @@
+"""From a checkpoint to its files on disk, complete and hashed; what is not on disk is downloaded or trained."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import UserError
+from ..runtime.format import format_names
+from . import files, hub
+from .files import Files
+from .resolve import DEMO, Checkpoint
+from .revisions import unknown
+
+logger = logging.getLogger(__name__)
+
+
+def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | None = None) -> Files:
+    """The checkpoint's files, complete and hashed.
+
+    `recorded` is the provenance in a store: files whose size and time of last change are still the same are not
+    hashed again.  The embedded series is trained in the folder `cache`.
+    Raises `UserError` when the files cannot be had.
+    """
+    if checkpoint.model != DEMO and not os.path.isabs(checkpoint.location):
+        return _from_hub(checkpoint)
+    directory = _trained(checkpoint, cache) if checkpoint.model == DEMO else Path(checkpoint.location)
+    return _from_directory(directory, known=_unchanged(directory, recorded))
+
+
+def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
+    """A directory with the checkpoint's configuration and tokenizer, fetched without its weights.
+
+    None for the embedded series while it is not trained.  Raises `UserError` when they cannot be had.
+    """
+    if checkpoint.model == DEMO or os.path.isabs(checkpoint.location):
+        directory = Path(checkpoint.location)
+        return files.config_file(directory).parent if directory.is_dir() else None
+    revision = find_revision(checkpoint)
+    return revision if isinstance(revision, Path) else hub.download(revision, files_beside_weights(revision))
+
+
+def find_revision(checkpoint: Checkpoint) -> hub.Revision | Path:
+    """What the hub says of a checkpoint, or its folder in the client's cache where the hub gives no answer.
+
+    Raises `UserError` when there is neither.
+    """
+    repo, name = checkpoint.location, checkpoint.commit or checkpoint.label
+    try:
+        return hub.look_up(repo, name)
+    except hub.NoRevision:
+        raise unknown(name, repo, hub.revisions(repo)) from None
+    except hub.Unreachable as error:
+        directory = hub.cached(repo, name)
+        if directory is None:
+            raise
+        logger.warning("%s; %s %s is read from the cache", error, repo, name)
+        return directory
+
+
+def weight_form(revision: hub.Revision) -> str:
+    """The form of weights that is read.  Raises `UserError` when the revision is no checkpoint."""
+    where, content = f"{revision.repo} revision {revision.name}", format_names(sorted(revision.files))
+    if files.CONFIG not in revision.files:
+        raise UserError(f"{where} is no checkpoint: no {files.CONFIG} in it; found there: {content}")
+    form = files.best_form(revision.files)
+    if form is None:
+        raise UserError(f"{where} holds no weights ({files.WEIGHT_FORMS}); found there: {content}")
+    return form
+
+
+def files_beside_weights(revision: hub.Revision) -> list[str]:
+    """Configuration and tokenizer files of a revision, as far as it has them."""
+    return [name for name in files.BESIDE_WEIGHTS if name in revision.files]
+
+
+def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
+    from .demo import train
+
+    # Even where this step is on disk: an interrupted training is completed before any of its checkpoints is used.
+    train(cache / DEMO)
+    return cache / DEMO / checkpoint.label
+
+
+def _from_directory(
+    directory: Path, commit: str | None = None, known: Mapping[str, str | None] | None = None
+) -> Files:
+    """The files in a directory; digests that are not `known` are computed."""
+    try:
+        config, weights = files.config_file(directory), files.weight_files(directory)
+        sha256 = {path.name: (known or {}).get(path.name) or files.sha256(path) for path in weights}
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or directory} cannot be read: {error.strerror}; make it readable and run again"
+        ) from error
+    return Files(directory, weights, config, sha256, commit)
+
+
+def _unchanged(directory: Path, recorded: Mapping[str, Any] | None) -> dict[str, str]:
+    """Recorded digests of the weight files that have not been changed since."""
+    if recorded is None or not directory.is_dir():
+        return {}
+    stamps = recorded.get("stamps", {})
+    same = {path.name for path in files.weight_files(directory) if files.stamp(path) == stamps.get(path.name)}
+    return {name: digest for name, digest in recorded["sha256"].items() if name in same}
+
+
+def _from_hub(checkpoint: Checkpoint) -> Files:
+    repo, commit = checkpoint.location, checkpoint.commit
+    # A commit never changes: where it is complete in the cache, the hub need not be asked.
+    if commit and (directory := hub.cached(repo, commit)) and files.is_whole(directory):
+        return _from_hub_cache(directory)
+    revision = find_revision(checkpoint)
+    if isinstance(revision, Path):
+        return _from_hub_cache(revision)
+    form = weight_form(revision)
+    weights = [form]
+    if files.is_index(form):
+        weights += files.shards(hub.download(revision, weights) / form)
+        if absent := [file for file in weights if file not in revision.files]:
+            raise UserError(
+                f"{repo} revision {revision.name} is incomplete on the hub: {form} names {absent[0]}, "
+                "which is not there; leave it out"
+            )
+    directory = hub.download(revision, {*weights, *files_beside_weights(revision)})
+    return _from_directory(directory, revision.commit, {file: revision.files[file].sha256 for file in weights})
+
+
+def _from_hub_cache(directory: Path) -> Files:
+    known = {path.name: hub.sha256_of_blob(path) for path in directory.iterdir()}
+    return _from_directory(directory, directory.name, known)

@@ -1,0 +1,92 @@
+"""Load one checkpoint's weights after another into one resident model."""
+
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from ..runtime.errors import UserError
+from ..runtime.format import format_bytes
+from ..runtime.resources import Machine, allow_tf32
+from ..study.study import Arithmetic
+from .architecture import read_config
+from .files import GENERATION, Files
+from .model import ResidentModel
+from .weights import TORCH_DTYPES, Weights, read_weights, weight_bytes
+
+Loaded = tuple[Files, Weights | None]
+"""A checkpoint's files, and its weights where they could be read ahead of time."""
+
+
+class ModelLoader:
+    """Owns the resident model and the memory that weights are read into.
+
+    Weights that are cast or moved are read into two sets of buffers in turn, one of which the model uses; into one set
+    where memory has no room for two.
+    """
+
+    def __init__(self, dtype: Arithmetic, machine: Machine) -> None:
+        allow_tf32(dtype == "tf32")
+        self.dtype, self.machine = dtype, machine
+        self._resident: ResidentModel | None = None
+        self._buffers: tuple[Weights, Weights] = ({}, {})
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+    def prefetch(self, files: Files) -> Loaded:
+        """Read weights while another checkpoint computes, where memory has room for both.
+
+        Raises `UserError` for files that cannot be read.
+        """
+        if 2 * weight_bytes(files, self.torch_dtype) > self.machine.memory:
+            return files, None
+        self._buffers = self._buffers[::-1]
+        return files, self._read(files)
+
+    def load_weights(self, loaded: Loaded) -> tuple[ResidentModel, int]:
+        """The resident model with the checkpoint's weights, and the memory that is left beside them, in bytes.
+
+        Raises `UserError` where the weights do not fit into the memory or the architecture.
+        """
+        files, weights = loaded
+        n_bytes = weight_bytes(files, self.torch_dtype)
+        if n_bytes >= self.machine.memory:
+            raise UserError(
+                f"the weights take {format_bytes(n_bytes)} in {self.dtype}, the {format_bytes(self.machine.memory)} "
+                "allowed do not hold more; give more --memory, or a smaller --dtype"
+            )
+        self._resident = open_resident_model(files, self.dtype, self.machine.device, self._resident)
+        self._resident.load_weights(weights if weights is not None else self._read(files))
+        return self._resident, self.machine.memory - n_bytes
+
+    def _read(self, files: Files) -> Weights:
+        return read_weights(files, self.torch_dtype, self.machine.device, self._buffers[0])
+
+
+def open_resident_model(
+    files: Files, dtype: Arithmetic, device: str, current: ResidentModel | None = None
+) -> ResidentModel:
+    """The `current` model where it has the architecture of the checkpoint's config, else a new one without weights.
+
+    Raises `UserError` for a config that transformers does not know or a model that cannot be patched.
+    """
+    config = read_config(files.config.parent)
+    resident = current if current is not None and current.fits(config) else None
+    resident = resident or ResidentModel(config, TORCH_DTYPES[dtype], device)
+    resident.model.generation_config = _greedy_generation(files.config.parent, config)
+    return resident
+
+
+def _greedy_generation(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """Plain greedy decoding: of the checkpoint's own generation settings only the tokens that end a text are used."""
+    end_tokens = config.eos_token_id
+    if (directory / GENERATION).is_file():
+        try:
+            end_tokens = GenerationConfig.from_pretrained(directory).eos_token_id
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{directory / GENERATION}: it cannot be read ({error}); fetch it again, or remove it"
+            ) from error
+    return GenerationConfig(eos_token_id=end_tokens)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
