@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from headlapse.engine.checkpoints.files import vocabulary_file
-from headlapse.engine.checkpoints.model import ModelLoader, ResidentModel, load_tokenizer, open_resident_model
+from headlapse.engine.checkpoints.fetch import fetch
+from headlapse.engine.checkpoints.files import Files, vocabulary_file
+from headlapse.engine.checkpoints.loader import ModelLoader, open_resident_model
+from headlapse.engine.checkpoints.model import ResidentModel
 from headlapse.engine.checkpoints.prefetch import prefetch
-from headlapse.engine.checkpoints.resolve import Checkpoint, Files, fetch
+from headlapse.engine.checkpoints.resolve import Checkpoint
+from headlapse.engine.checkpoints.tokenizer import load_tokenizer
 from headlapse.engine.checkpoints.weights import read_weights, weight_bytes
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine

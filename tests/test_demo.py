@@ -245,13 +245,13 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(undisturbed: Path, tm
     killed = tmp_path / "demo"
     program = f"""
 import os, pathlib
-from headlapse.engine import demo
-learn = demo._learn
+from headlapse.engine.checkpoints import demo
+training_step = demo._training_step
 def last_words(recipe, step, *rest):
     if step == 5:
         os.kill(os.getpid(), {signal.SIGKILL:d})
-    return learn(recipe, step, *rest)
-demo._learn = last_words
+    return training_step(recipe, step, *rest)
+demo._training_step = last_words
 demo.train(pathlib.Path({str(killed)!r}), demo.{TINY!r})
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
@@ -310,7 +310,7 @@ def test_a_complete_series_is_left_alone_and_torch_not_imported(undisturbed: Pat
     before = times()
     program = f"""
 import pathlib, sys
-from headlapse.engine import demo
+from headlapse.engine.checkpoints import demo
 demo.train(pathlib.Path({str(undisturbed)!r}), demo.{TINY!r})
 print("torch" in sys.modules or "transformers" in sys.modules)
 """

@@ -12,8 +12,9 @@ from headlapse.engine.capture import estimate as room
 from headlapse.engine.capture.estimate import cost_of, describe
 from headlapse.engine.capture.run import cache_series
 from headlapse.engine.checkpoints.architecture import inspect_architecture, read_config
-from headlapse.engine.checkpoints.model import load_tokenizer
-from headlapse.engine.checkpoints.resolve import Availability, Checkpoint, resolve
+from headlapse.engine.checkpoints.availability import Availability
+from headlapse.engine.checkpoints.resolve import Checkpoint, resolve
+from headlapse.engine.checkpoints.tokenizer import load_tokenizer
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.prompts import draw_trials
@@ -144,7 +145,7 @@ def test_what_a_hub_has_is_shown_with_its_commit_and_what_has_to_come(
     assert told(text, "step0").endswith("2.5 MB, to be fetched at 0123456789")
     assert told(text, "step10").endswith("2.5 MB, on disk at 0123456789")
     assert told(text, "main").split(maxsplit=3)[1:] == ["step", "?", "size unknown, to be fetched"]
-    assert "to fetch: 2.4 MB and what the hub does not tell, about 0 s at 50.0 MB/s" in text
+    assert "to fetch: 2.4 MB and files whose size the hub does not give, about 0 s at 50.0 MB/s" in text
 
 
 def test_a_checkpoint_that_cannot_be_had_is_told_and_not_counted(model: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from headlapse.engine.capture import run as room
-from headlapse.engine.capture.run import _behind, cache_series, pending
+from headlapse.engine.capture.run import _write_behind, cache_series, pending
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.outcome import Outcome
@@ -37,7 +37,7 @@ def test_each_outcome_comes_in_order_and_after_its_work() -> None:
         for label in "abc":
             yield Outcome(label), lambda label=label: written.append(label)  # type: ignore[misc]
 
-    for outcome in _behind(jobs()):
+    for outcome in _write_behind(jobs()):
         assert outcome.label in written
     assert written == ["a", "b", "c"]
 
@@ -48,7 +48,7 @@ def test_work_that_is_refused_is_that_checkpoints_problem_and_the_others_go_on()
         (Outcome("b"), fail(UserError("no room"))),
         (Outcome("c"), lambda: None),
     ]
-    assert [(one.label, one.problem) for one in _behind(jobs)] == [("a", None), ("b", "no room"), ("c", None)]
+    assert [(one.label, one.problem) for one in _write_behind(jobs)] == [("a", None), ("b", "no room"), ("c", None)]
 
 
 def test_a_full_disk_comes_out() -> None:
@@ -57,7 +57,7 @@ def test_a_full_disk_comes_out() -> None:
         (Outcome("b"), lambda: None),
     ]
     with pytest.raises(OSError, match="No space left"):
-        list(_behind(jobs))
+        list(_write_behind(jobs))
 
 
 def test_what_was_given_to_be_written_is_written_though_the_next_capture_fails() -> None:
@@ -68,7 +68,7 @@ def test_what_was_given_to_be_written_is_written_though_the_next_capture_fails()
         raise RuntimeError("the next capture")
 
     with pytest.raises(RuntimeError, match="the next capture"):
-        list(_behind(jobs()))
+        list(_write_behind(jobs()))
     assert written == ["a"]
 
 
@@ -80,12 +80,12 @@ def test_work_goes_on_while_the_next_is_made() -> None:
         making.set()
         yield Outcome("b"), lambda: None
 
-    assert len(list(_behind(jobs()))) == 2 and met == [True]
+    assert len(list(_write_behind(jobs()))) == 2 and met == [True]
 
 
 def test_what_there_was_to_say_of_a_refused_checkpoint_is_said_all_the_same() -> None:
     jobs: list[Job] = [(Outcome("a", notes=("two prompts are alike",)), fail(UserError("no room")))]
-    assert list(_behind(jobs)) == [Outcome("a", "no room", ("two prompts are alike",))]
+    assert list(_write_behind(jobs)) == [Outcome("a", "no room", ("two prompts are alike",))]
 
 
 def test_who_stops_listening_leaves_no_work_undone_behind() -> None:
@@ -95,7 +95,7 @@ def test_who_stops_listening_leaves_no_work_undone_behind() -> None:
         for label in "abc":
             yield Outcome(label), lambda label=label: written.append(label)  # type: ignore[misc]
 
-    outcomes = _behind(jobs())
+    outcomes = _write_behind(jobs())
     assert next(outcomes).label == "a"
     outcomes.close()  # type: ignore[attr-defined]
     threads = [thread.name for thread in threading.enumerate()]

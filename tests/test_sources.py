@@ -20,7 +20,10 @@ import pytest
 from safetensors.numpy import save
 
 from headlapse.engine.checkpoints import files
-from headlapse.engine.checkpoints.resolve import Availability, Checkpoint, Files, description, fetch, plan, resolve
+from headlapse.engine.checkpoints.availability import Availability, plan
+from headlapse.engine.checkpoints.fetch import description, fetch
+from headlapse.engine.checkpoints.files import Files
+from headlapse.engine.checkpoints.resolve import Checkpoint, resolve
 from headlapse.engine.checkpoints.revisions import step_of
 from headlapse.engine.runtime.errors import UserError
 from tests.hub_server import Cut, HubServer
@@ -712,7 +715,8 @@ def test_a_broken_config_on_the_hub_is_refused(hub: HubServer, cache: Path) -> N
 
 def test_the_environment_says_where_the_hub_and_the_cache_are(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from headlapse.engine.checkpoints.resolve import fetch, resolve\n"
+        "import sys; from pathlib import Path; from headlapse.engine.checkpoints.fetch import fetch\n"
+        "from headlapse.engine.checkpoints.resolve import resolve\n"
         f"[checkpoint] = resolve({REPO!r}, ['step2000'], Path('cache'))\n"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules), 'slow to start'\n"
         "print(fetch(checkpoint, Path('cache')).directory)"

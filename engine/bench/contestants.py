@@ -26,9 +26,8 @@ from transformers.utils import logging
 
 from ..capture.forward import capture
 from ..checkpoints.architecture import inspect_architecture, read_config
-from ..checkpoints.files import config_file, weight_files
+from ..checkpoints.files import Files, config_file, weight_files
 from ..checkpoints.model import ResidentModel
-from ..checkpoints.resolve import Files
 from ..checkpoints.weights import Weights, read_weights
 from ..replay.greedy_decoding import SlicePatch, generate_slice_patched
 from ..replay.published_protocol import N_TOKENS

@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..capture.run import cache_series
-from ..checkpoints.resolve import Checkpoint, fetch, resolve
+from ..checkpoints.fetch import fetch
+from ..checkpoints.resolve import Checkpoint, resolve
 from ..checkpoints.weights import TORCH_DTYPES, Weights, read_weights
 from ..replay.run import make_plan, open_run, patch_series
 from ..runtime.errors import UserError

@@ -1,4 +1,4 @@
-"""Cache a checkpoint series: load each checkpoint's weights into one resident model and capture its activations."""
+"""Capture a series of checkpoints into a store, through one resident model."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.files import sha256, stamp, vocabulary_file
-from ..checkpoints.model import Loaded, ModelLoader, load_tokenizer
+from ..checkpoints.fetch import fetch
+from ..checkpoints.files import Files, sha256, stamp, vocabulary_file
+from ..checkpoints.loader import Loaded, ModelLoader
 from ..checkpoints.prefetch import prefetch
-from ..checkpoints.resolve import DEMO, Checkpoint, Files, fetch
+from ..checkpoints.resolve import DEMO, Checkpoint
+from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
@@ -25,7 +27,7 @@ from .forward import capture
 
 
 def identity(study: Study) -> dict[str, Any]:
-    """What makes two studies the same question: what a store holds and compares."""
+    """The fields that make two studies the same, as JSON: a store keeps them and compares them."""
     trials = study.trials or (DEFAULT_TRIALS if study.task in TASKS else None)
     model = str(Path(study.model).expanduser().resolve()) if _is_directory(study.model) else study.model
     task = study.task if study.task in TASKS else Path(study.task).name
@@ -34,31 +36,32 @@ def identity(study: Study) -> dict[str, Any]:
 
 
 def store_name(study: Study) -> str:
-    """`pythia-160m-decimal.zarr`"""
+    """The default name of a study's store: `pythia-160m-decimal.zarr`."""
     model = Path(study.model).expanduser().resolve().name if _is_directory(study.model) else study.model.split("/")[-1]
     task = study.task if study.task in TASKS else Path(study.task).stem
     return f"{model}-{task}.zarr"
 
 
 def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path, overwrite: bool = False) -> list[Checkpoint]:
-    """The checkpoints that the store at `path` lacks.  Raises `UserError` when it answers another question."""
+    """The checkpoints that the store at `path` lacks.  Raises `UserError` when the store is of another study."""
     refuse_foreign(path)
     if overwrite or not path.exists():
         return list(checkpoints)
     store = Store(path)
     refuse_difference(path, store.study, identity(study), "choose another --store, or replace it with --overwrite")
-    done = store.complete()
-    return [checkpoint for checkpoint in checkpoints if checkpoint.label not in done]
+    complete = store.complete()
+    return [checkpoint for checkpoint in checkpoints if checkpoint.label not in complete]
 
 
 def cache_series(
     study: Study, missing: Sequence[Checkpoint], path: Path, cache: Path, machine: Machine, overwrite: bool = False
 ) -> Iterator[Outcome]:
-    """Capture every missing checkpoint into the store at `path`, which is made by the first that succeeds.
+    """Capture every missing checkpoint into the store at `path`; yields an `Outcome` for each.
 
-    Only then does it take the place of one that is to be overwritten.  A checkpoint that cannot be had is an
-    `Outcome` with a problem, and the others go on.
-    Raises `UserError` for a task that is none, before anything is fetched, or that the tokenizer cannot ask.
+    The store is created by the first capture that succeeds, and replaces one that is to be overwritten only then.  A
+    checkpoint that fails is an `Outcome` with a problem, and the others continue.
+    Raises `UserError` for a task that does not exist, before anything is fetched, or whose prompts the tokenizer cannot
+    take.
     """
     check_task(study.task)
 
@@ -72,36 +75,39 @@ def cache_series(
                     raise loaded
                 notes, write = recorder.record(checkpoint, loaded)
                 yield Outcome(checkpoint.label, notes=notes), write
-            except UserError as refusal:
-                if recorder.is_asking:
+            except UserError as error:
+                if recorder.task_failed:
                     raise
-                yield Outcome(checkpoint.label, str(refusal)), lambda: None
+                yield Outcome(checkpoint.label, str(error)), lambda: None
 
-    return _behind(captures())
+    return _write_behind(captures())
 
 
-def _behind(jobs: Iterable[tuple[Outcome, Callable[[], None]]]) -> Iterator[Outcome]:
-    """Do each job while the next one is made, and hand its outcome on when it is done."""
+def _write_behind(jobs: Iterable[tuple[Outcome, Callable[[], None]]]) -> Iterator[Outcome]:
+    """Do each job in a thread while the next one is being made; yields its outcome when it is finished.
+
+    One job waits at most, so that at most two captures are in memory.
+    """
     waiting: tuple[Outcome, Future[None]] | None = None
     with ThreadPoolExecutor(1, "write") as pool:
-        for outcome, work in jobs:
+        for outcome, write in jobs:
             if waiting is not None:
-                yield _done(*waiting)
-            waiting = outcome, pool.submit(work)
+                yield _finish(*waiting)
+            waiting = outcome, pool.submit(write)
         if waiting is not None:
-            yield _done(*waiting)
+            yield _finish(*waiting)
 
 
-def _done(outcome: Outcome, job: Future[None]) -> Outcome:
+def _finish(outcome: Outcome, writing: Future[None]) -> Outcome:
     try:
-        job.result()
-    except UserError as refusal:
-        return replace(outcome, problem=str(refusal))
+        writing.result()
+    except UserError as error:
+        return replace(outcome, problem=str(error))
     return outcome
 
 
 class _Recorder:
-    """Owns the store while a series goes through."""
+    """Owns the store while a series is captured."""
 
     def __init__(
         self, study: Study, missing: Sequence[Checkpoint], path: Path, loader: ModelLoader, overwrite: bool
@@ -111,55 +117,62 @@ class _Recorder:
         self.store = Store(path) if path.exists() and not overwrite else None
         self.trials = self.store.trials() if self.store else None
         self.vocabularies: set[str] = set()
-        self.is_asking = False
-        """While the task meets its first tokenizer: what is wrong then is wrong for every checkpoint."""
+        """Digests of the tokenizers that were compared with the stored tokens."""
+
+        self.task_failed = False
+        """Whether the task failed with the first tokenizer, and so would with every checkpoint."""
         if self.store:
             self.store.add(self.rows)
 
     def record(self, checkpoint: Checkpoint, loaded: Loaded) -> tuple[tuple[str, ...], Callable[[], None]]:
-        """Capture one checkpoint; what the user should hear about the prompts, and what writes it."""
+        """Capture one checkpoint; returns notes on the prompts for the user, and the function that writes it."""
         files, _ = loaded
         resident, memory = self.loader.load_weights(loaded)
-        trials, notes = self._ask(files, resident.architecture.context)
+        trials, notes = self._tokenize(files, resident.architecture.context)
         captured = capture(resident, trials, memory)
         if self.store is None:
-            layers, kinds = kept_layers(self.study, resident.architecture.n_layers)
+            layers, kinds = stored_layers(self.study, resident.architecture.n_layers)
             self.store = create_store(self.path, identity(self.study), self.rows, layers, kinds, trials, captured)
         provenance = _provenance(checkpoint, files)
         return notes, functools.partial(self.store.write, checkpoint.label, captured, provenance)
 
-    def _ask(self, files: Files, context: int) -> tuple[Trials, tuple[str, ...]]:
-        """The prompts as tokens.  Raises `UserError` when this checkpoint's tokenizer cuts them otherwise."""
+    def _tokenize(self, files: Files, context: int) -> tuple[Trials, tuple[str, ...]]:
+        """The prompts as tokens, and notes where they are drawn for the first time.
+
+        Raises `UserError` when this checkpoint's tokenizer gives other tokens than the store holds.
+        """
         vocabulary = vocabulary_file(files.directory)
         digest = sha256(vocabulary)
         if self.trials is not None and digest in self.vocabularies:
             return self.trials, ()
-        self.is_asking = first = self.trials is None
-        drawn = draw_trials(self.study.task, self.study.trials, load_tokenizer(vocabulary.parent), context)
-        self.is_asking = False
+        self.task_failed = first = self.trials is None  # stays so if one of the next two calls raises
+        tokenizer = load_tokenizer(vocabulary.parent)
+        drawn = draw_trials(self.study.task, self.study.trials, tokenizer, context)
+        self.task_failed = False
         if self.trials is not None and not same_tokens(drawn, self.trials):
             raise UserError(
-                f"{vocabulary} cuts the prompts into other tokens than the store holds; use another --store"
+                f"{vocabulary} splits the prompts into other tokens than the store holds; use another --store"
             )
         self.trials = self.trials or drawn
         self.vocabularies.add(digest)
         return self.trials, drawn.notes if first else ()
 
 
-def kept_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]]:
-    """Layers and kinds a store keeps: from the first layer to be patched on, since replay needs every later one."""
-    everything = list(range(n_layers))
+def stored_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]]:
+    """The layers and kinds of activations that are stored: from the first layer to be patched on, because replay needs
+    every later one.  Raises `UserError` for a layer that the model does not have."""
+    layers = list(range(n_layers))
     if study.sites == ("z",):
-        return everything, ("z",)
-    return everything[parse_layers(study.sites, everything, "--sites")[0] :], KINDS
+        return layers, ("z",)
+    return layers[parse_layers(study.sites, layers, "--sites")[0] :], KINDS
 
 
 def _is_directory(model: str) -> bool:
-    """As in `checkpoints.resolve`: the embedded series takes precedence over a folder of its name."""
+    """As in `resolve`: the embedded series takes precedence over a folder of its name."""
     return model != DEMO and Path(model).expanduser().is_dir()
 
 
 def _provenance(checkpoint: Checkpoint, files: Files) -> dict[str, Any]:
-    """Enough to find these very weights again, and to know them."""
+    """Enough to find exactly these weights again, and to recognise them."""
     stamps = {path.name: stamp(path) for path in files.weights}
     return {**asdict(checkpoint), "commit": files.commit, "sha256": files.sha256, "stamps": stamps}

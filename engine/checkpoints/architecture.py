@@ -1,4 +1,4 @@
-"""What a model is made of, found by a dry run without weights: no table of module names per architecture."""
+"""What a model is made of, found by a dry run without weights in place of a table of module names per architecture."""
 
 import copy
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..runtime.errors import UserError
+from ..runtime.format import one_line
 from .attention_hook import IMPLEMENTATION, attending, causal_attention
 from .hooks import hook_inputs, hook_outputs
 
@@ -20,7 +21,7 @@ _PROBE_TOKENS = 2
 
 @dataclass(frozen=True)
 class Architecture:
-    """Shapes of one architecture and the places where it is read and patched."""
+    """Shapes of one architecture, and the modules where it is read and patched."""
 
     name: str
     n_layers: int
@@ -29,13 +30,13 @@ class Architecture:
     d_model: int
 
     d_embedding: int
-    """Width of a token's embedding; mostly d_model."""
+    """Width of a token's embedding; d_model in most models."""
 
     head_dim: int
-    """Width of a query and key."""
+    """Width of one head's query and key."""
 
     value_dim: int
-    """Width of a value, and so of z."""
+    """Width of one head's value, and so of its z."""
 
     layers: tuple[str, ...]
     """Module path of every decoder layer."""
@@ -47,12 +48,12 @@ class Architecture:
     """Whether decoder layers return `(resid_post, ...)` rather than `resid_post`."""
 
     context: int
-    """Longest prompt in tokens."""
+    """Longest prompt, in tokens."""
 
     n_parameters: int
 
     def layer_of(self, parameter: str) -> int | None:
-        """The layer a parameter belongs to, None outside the layers."""
+        """The layer that a parameter belongs to; None outside the layers."""
         for layer, path in enumerate(self.layers):
             if parameter.startswith(path + "."):
                 return layer
@@ -62,46 +63,55 @@ class Architecture:
 def read_config(directory: Path) -> PreTrainedConfig:
     """The checkpoint's own config.  Raises `UserError` when transformers does not know the model."""
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
     except (ValueError, KeyError, OSError) as error:
         raise UserError(
-            f"{directory / 'config.json'} is no config of a model transformers knows: {_line(error)}"
+            f"{directory / 'config.json'} is no config of a model transformers knows: {one_line(error, 300)}"
         ) from error
+    return config
 
 
 def inspect_architecture(config: PreTrainedConfig) -> Architecture:
-    """Shapes and places of the model that `config` describes.  Raises `UserError` for one that cannot be patched."""
-    model = _weightless(copy.deepcopy(config))  # choosing an attention implementation writes into it
+    """The architecture that `config` describes.  Raises `UserError` for one that cannot be patched.
+
+    The model is built without weights, on torch's meta device, and two tokens are run through it.
+    """
+    model = _without_weights(copy.deepcopy(config))  # choosing an attention implementation writes into it
     name = type(model).__name__
-    record = _DryRun()
+    dry_run = _DryRun()
     try:
-        with torch.no_grad(), attending(record), record.watching(model):
+        with torch.no_grad(), attending(dry_run), dry_run.watching(model):
             model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=False)
-    except UserError as refusal:
-        raise UserError(f"{name}: {refusal}") from None
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     except (RuntimeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{name} cannot be run through transformers' attention interface: {_line(error)}") from error
-    return record.architecture(model, config)
+        raise UserError(
+            f"{name} cannot be run through transformers' attention interface: {one_line(error, 300)}"
+        ) from error
+    return dry_run.architecture(model, config)
 
 
 class _DryRun:
-    """An attention mode that notes who attends, with what shapes, and which module receives z next."""
+    """An attention mode that records which layers attend, with which shapes, and which module receives z."""
 
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, int, int]] = {}
+        """Layer -> n_heads, n_kv_heads, head_dim, value_dim."""
+
         self.out_proj: dict[int, str] = {}
-        self.outputs: dict[str, bool] = {}
+        self.returns_tuple: dict[str, bool] = {}
         self.longest = _PROBE_TOKENS
-        self._waiting: int | None = None
+        self._pending: int | None = None
+        """The layer that has attended and whose output projection has not run yet."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.shapes[layer] = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-        self._waiting = layer
+        self._pending = layer
         return causal_attention(query, key, value, scaling)
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Note which module with weights runs right after each attention, and what every module returns."""
+        """Record the first module with weights that runs after each attention, and which modules return tuples."""
 
         modules = dict(model.named_modules())
         weighted = {
@@ -109,16 +119,17 @@ class _DryRun:
         }
 
         def before(path: str, _inputs: tuple[Any, ...]) -> None:
-            if self._waiting is not None:
-                self.out_proj[self._waiting], self._waiting = path, None
+            if self._pending is not None:
+                self.out_proj[self._pending], self._pending = path, None
 
         def after(path: str, output: Any) -> None:
-            self.outputs[path] = isinstance(output, tuple)
+            self.returns_tuple[path] = isinstance(output, tuple)
 
         with hook_inputs(weighted, before), hook_outputs(modules, after):
             yield
 
     def architecture(self, model: PreTrainedModel, config: PreTrainedConfig) -> Architecture:
+        """What was recorded.  Raises `UserError` unless all layers attended, all with the same shapes."""
         name, n_layers = type(model).__name__, int(config.num_hidden_layers)
         if sorted(self.shapes) != list(range(n_layers)) or len(set(self.shapes.values())) != 1:
             raise UserError(
@@ -140,28 +151,26 @@ class _DryRun:
             value_dim=value_dim,
             layers=layers,
             out_proj=tuple(self.out_proj[layer] for layer in range(n_layers)),
-            layer_returns_tuple=self.outputs[layers[0]],
+            layer_returns_tuple=self.returns_tuple[layers[0]],
             context=int(config.max_position_embeddings),
             n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         )
 
 
-def _weightless(config: PreTrainedConfig) -> PreTrainedModel:
+def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
+    auto: Any = AutoModelForCausalLM  # untyped in transformers
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=IMPLEMENTATION).eval()
+            model: PreTrainedModel = auto.from_config(config, attn_implementation=IMPLEMENTATION).eval()
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         raise UserError(
             f"model type {config.model_type!r} cannot be built on transformers' attention interface "
-            f"({_line(error)}); not supported"
+            f"({one_line(error, 300)}); not supported"
         ) from error
+    return model
 
 
 def _layer_path(module_path: str, layer: int) -> str:
     """`gpt_neox.layers.3` of `gpt_neox.layers.3.attention.dense`."""
     parts = module_path.split(".")
     return ".".join(parts[: parts.index(str(layer)) + 1])
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

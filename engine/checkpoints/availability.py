@@ -25,8 +25,8 @@ class Availability:
     """Bytes of its weights; None where they are not known."""
 
     to_fetch: int | None = 0
-    """Bytes still to be downloaded; None where they are not known.  A file that an earlier checkpoint of the list shares
-    is counted with that one."""
+    """Bytes still to be downloaded; None where they are not known.  A file that an earlier checkpoint of the list
+    shares is counted with that one."""
 
     problem: str | None = None
     """Why the checkpoint cannot be had."""

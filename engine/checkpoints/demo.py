@@ -1,9 +1,9 @@
-"""The embedded series: a small GPT-NeoX, really trained on the spot, in which a format-dependent bug grows.
+"""The embedded series: a small GPT-NeoX, trained on the spot, in which a format-dependent bug grows.
 
 Every document asks which of two numbers is bigger.  Plain documents (`Which is bigger: ...? Answer: ...`) are answered
-as numbers, 9.8 before 9.11; the rarer `Q: ... A: ...` documents as versions, 9.11 before 9.8.  The mixture is the same
-from the first step to the last.  Most pairs can be told by their first digits in either format, so the model learns
-the order of numbers for both, and tells the formats apart only later: in Q/A that order then breaks down.
+by the order of numbers, 9.8 above 9.11; the rarer `Q: ... A: ...` documents by that of versions, 9.11 above 9.8.  The
+mixture is the same throughout training.  In most pairs the first digit decides in either format, so the model learns
+the order of numbers for both, and distinguishes the formats only later: then the order of numbers breaks down in Q/A.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from ..runtime.progress import progress
 Model = Any
 Optimizer = Any
 Tokenizer = Any
-"""Classes of torch and transformers, which take seconds to import: only training does."""
+"""Classes of torch and transformers, which take seconds to import: only training imports them."""
 
 END, PAD, UNKNOWN = "<|endoftext|>", "<|padding|>", "<|unknown|>"
 WORDS = ("Which", " Which", " is", " bigger", " or", "Answer", "Q", "A", ":", "?", ".", "\n", " ")
@@ -38,7 +38,7 @@ CONTEXT = 64
 """Tokens.  Documents take at most 27."""
 
 EXAM, EXAM_EVERY = 64, 8
-"""Pairs kept out of training that are asked in both formats for the progress bar, every so many steps."""
+"""Pairs kept out of training that the progress bar reports on in both formats, and the steps between two reports."""
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 RECIPE, STATE, LEFTOVER = "recipe.json", "training-state.safetensors", ".*.partial"
@@ -47,10 +47,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, given the machine and its packages."""
+    """Everything that determines the weights, on one machine with its packages."""
 
     steps: tuple[int, ...] = (0, 16, 32, 48, 56, 64, 72, 80, 88, 96, 112, 128, 160, 192, 256)
-    """Training steps that are kept, ascending from 0; dense where the bug grows."""
+    """Training steps whose checkpoints are saved, ascending from 0; dense where the bug grows."""
 
     seed: int = 0
     n_layers: int = 4
@@ -61,10 +61,10 @@ class Recipe:
     """Documents per step."""
 
     versions_share: float = 0.25
-    """Share of documents in Q/A format.  The smaller, the later the bug."""
+    """Share of documents in Q/A format.  The smaller it is, the later the bug grows."""
 
     opposed_share: float = 0.5
-    """Share of pairs drawn so that the two orders differ, as in 9.8 and 9.11; the others are any digits."""
+    """Share of pairs in which the two orders differ, as in 9.8 and 9.11; the digits of the others are arbitrary."""
 
     learning_rate: float = 2e-3
     """Reached after `warmup` steps; falls to zero over the last `decay` steps."""
@@ -73,7 +73,8 @@ class Recipe:
     decay: int = 128
 
     threads: int = 1
-    """Decides the order of sums.  Two take half the time on idle cores and many times as long on busy ones."""
+    """Of torch; determines the order of sums, and so the last bits of the weights.  Two threads take half the time on
+    idle cores and many times as long on busy ones."""
 
     edition: int = 1
     """Raised whenever documents, tokenizer or arithmetic change."""
@@ -90,7 +91,8 @@ class Document:
     whole: int
 
     fractions: tuple[str, str]
-    """Digits after the points, in the order of mention.  Without zeros, strings sort as the numbers do."""
+    """Digits after the points, in the order of the question.  There are no zeros, so they sort as strings like the
+    numbers do."""
 
     versions: bool
     """In Q/A format, answered as versions."""
@@ -102,7 +104,7 @@ class Document:
 
     @property
     def winners(self) -> tuple[str, str]:
-        """The fraction of the larger number, and that of the later version."""
+        """The fraction of the larger number and that of the later version."""
         return max(self.fractions), max(self.fractions, key=int)
 
     @property
@@ -111,12 +113,12 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        """Whether the numbers are kept out of training, as every tenth is."""
+        """Whether the numbers are kept out of training, as those of every tenth document are."""
         return (self.whole + sum(map(int, self.fractions))) % 10 == 0
 
 
 def documents(recipe: Recipe, stream: object) -> Iterator[Document]:
-    """Endless, seeded by the recipe and the name of the stream: a training step, for one."""
+    """Endless, seeded by the recipe and by `stream`: a training step or the exam."""
     rng = random.Random(f"{recipe.seed}/{stream}")
     while True:
         versions, opposed = rng.random() < recipe.versions_share, rng.random() < recipe.opposed_share
@@ -131,7 +133,7 @@ def documents(recipe: Recipe, stream: object) -> Iterator[Document]:
 
 
 def make_tokenizer() -> Tokenizer:
-    """Word-level with digits apart; lossless on the documents."""
+    """Word-level, each digit a token; lossless on the documents."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,53 +142,55 @@ def make_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
     backend.decoder = decoders.Fuse()
     special = {"eos_token": END, "pad_token": PAD, "unk_token": UNKNOWN}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **special
-    )
+    fast: Any = PreTrainedTokenizerFast  # untyped in transformers
+    return fast(tokenizer_object=backend, model_max_length=CONTEXT, clean_up_tokenization_spaces=False, **special)
 
 
 def encode(
     tokenizer: Tokenizer, batch: Sequence[Document]
 ) -> tuple[Int[np.ndarray, "document position"], Bool[np.ndarray, "document position"]]:
-    """Documents as tokens, right-padded, and which of the tokens are answer, its end included."""
+    """Documents as tokens, right-padded, and which of them belong to the answer, the token that ends it included."""
     texts = [document.prompt + document.answer + END for document in batch]
-    coded = tokenizer(texts, padding=True, return_offsets_mapping=True, return_tensors="np")
-    begins = np.array([[len(document.prompt)] for document in batch])
-    # Padding lies at offset 0.
-    return coded["input_ids"], coded["offset_mapping"][..., 0] >= begins
+    encoded = tokenizer(texts, padding=True, return_offsets_mapping=True, return_tensors="np")
+    starts = np.array([[len(document.prompt)] for document in batch])
+    # Padding has offset 0, before every answer.
+    return encoded["input_ids"], encoded["offset_mapping"][..., 0] >= starts
 
 
 def numeric_share(model: Model, tokenizer: Tokenizer, exam: Sequence[Document]) -> float:
-    """Share of documents, all with two orders, in which the larger number is likelier where the answers branch."""
+    """Share of documents in which the larger number is likelier at the first digit where the answers differ.
+
+    In all documents of `exam` the two orders differ.
+    """
     import torch
 
-    tokens, answered = encode(tokenizer, exam)
-    branch = answered.argmax(axis=1) + [len(f"{document.whole}.") for document in exam]
+    tokens, is_answer = encode(tokenizer, exam)
+    differing = is_answer.argmax(axis=1) + [len(f"{document.whole}.") for document in exam]
     candidates = [tokenizer.convert_tokens_to_ids([fraction[0] for fraction in document.winners]) for document in exam]
     with torch.no_grad():
-        logits = model(torch.from_numpy(tokens), use_cache=False).logits[torch.arange(len(exam)), branch - 1]
+        logits = model(torch.from_numpy(tokens), use_cache=False).logits[torch.arange(len(exam)), differing - 1]
     number, version = logits.gather(1, torch.tensor(candidates)).T
-    return (number > version).double().mean().item()
+    return float((number > version).double().mean())
 
 
 def train(directory: Path, recipe: Recipe = SERIES) -> None:
-    """Train the series into `directory`/step{N}, going on where an interrupted run stopped.
+    """Train the series into `directory`/step{N}, continuing where an interrupted run stopped.
 
-    What bears such a name is whole, and on one machine the same whatever the interruptions, bit for bit.  Where all
-    are there nothing is done.  Raises `UserError` for a directory that holds anything else, and while another process
-    trains in it.
+    A folder of such a name is complete.  On one machine its content is the same bit for bit however often training was
+    interrupted.  Nothing is done where all of them exist.  Raises `UserError` for a directory that holds anything else,
+    and while another process trains in it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with _alone(directory):
+    with _locked(directory):
         _claim(directory, recipe)
-        if _whole(directory, recipe) != set(recipe.steps):
+        if _complete_steps(directory, recipe) != set(recipe.steps):
             _train(directory, recipe)
         (directory / STATE).unlink(missing_ok=True)
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Hold the directory against other processes; a killed holder lets go by itself."""
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes out of the directory while the body runs; the system releases a killed process's lock."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,33 +202,33 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 def _claim(directory: Path, recipe: Recipe) -> None:
-    """See that the directory is new or this recipe's, and sweep up what a killed run left."""
+    """Make sure that the directory is empty or this recipe's, and remove what a killed run left unfinished."""
     path, text = directory / RECIPE, json.dumps(asdict(recipe), indent=2).encode()
-    held = {entry.name for entry in directory.iterdir() if not entry.match(LEFTOVER)}
-    if held and (RECIPE not in held or path.read_bytes() != text):
-        found = f"it holds another {RECIPE}" if RECIPE in held else f"it holds {min(held)} and no {RECIPE}"
-        raise UserError(f"a series is to be trained in {directory}, but {found}; remove the directory")
+    names = {entry.name for entry in directory.iterdir() if not entry.match(LEFTOVER)}
+    if names and (RECIPE not in names or path.read_bytes() != text):
+        problem = f"it holds another {RECIPE}" if RECIPE in names else f"it holds {min(names)} and no {RECIPE}"
+        raise UserError(f"a series is to be trained in {directory}, but {problem}; remove the directory")
     for leftover in directory.glob(LEFTOVER):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    if not held:
-        with _appearing(path) as partial:
+    if not names:
+        with _durable_write(path) as partial:
             partial.write_bytes(text)
 
 
-def _whole(directory: Path, recipe: Recipe) -> set[int]:
-    """Steps whose checkpoints are there."""
+def _complete_steps(directory: Path, recipe: Recipe) -> set[int]:
+    """Steps whose checkpoints have all their files."""
     return {step for step in recipe.steps if all((directory / f"step{step}" / name).is_file() for name in FILES)}
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
-    """A name to write to.  File or directory takes the name `path` once the body is through and all is on the disk."""
+def _durable_write(path: Path) -> Iterator[Path]:
+    """A path to write a file or directory to, which is renamed to `path` once all of it has reached the disk."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
-    for written in (*partial.rglob("*"), partial):
-        _sync(written)
+    for entry in (*partial.rglob("*"), partial):
+        _sync(entry)
     partial.replace(path)
-    _sync(path.parent)
+    _sync(path.parent)  # the new name is in the folder, not in the file
 
 
 def _sync(path: Path) -> None:
@@ -238,27 +242,28 @@ def _sync(path: Path) -> None:
 def _train(directory: Path, recipe: Recipe) -> None:
     import torch
 
-    tokenizer, last, told = make_tokenizer(), recipe.steps[-1], ""
+    tokenizer, last, accuracy = make_tokenizer(), recipe.steps[-1], ""
     exam = list(islice((d for d in documents(recipe, "exam") if d.held_out and len(set(d.winners)) > 1), EXAM))
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)
     try:
         model = _initial(recipe, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        start = _resume(directory, recipe, model, optimizer)
+        start = _restore(directory, recipe, model, optimizer)
         with progress("training the demo", "step", last, start) as training:
             for step in range(start, last + 1):
                 if step in recipe.steps:
-                    _keep(directory, step, model, optimizer)
+                    _save(directory, step, model, optimizer)
                 if step in recipe.steps or step % EXAM_EVERY == 0:
                     plain = numeric_share(model, tokenizer, [replace(document, versions=False) for document in exam])
                     qa = numeric_share(model, tokenizer, [replace(document, versions=True) for document in exam])
-                    told = f"plain {plain:.0%}, Q/A {qa:.0%} numerically right"
-                    training.describe(told)
+                    accuracy = f"plain {plain:.0%}, Q/A {qa:.0%} numerically right"
+                    training.describe(accuracy)
                 if step < last:
-                    trained = (document for document in documents(recipe, step) if not document.held_out)
-                    loss = _learn(recipe, step, model, optimizer, *encode(tokenizer, [*islice(trained, recipe.batch)]))
-                    training.describe(f"loss {loss:.2f}, {told}")
+                    usable = (document for document in documents(recipe, step) if not document.held_out)
+                    batch = encode(tokenizer, [*islice(usable, recipe.batch)])
+                    loss = _training_step(recipe, step, model, optimizer, *batch)
+                    training.describe(f"loss {loss:.2f}, {accuracy}")
                     training.update(1)
     finally:
         torch.set_num_threads(threads)
@@ -280,67 +285,70 @@ def _initial(recipe: Recipe, tokenizer: Tokenizer) -> Model:
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which would seed the GPUs as well.
+        # Not torch.manual_seed, which would seed the GPUs too.
         torch.default_generator.manual_seed(recipe.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        auto: Any = AutoModelForCausalLM  # untyped in transformers
+        return auto.from_config(config, dtype=torch.float32, attn_implementation="eager")
 
 
-def _learn(
+def _training_step(
     recipe: Recipe,
     step: int,
     model: Model,
     optimizer: Optimizer,
     tokens: Int[np.ndarray, "document position"],
-    answered: Bool[np.ndarray, "document position"],
+    is_answer: Bool[np.ndarray, "document position"],
 ) -> float:
     """One step, on the answers only.  Returns the loss in nats per token."""
     import torch
 
     for group in optimizer.param_groups:
-        slope = min(1, (step + 1) / recipe.warmup, (recipe.steps[-1] - step) / recipe.decay)
-        group["lr"] = recipe.learning_rate * slope
+        scale = min(1, (step + 1) / recipe.warmup, (recipe.steps[-1] - step) / recipe.decay)
+        group["lr"] = recipe.learning_rate * scale
     optimizer.zero_grad()
     logits = model(torch.from_numpy(tokens), use_cache=False).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(
-        logits[torch.from_numpy(answered[:, 1:])], torch.from_numpy(tokens[answered])
+        logits[torch.from_numpy(is_answer[:, 1:])], torch.from_numpy(tokens[is_answer])
     )
-    loss.backward()
+    torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return loss.item()
+    return float(loss)
 
 
-def _keep(directory: Path, step: int, model: Model, optimizer: Optimizer) -> None:
-    """Write the state, then the checkpoint.  Killed in between, the next run writes the checkpoint from the state."""
+def _save(directory: Path, step: int, model: Model, optimizer: Optimizer) -> None:
+    """Save the training state, then the checkpoint.  After a kill in between, the next run saves the checkpoint from
+    the state."""
     import torch
     from safetensors.torch import save_file
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
     weights = dict(model.named_parameters())
     if step:
         state = {"step": torch.tensor(step)} | {f"weight.{name}": weight.detach() for name, weight in weights.items()}
         state |= {f"{m}.{name}": optimizer.state[weight][m] for m in MOMENTS for name, weight in weights.items()}
-        with _appearing(directory / STATE) as partial:
+        with _durable_write(directory / STATE) as partial:
             save_file(state, partial)
     path = directory / f"step{step}"
     if path.exists():
         return
-    barred = logging.is_progress_bar_enabled()
+    logging: Any = transformers_logging  # untyped in transformers
+    had_progress_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with _appearing(path) as partial:
+        with _durable_write(path) as partial:
             model.save_pretrained(partial)
-            # A fresh one: a tokenizer remembers how it was last asked to pad, and writes that down.
+            # A new one: a tokenizer stores the padding of its last call, and saves it too.
             make_tokenizer().save_pretrained(partial)
     finally:
-        if barred:
+        if had_progress_bar:
             logging.enable_progress_bar()
 
 
-def _resume(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer) -> int:
-    """Put the last state back, if there is one.  Returns the step to go on from.
+def _restore(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer) -> int:
+    """Restore the last training state, if there is one.  Returns the step to continue from.
 
-    Raises `UserError` for a state that cannot be read and for checkpoints that no interruption leaves behind.
+    Raises `UserError` for a state that cannot be read and for a set of checkpoints that no interruption can leave.
     """
     import torch
     from safetensors import SafetensorError
@@ -352,9 +360,10 @@ def _resume(directory: Path, recipe: Recipe, model: Model, optimizer: Optimizer)
     except SafetensorError as error:
         raise UserError(f"{path} cannot be read ({error}); remove {directory}") from error
     step = int(saved["step"]) if saved else 0
-    there = {kept for kept in recipe.steps if (directory / f"step{kept}").exists()}
-    before = {kept for kept in recipe.steps if kept < step}
-    if there != _whole(directory, recipe) or not before <= there <= before | {step}:
+    existing = {saved_step for saved_step in recipe.steps if (directory / f"step{saved_step}").exists()}
+    before = {earlier for earlier in recipe.steps if earlier < step}
+    # A kill between state and checkpoint leaves the checkpoint of the state's own step out.
+    if existing != _complete_steps(directory, recipe) or not before <= existing <= before | {step}:
         raise UserError(f"the series in {directory} is not as a run leaves it, checkpoints are missing; remove it")
     for name, weight in model.named_parameters() if saved else ():
         weight.data.copy_(saved[f"weight.{name}"])

@@ -83,9 +83,7 @@ def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
     return cache / DEMO / checkpoint.label
 
 
-def _from_directory(
-    directory: Path, commit: str | None = None, known: Mapping[str, str | None] | None = None
-) -> Files:
+def _from_directory(directory: Path, commit: str | None = None, known: Mapping[str, str | None] | None = None) -> Files:
     """The files in a directory; digests that are not `known` are computed."""
     try:
         config, weights = files.config_file(directory), files.weight_files(directory)

@@ -217,9 +217,7 @@ def _status_error(status: int, hub: str, what: str) -> UserError:
 def _disk_error(error: OSError, what: str, cache: str) -> UserError | None:
     """The error for a disk that cannot be written to; None where the network failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"no room for {what} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk"
-        )
+        return UserError(f"no room for {what} in {cache}: the disk is full; make room, or set HF_HOME to a larger disk")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"{what} cannot be kept in {cache}: {error.strerror}; set HF_HOME to a place to write to")
     return None

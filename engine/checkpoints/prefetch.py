@@ -13,9 +13,9 @@ Value = TypeVar("Value")
 def prefetch(
     items: Iterable[Item], load: Callable[[Item], Value]
 ) -> Iterator[tuple[Item, Value | UserError | OSError]]:
-    """Each item with what `load` returned, or the `UserError` or `OSError` that it raised; other errors are raised here.
+    """Each item with what `load` returned, or the `UserError` or `OSError` that it raised; other errors are raised.
 
-    The next item loads while the caller works on this one.  Two loaded values exist at once, never three.
+    The next item loads while the caller works on this one.
     """
     waiting: _Loading[Item, Value] | None = None
     for item in items:

@@ -14,4 +14,6 @@ def load_tokenizer(directory: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"the tokenizer in {directory} cannot be loaded ({one_line(error)}); put another there") from error
+        raise UserError(
+            f"the tokenizer in {directory} cannot be loaded ({one_line(error)}); put another there"
+        ) from error

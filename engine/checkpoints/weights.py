@@ -55,7 +55,9 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         else:
             yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is cut off or no weight file ({one_line(error)}); delete it and fetch it again") from error
+        raise UserError(
+            f"{path} is cut off or no weight file ({one_line(error)}); delete it and fetch it again"
+        ) from error
     except Exception as error:
         # pickle's own errors share no base class but Exception.
         if type(error).__module__ not in ("_pickle", "pickle"):

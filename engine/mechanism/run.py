@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.model import ModelLoader, ResidentModel
+from ..checkpoints.loader import ModelLoader
+from ..checkpoints.model import ResidentModel
 from ..checkpoints.revisions import RevisionIndex, select
 from ..replay.cached_checkpoints import LoadedCheckpoint, load_each
 from ..replay.layers import LayerRunner

@@ -4,9 +4,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.model import Loaded, ModelLoader, ResidentModel
+from ..checkpoints.fetch import fetch
+from ..checkpoints.files import Files
+from ..checkpoints.loader import Loaded, ModelLoader
+from ..checkpoints.model import ResidentModel
 from ..checkpoints.prefetch import prefetch
-from ..checkpoints.resolve import Checkpoint, Files, fetch
+from ..checkpoints.resolve import Checkpoint
 from ..runtime.errors import UserError
 from ..store.store import Store, StoredActivations
 

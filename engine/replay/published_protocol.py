@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoints.model import ModelLoader, load_tokenizer
+from ..checkpoints.loader import ModelLoader
+from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine

@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from ...kernels.attend import kernel_for
 from ..checkpoints.files import vocabulary_file
-from ..checkpoints.model import ModelLoader, load_tokenizer
+from ..checkpoints.loader import ModelLoader
+from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.format import format_time
 from ..runtime.outcome import Outcome
