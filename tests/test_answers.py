@@ -25,7 +25,8 @@ from headlapse.engine.replay.patched_generation import (
 from headlapse.engine.replay.run import make_plan, name_of, open_run, patch_series
 from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.resources import Machine
-from headlapse.engine.store.store import PatchedRun, Store
+from headlapse.engine.store.patched_run import PatchedRun
+from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.study import Study
 from tests.models import MAIN, N_HEADS, VOCAB, save, tiny, tiny_tokenizer

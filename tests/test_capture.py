@@ -66,7 +66,7 @@ def test_what_is_kept_has_the_specified_shapes() -> None:
 def test_a_batch_split_for_memory_keeps_the_same() -> None:
     resident = dressed(tiny("neox-parallel"))
     whole, split = capture(resident, TRIALS, 2**30), capture(resident, TRIALS, 1)
-    for kind in whole.kept:
+    for kind in whole.tensors:
         for layer in range(resident.architecture.n_layers):
             torch.testing.assert_close(whole.read(kind, layer), split.read(kind, layer), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole.answer_logits, split.answer_logits, atol=1e-5, rtol=1e-5)
@@ -76,7 +76,9 @@ def test_the_same_capture_twice_is_the_same_bit_for_bit() -> None:
     resident = dressed(tiny("neox-parallel"))
     first, again = capture(resident, TRIALS, 2**30), capture(resident, TRIALS, 2**30)
     assert all(
-        torch.equal(a, b) for kind in first.kept for a, b in zip(first.kept[kind], again.kept[kind], strict=True)
+        torch.equal(a, b)
+        for kind in first.tensors
+        for a, b in zip(first.tensors[kind], again.tensors[kind], strict=True)
     )
 
 

@@ -87,7 +87,7 @@ def test_a_checkpoint_is_read_ahead_only_where_two_find_room(tmp_path: Path, dty
     held = {"float16": torch.float16, "float32": torch.float32}[dtype]
     files = [files_of(save(model.to(held), tmp_path / str(n))) for n, model in enumerate(models)]
     loader = ModelLoader("float32", room_for(files[0], times))
-    for (_, loaded), model in zip(prefetch(files, loader.ahead), models, strict=True):
+    for (_, loaded), model in zip(prefetch(files, loader.prefetch), models, strict=True):
         assert not isinstance(loaded, Exception)
         assert (loaded[1] is not None) == (times == 2)
         resident, left = loader.load_weights(loaded)

@@ -24,7 +24,8 @@ from headlapse.engine.replay.published_protocol import (
 from headlapse.engine.report.findings.published import format_texts
 from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.resources import Machine
-from headlapse.engine.store.store import Store, TextRun
+from headlapse.engine.store.patched_run import TextRun
+from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.tasks.contrast import Contrast
 from tests.models import N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer

@@ -22,7 +22,8 @@ from headlapse.engine.report.plot_style import INK
 from headlapse.engine.report.result import ranges, read_result, signed
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.store.activations import Capture
-from headlapse.engine.store.store import PatchedRun, Store, create_store
+from headlapse.engine.store.patched_run import PatchedRun
+from headlapse.engine.store.store import Store, create_store
 from headlapse.engine.store.zarr_group import CheckpointRow
 from headlapse.engine.study.patch_settings import Direction, PatchSettings
 from headlapse.engine.study.prompts import Trials
@@ -46,7 +47,7 @@ def some_trials(prompt: str = "<b>q</b>") -> Trials:
 def some_store(path: Path, steps: Sequence[int] = STEPS, same_weights: bool = False, cached: bool = True) -> Store:
     """A store without a single activation worth reading, of checkpoints `step{N}`, and `main` for an unknown step."""
     z = [torch.zeros(2, TRIALS, POSITIONS, HEADS, 1)] * LAYERS
-    captured = Capture(kept={"z": z}, answer_logits=torch.zeros(2, TRIALS, 2))
+    captured = Capture(tensors={"z": z}, answer_logits=torch.zeros(2, TRIALS, 2))
     study = {"model": "org/tiny", "task": "mine.jsonl", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
     rows = [CheckpointRow(f"step{step}" if step >= 0 else "main", step) for step in steps]
     store = create_store(path, study, rows, range(LAYERS), ["z"], some_trials(), captured)

@@ -80,19 +80,19 @@ def series(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stands in for the room that trains; the directories it was told to grow."""
-    grown: list[Path] = []
+    """Stands in for the module that trains; the directories in which it was called to train."""
+    trained: list[Path] = []
 
-    def grow(directory: Path) -> None:
-        grown.append(directory)
+    def train(directory: Path) -> None:
+        trained.append(directory)
         for step in DEMO_STEPS:
             written(directory / f"step{step}", COMMON, {"model.safetensors": weights(step)})
 
     room = ModuleType("headlapse.engine.checkpoints.demo")
     monkeypatch.setattr(room, "STEPS", DEMO_STEPS, raising=False)
-    monkeypatch.setattr(room, "grow", grow, raising=False)
+    monkeypatch.setattr(room, "train", train, raising=False)
     monkeypatch.setitem(sys.modules, room.__name__, room)
-    return grown
+    return trained
 
 
 @pytest.fixture
@@ -382,9 +382,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def recorded(files: Files) -> dict[str, object]:
-    """What a store remembers of them."""
-    return {"sha256": files.sha256, "stamps": {path.name: files.stamp(path) for path in files.weights}}
+def recorded(fetched: Files) -> dict[str, object]:
+    """What a store keeps of them."""
+    return {"sha256": fetched.sha256, "stamps": {path.name: files.stamp(path) for path in fetched.weights}}
 
 
 def test_only_files_that_were_touched_are_hashed_again(tmp_path: Path, cache: Path, hashed: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Laws of the store: what is written comes back, a checkpoint counts once it is complete, names appear whole."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import torch
 import xarray as xr
 
 from headlapse.engine.runtime.errors import UserError
-from headlapse.engine.store.activations import KINDS, Capture
+from headlapse.engine.store import zarr_group
+from headlapse.engine.store.activations import KINDS, Capture, to_numpy, to_tensor
 from headlapse.engine.store.inventory import find_store
-from headlapse.engine.store.store import Store, create_store, to_numpy, to_tensor, zarr_group
+from headlapse.engine.store.store import Store, create_store
 from headlapse.engine.store.zarr_group import CheckpointRow
+from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.prompts import Trials
 from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
@@ -38,11 +41,11 @@ def some_trials() -> Trials:
 def some_capture(seed: int, dtype: torch.dtype = torch.float32, n_layers: int = LAYERS) -> Capture:
     draw = torch.Generator().manual_seed(seed)
     tails = {"z": (HEADS, WIDTH), "key": (KV_HEADS, WIDTH), "value": (KV_HEADS, WIDTH), "resid_pre": (HEADS * WIDTH,)}
-    kept = {
+    tensors = {
         kind: [torch.randn(2, TRIALS, POSITIONS, *tail, generator=draw).to(dtype) for _ in range(n_layers)]
         for kind, tail in tails.items()
     }
-    return Capture(kept=kept, answer_logits=torch.randn(2, TRIALS, 2, generator=draw))
+    return Capture(tensors=tensors, answer_logits=torch.randn(2, TRIALS, 2, generator=draw))
 
 
 def some_store(path: Path, **changes: Any) -> Store:
@@ -234,7 +237,7 @@ def test_the_newest_store_is_found_and_none_is_refused(tmp_path: Path) -> None:
 # --- patched runs ---
 
 SUBSETS = parse_subsets(["even", "none", "0,2"], HEADS)
-SETTINGS = {"direction": "denoise", "positions": "last"}
+SETTINGS = PatchSettings(direction="denoise", positions="last")
 
 
 def test_a_patched_run_reads_back_by_label(store: Store) -> None:
@@ -271,7 +274,7 @@ def test_a_patched_run_grows_with_its_store_and_keeps_what_it_has(store: Store) 
 def test_a_run_of_the_same_name_with_other_settings_is_refused(store: Store) -> None:
     store.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     with pytest.raises(UserError, match='direction is "denoise" there, "noise" asked'):
-        store.open_patch("parity", {**SETTINGS, "direction": "noise"}, [0], SUBSETS.labels, SUBSETS.mask)
+        store.open_patch("parity", replace(SETTINGS, direction="noise"), [0], SUBSETS.labels, SUBSETS.mask)
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are(store: Store) -> None:

@@ -20,7 +20,8 @@ from headlapse.engine.replay.run import VERIFIED_PAIRS, SweepPlan, make_plan, na
 from headlapse.engine.runtime.errors import UserError, VerificationError
 from headlapse.engine.runtime.format import format_time
 from headlapse.engine.runtime.resources import Machine
-from headlapse.engine.store.store import PatchedRun, Store
+from headlapse.engine.store.patched_run import PatchedRun
+from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.study import Study, tolerance
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer

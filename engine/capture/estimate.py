@@ -17,7 +17,7 @@ from ..runtime.resources import matmul_rate
 from ..store.activations import KINDS
 from ..study.prompts import Trials, draw_trials
 from ..study.study import Study
-from .run import stored_layers, pending
+from .run import pending, stored_layers
 
 NETWORK_RATE = 50e6
 """Bytes per second that a download is assumed to reach."""

@@ -36,7 +36,9 @@ def capture(resident: ResidentModel, trials: Trials, memory: int) -> Capture:
     captured, logits = as_many_as_fit(run, first_try)
     by_run = (n_runs, n_trials)
     return Capture(
-        kept={kind: [torch.unflatten(tensor, 0, by_run) for tensor in tensors] for kind, tensors in captured.items()},
+        tensors={
+            kind: [torch.unflatten(tensor, 0, by_run) for tensor in tensors] for kind, tensors in captured.items()
+        },
         answer_logits=torch.unflatten(logits, 0, by_run).float(),
     )
 

@@ -170,7 +170,7 @@ def numeric_share(model: Model, tokenizer: Tokenizer, exam: Sequence[Document]) 
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens), use_cache=False).logits[torch.arange(len(exam)), differing - 1]
     number, version = logits.gather(1, torch.tensor(candidates)).T
-    return float((number > version).double().mean())
+    return float((number > version).double().mean().item())
 
 
 def train(directory: Path, recipe: Recipe = SERIES) -> None:
@@ -313,7 +313,7 @@ def _training_step(
     torch.autograd.backward(loss)
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
-    return float(loss)
+    return float(loss.item())
 
 
 def _save(directory: Path, step: int, model: Model, optimizer: Optimizer) -> None:

@@ -238,7 +238,7 @@ def _one_bar() -> Iterator[Any]:
     """
     bars: list[tqdm[Any]] = []
 
-    class Bar(tqdm[Any]):
+    class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             shown = str(kwargs.get("desc", "")).startswith("Downloading bytes")
             super().__init__(*args, **{**kwargs, "leave": False, "disable": None if shown else True})

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoints.hooks import collect_inputs, replace_inputs
 from ..checkpoints.model import ResidentModel
 from ..runtime.errors import UserError
-from ..store.store import Answers
+from ..store.patched_run import Answers
 from ..study.alignment import Alignment
 from ..study.patch_settings import Direction
 from ..study.prompts import Trials, spell

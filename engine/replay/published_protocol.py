@@ -18,7 +18,8 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
-from ..store.store import Store, TextRun
+from ..store.patched_run import TextRun
+from ..store.store import Store
 from ..study.patch_settings import PatchRequest, PatchSettings
 from ..study.study import Arithmetic
 from ..study.subsets import Subsets, parse_layers, parse_subsets

@@ -18,7 +18,8 @@ from ..runtime.errors import UserError
 from ..runtime.format import format_time
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine, matmul_rate
-from ..store.store import Answers, PatchedRun, Store, StoredActivations
+from ..store.patched_run import Answers, PatchedRun
+from ..store.store import Store, StoredActivations
 from ..study.alignment import Alignment, align
 from ..study.patch_settings import Direction, PatchRequest, PatchSettings
 from ..study.prompts import Trials

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,21 +14,35 @@ KINDS = ("z", "key", "value", "resid_pre")
 
 @runtime_checkable
 class Activations(Protocol):
-    """Captured tensors of one checkpoint, by kind and layer: (run, trial, position, ...)."""
+    """Captured tensors of one checkpoint, from memory or from a store."""
 
-    def read(self, kind: str, layer: int) -> Tensor: ...
+    def read(self, kind: str, layer: int) -> Tensor:
+        """(run, trial, position, ...), as in `Capture`."""
+        ...
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Everything one forward over all prompts of a checkpoint left behind, on the CPU."""
+    """What is kept of one forward over all prompts of a checkpoint, on the CPU."""
 
-    kept: dict[str, list[Tensor]]
-    """Kind -> one tensor a layer: `z` (run, trial, position, head, head_dim), `key` and `value` (run, trial,
+    tensors: dict[str, list[Tensor]]
+    """Kind -> one tensor for each layer: `z` (run, trial, position, head, head_dim), `key` and `value` (run, trial,
     position, kv_head, head_dim), `resid_pre` (run, trial, position, d_model)."""
 
     answer_logits: Float[Tensor, "run trial answer"]
-    """Logits of the right and the wrong answer at the branching token."""
+    """Logits of the first differing tokens of the right and the wrong answer."""
 
     def read(self, kind: str, layer: int) -> Tensor:
-        return self.kept[kind][layer]
+        """As `Activations.read`."""
+        return self.tensors[kind][layer]
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """As numpy; bfloat16, which zarr lacks, as its raw 16 bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """The tensor that `to_numpy` was given, whose dtype was `dtype`."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

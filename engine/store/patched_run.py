@@ -1,0 +1,189 @@
+"""Patched runs in a store: logit differences, further measures and texts, checkpoint by checkpoint.
+
+The names and dimensions of the arrays are specified in docs/store.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import zarr
+from jaxtyping import Bool, Float, Int, Shaped
+
+from ..study.patch_settings import PatchSettings
+from ..study.study import RUNS, Measure
+from . import zarr_group
+from .zarr_group import CheckpointArrays, CheckpointRow
+
+
+@dataclass(frozen=True)
+class RunAxes:
+    """The axes of a patched run's arrays."""
+
+    checkpoints: Sequence[CheckpointRow]
+    layers: Sequence[int]
+
+    subsets: Sequence[str]
+    """Labels: `even`, `none`, `0,2,4`."""
+
+    mask: Bool[np.ndarray, "subset head"]
+    """True where a head is patched."""
+
+    n_trials: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of (checkpoint, layer, subset, trial)."""
+        return len(self.checkpoints), len(self.layers), len(self.subsets), self.n_trials
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The texts generated from one checkpoint's patched runs."""
+
+    text: Shaped[np.ndarray, "layer subset trial"]
+
+    token: Int[np.ndarray, "layer subset trial token"]
+    """Generated tokens; -1 after the end of a text."""
+
+    success: Bool[np.ndarray, "layer subset trial"]
+
+    plain_text: Shaped[np.ndarray, "run trial"]
+    """Of the unpatched runs."""
+
+    plain_success: Bool[np.ndarray, "run trial"]
+
+    n_near: int
+    """Texts with near-tied next tokens, which were therefore generated again by full hooked forwards."""
+
+
+class AnyRun(CheckpointArrays):
+    """The results of one patch, checkpoint by checkpoint."""
+
+    @property
+    def settings(self) -> PatchSettings:
+        return PatchSettings.from_attributes(self.attrs["patch"])
+
+
+class PatchedRun(AnyRun):
+    """Logit differences, and further measures and texts where they were asked for."""
+
+    def write_layers(
+        self,
+        label: str,
+        first: int,
+        logit_diff: Float[np.ndarray, "layer subset trial"],
+        **further: Float[np.ndarray, "layer subset trial"],
+    ) -> None:
+        """Write one checkpoint's patched runs from the `first` layer of the run on; `further` measures by name."""
+        for name, values in {"logit_diff": logit_diff, **further}.items():
+            self.array(name)[self.index(label), first : first + len(values)] = values
+
+    def write_further(
+        self, label: str, unpatched: Mapping[str, Float[np.ndarray, "run trial"]], self_check: Mapping[str, float]
+    ) -> None:
+        """Write the further measures of one checkpoint's unpatched runs, and the largest difference that the self-check
+        found, both by measure."""
+        index = self.index(label)
+        for name, values in unpatched.items():
+            for run in RUNS:
+                self.array(f"{run}_{name}")[index] = values[RUNS.index(run)]
+        for name, difference in self_check.items():
+            self.array(f"self_check_{name}")[index] = difference
+
+    def write_answers(self, label: str, answers: Answers) -> None:
+        """Write one checkpoint's texts."""
+        index = self.index(label)
+        for name in ("text", "token", "success"):
+            self.array(name)[index] = getattr(answers, name)
+        for number, run in enumerate(RUNS):
+            self.array(f"{run}_text")[index] = answers.plain_text[number]
+            self.array(f"{run}_success")[index] = answers.plain_success[number]
+        self.array("n_near")[index] = answers.n_near
+
+    def finish(self, label: str, answer_logits: Float[np.ndarray, "run trial answer"], self_check: float) -> None:
+        """Write one checkpoint's unpatched logit differences and self-check (nats), the completion mark last."""
+        index = self.index(label)
+        logit_diff = answer_logits[..., 0] - answer_logits[..., 1]
+        self.array("clean_logit_diff")[index] = logit_diff[RUNS.index("clean")]
+        self.array("corrupt_logit_diff")[index] = logit_diff[RUNS.index("corrupt")]
+        self.array("self_check")[index] = self_check
+        self.array("complete")[index] = True
+
+
+class TextRun(AnyRun):
+    """Generated texts and nothing else: the published protocol."""
+
+    def write_texts(
+        self,
+        label: str,
+        text: Shaped[np.ndarray, "layer subset trial"],
+        token: Int[np.ndarray, "layer subset trial token"],
+        success: Bool[np.ndarray, "layer subset trial"],
+        n_near: int,
+    ) -> None:
+        """Write one checkpoint's texts, the completion mark last."""
+        index = self.index(label)
+        self.array("text")[index] = text
+        self.array("token")[index] = token
+        self.array("success")[index] = success
+        self.array("n_near")[index] = n_near
+        self.array("complete")[index] = True
+
+
+def create_patched_run(
+    path: Path, settings: PatchSettings, axes: RunAxes, measures: Sequence[Measure], n_tokens: int
+) -> None:
+    """A group with room for logit differences, `measures` and, with `n_tokens`, texts of at most so many tokens."""
+    group = _start(path, axes)
+    n_checkpoints = len(axes.checkpoints)
+    dims = ("checkpoint", "layer", "subset", "trial")
+    unpatched = (n_checkpoints, axes.n_trials), (1, axes.n_trials)
+    self_checks = ["self_check", *(f"self_check_{name}" for name in measures)]
+    for name in ("logit_diff", *measures):
+        # One chunk a layer: layers are written one after another.
+        zarr_group.put_empty(group, name, axes.shape, (1, 1, *axes.shape[2:]), "float32", dims)
+        for run in RUNS:
+            zarr_group.put_empty(group, f"{run}_{name}", *unpatched, "float32", ("checkpoint", "trial"))
+    for name in self_checks:
+        zarr_group.put_empty(group, name, (n_checkpoints,), (1,), "float32", ("checkpoint",))
+    if n_tokens:
+        _put_texts(group, axes.shape, n_tokens)
+        for run in RUNS:
+            for name, dtype in (("text", str), ("success", bool)):
+                zarr_group.put_empty(group, f"{run}_{name}", *unpatched, dtype, ("checkpoint", "trial"))
+    _describe(group, settings, ["mask", *self_checks, *(["n_near"] if n_tokens else [])])
+
+
+def create_text_run(path: Path, settings: PatchSettings, axes: RunAxes, n_tokens: int) -> None:
+    """A group with room for texts of at most `n_tokens` tokens."""
+    group = _start(path, axes)
+    _put_texts(group, axes.shape, n_tokens)
+    _describe(group, settings, ["mask", "n_near"])
+
+
+def _start(path: Path, axes: RunAxes) -> zarr.Group:
+    group = zarr_group.start(path, axes.checkpoints)
+    zarr_group.put_axis(group, "layer", np.array(axes.layers))
+    zarr_group.put_axis(group, "subset", axes.subsets)
+    zarr_group.put(group, "mask", axes.mask, ("subset", "head"))
+    return group
+
+
+def _put_texts(group: zarr.Group, shape: tuple[int, ...], n_tokens: int) -> None:
+    """Room for a text, its tokens and its success at every place of (checkpoint, layer, subset, trial)."""
+    dims, chunks = ("checkpoint", "layer", "subset", "trial"), (1, *shape[1:])
+    for name, dtype in (("text", str), ("success", bool)):
+        zarr_group.put_empty(group, name, shape, chunks, dtype, dims)
+    zarr_group.put_empty(group, "token", (*shape, n_tokens), (*chunks, n_tokens), "int32", (*dims, "token"), fill=-1)
+    zarr_group.put_empty(group, "n_near", shape[:1], (1,), "int32", ("checkpoint",))
+
+
+def _describe(group: zarr.Group, settings: PatchSettings, coordinates: Sequence[str]) -> None:
+    """The attributes.  xarray takes the names in `coordinates` for coordinates, the others for data."""
+    group.attrs.update(
+        patch=settings.to_attributes(),
+        versions=zarr_group.package_versions(),
+        coordinates=" ".join(["step", "complete", *coordinates]),
+    )
