@@ -48,10 +48,10 @@ class Store(CheckpointArrays):
     def __init__(self, path: Path) -> None:
         require_store(path)
         super().__init__(path)
-        found = self.attrs.get("headlapse_format")
-        if found != FORMAT:
+        store_format = self.attrs.get("headlapse_format")
+        if store_format != FORMAT:
             raise UserError(
-                f"{path} has store format {found}, this headlapse reads {FORMAT}; make it anew with --overwrite"
+                f"{path} has store format {store_format}, this headlapse reads {FORMAT}; make it anew with --overwrite"
             )
 
     @property
@@ -121,11 +121,11 @@ class Store(CheckpointArrays):
             paths = [path for path in paths if zarr_group.attributes(path)["patch"].get("protocol") == protocol]
         return [path.name for path in paths]
 
-    def patch(self, name: str) -> "PatchedRun":
+    def patch(self, name: str) -> PatchedRun:
         """A patched run.  Raises `UserError` where there is none of that name."""
         if name not in self.patch_names():
-            held = ", ".join(self.patch_names()) or "none"
-            raise UserError(f"{self.path} has no patched run {name}; it has {held}; make one with: headlapse patch")
+            names = ", ".join(self.patch_names()) or "none"
+            raise UserError(f"{self.path} has no patched run {name}; it has {names}; make one with: headlapse patch")
         return PatchedRun(self.path / "patches" / name)
 
     def patch_dataset(self, name: str) -> xr.Dataset:
