@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from headlapse.engine.checkpoints.fetch import fetch
 from headlapse.engine.checkpoints.loader import ModelLoader, open_resident_model
 from headlapse.engine.checkpoints.model import ResidentModel
-from headlapse.engine.checkpoints.fetch import fetch
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.replay.greedy_decoding import SlicePatch, generate_slice_patched, reference_generate
 from headlapse.engine.runtime.errors import UserError
