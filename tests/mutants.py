@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "mutants"
 
 TESTS: dict[str, tuple[str, ...]] = {
-    "statistics/bootstrap": ("onset", "rates", "splits"),
+    "statistics/bootstrap": ("rates", "splits", "onset"),
     "statistics/changepoint": ("shape",),
     "statistics/head_subsets": ("coalitions",),
     "statistics/hypotheses": ("onset", "ground_truth"),
@@ -74,7 +74,7 @@ def workplace(module: str) -> Path:
         "source_paths": [f"headlapse/engine/{module}.py"],
         "also_copy": [name for name in LINKED if (ROOT / name).exists()],
         # jaxtyping's hook has to come before the first import, which mutmut's own processes are past.
-        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider"],
+        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow"],
         "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS[module]],
         # A parent that has run the tests has imported all they need, but torch and zarr that have run keep threads.
         "process_isolation": "fork" if module.startswith(PURE) else "forkserver",

@@ -323,6 +323,7 @@ def test_random_models_are_rejected_as_often_as_the_level_says(null_p: np.ndarra
     assert abs((null_p <= level).mean() - attained) <= 3 * error
 
 
+@pytest.mark.slow
 def test_p_of_random_models_are_uniform_and_unrelated_between_layers(null_p: np.ndarray) -> None:
     """Chi-squared over eleven equal classes (each of 42 attainable values), and Spearman's rank correlation."""
     counts = np.histogram(null_p, bins=np.arange(12) * 42 * LEAST_P + LEAST_P / 2)[0]
@@ -330,6 +331,7 @@ def test_p_of_random_models_are_uniform_and_unrelated_between_layers(null_p: np.
     assert stats.spearmanr(null_p[:, 0], null_p[:, 1]).pvalue > 0.001
 
 
+@pytest.mark.slow
 def test_an_effect_of_two_standard_deviations_is_found_in_nine_models_of_ten(tmp_path: Path) -> None:
     """Power, in 150 planted models: even heads each carry 2 standard deviations of what heads differ by otherwise.
 

@@ -72,6 +72,7 @@ def test_a_two_sided_measure_starts_on_either_side() -> None:
     assert onset_of(STEPS, series(falling)).by is None and onset_of(STEPS, series(falling, two_sided=True)).by == 20
 
 
+@pytest.mark.slow
 def test_planted_onsets_lie_in_their_interval_as_often_as_it_says() -> None:
     """200 series of 20 prompts that cross the goal slowly under noise: the true crossing is covered in 95 %, within
     three standard errors (4.6 points)."""
@@ -87,6 +88,7 @@ def test_planted_onsets_lie_in_their_interval_as_often_as_it_says() -> None:
     assert covered / 200 > 0.95 - 0.046
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_checkpoints", [11, 60])
 def test_noise_about_the_goal_is_dated_and_evident_nowhere(n_checkpoints: int) -> None:
     """300 series of 15 prompts whose mean lies on the goal: the mean passes it by chance, which is evident in at most
@@ -144,6 +146,7 @@ def test_a_two_sided_measure_falls_from_the_side_it_goes_furthest_to() -> None:
     assert len(found) == 1 and found[0].start in (20, 30) and found[0].end in (40, 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_checkpoints", [11, 30])
 def test_noise_alone_falls_as_often_as_it_says(n_checkpoints: int) -> None:
     """200 series of 15 prompts, flat or rising: a fall is named in at most 5 %, within three standard errors (4.6

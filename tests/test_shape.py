@@ -20,6 +20,7 @@ def test_dense_checkpoints_tell_a_jump_from_a_rise(seed: int) -> None:
     assert evaluate_shape(DENSE, noisy(3 / (1 + np.exp(-(DENSE - 0.5) / 0.1)), seed)).verdict == "gradual"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0.5, 1.0, 2.0, 8.0])
 def test_a_slow_rise_is_rarely_called_sudden_nor_a_jump_gradual(size: float) -> None:
     """100 series each, of rises from half the prompts' scatter on; what is too weak to tell is left open."""
@@ -40,6 +41,7 @@ def test_a_jump_across_a_gap_is_left_open() -> None:
     assert shape.verdict == "undecided" and shape.gap == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_noise_alone_is_rarely_called_anything() -> None:
     """300 series of independent noise: a shape is seen in 5 % at most, within three standard errors (3.8 points)."""
     found = [evaluate_shape(DENSE, noisy(np.zeros(31), seed)).verdict for seed in range(300)]
