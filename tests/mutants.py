@@ -55,9 +55,6 @@ TESTS: dict[str, tuple[str, ...]] = {
 LINKED = ("headlapse", "kernels", "engine", "scripts", "README.md", "docs")
 """What tests read besides themselves."""
 
-PURE = ("statistics/", "measures/")
-"""Rooms whose tests start no threads."""
-
 VERDICTS = {0: "survived", 1: "killed", 3: "killed", 5: "no test", 33: "no test", 36: "timeout", None: "not run"}
 VERDICTS |= dict.fromkeys((-24, 24, 152, 255), "timeout")
 
@@ -73,11 +70,12 @@ def workplace(module: str) -> Path:
     settings = {
         "source_paths": [f"headlapse/engine/{module}.py"],
         "also_copy": [name for name in LINKED if (ROOT / name).exists()],
-        # jaxtyping's hook has to come before the first import, which mutmut's own processes are past.
-        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow"],
+        # jaxtyping's hook has to come before the first import, which mutmut's own processes are past; scipy is imported
+        # where it is first used, which would be in every mutant.
+        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow", "-p", "scipy.stats"],
         "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS[module]],
-        # A parent that has run the tests has imported all they need, but torch and zarr that have run keep threads.
-        "process_isolation": "fork" if module.startswith(PURE) else "forkserver",
+        # A parent that has only collected tests: what has run them keeps caches and threads.
+        "process_isolation": "forkserver",
         "timeout_constant": 5.0,
     }
     lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
