@@ -16,22 +16,21 @@ torch.set_num_threads(1)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-CHECKED_ARCHITECTURES = ("neox-parallel", "llama-gqa")
-"""Those on which `make check` runs the laws of every architecture; between them parallel and sequential blocks, with
-and without grouped queries, layer and RMS norms."""
+CHECKED = {"neox-parallel": "denoise", "llama-gqa": "noise"}
+"""Architecture → direction in which `make check` runs the laws of every architecture; between them parallel and
+sequential blocks, with and without grouped queries, layer and RMS norms."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Laws on further architectures are slow."""
+    """Laws on further architectures, or in the other direction, are slow."""
     architectures = getattr(sys.modules.get("tests.models"), "CONFIGS", {})
     for item in items:
-        name = (
-            item.callspec.params.get("name")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
-        if isinstance(name, str) and name in architectures and name not in CHECKED_ARCHITECTURES:
-            item.add_marker("slow")
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        name = parameters.get("name")
+        if isinstance(name, str) and name in architectures:
+            checked = CHECKED.get(name)
+            if checked is None or parameters.get("direction", checked) != checked:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True, scope="session")

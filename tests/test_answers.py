@@ -96,6 +96,7 @@ def generations(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("name", MAIN)
 @torch.inference_mode()

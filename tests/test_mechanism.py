@@ -515,6 +515,7 @@ def test_parts_are_measured_alone_and_other_parts_need_overwrite(store: Store, w
         measured(store)
 
 
+@pytest.mark.slow
 def test_a_store_of_later_layers_is_measured_from_its_first(files: Path, tmp_path: Path, whole: Store) -> None:
     study = Study(str(files), trials=3, sites=("1",))
     list(cache_series(study, resolve(study.model, [], tmp_path), tmp_path / "s.zarr", tmp_path, Machine()))

@@ -56,6 +56,7 @@ def generated(store: Store, sweep: PatchRequest, labels: list[str] = LABELS, nam
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_text_is_that_of_stock_generate_with_the_studys_hook(model: Path, tmp_path: Path, dtype: Any) -> None:
     store = cached(model, tmp_path / "s.zarr", dtype=dtype)

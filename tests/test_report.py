@@ -202,6 +202,7 @@ def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_p
     assert change.sel(subset="all").values.tolist() == [[0, 5, 0]]
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_shown_and_every_run_is_listed(store: Store, tmp_path: Path) -> None:
     some_run(store, name="first")
     some_run(store, name="second", direction="noise")
@@ -239,6 +240,7 @@ def test_timeline_csv_is_the_timeline(written: tuple[Store, Path]) -> None:
         assert (frame[name].astype(expected[name].dtype).to_numpy() == expected[name].to_numpy()).all()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_too_many_values_is_written_as_means_and_says_so(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,6 +318,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_it_gives_a_readable_page(case: str, tmp_path: Path) -> None:
     of_store, of_run, said = CASES[case]
@@ -327,6 +330,7 @@ def test_it_gives_a_readable_page(case: str, tmp_path: Path) -> None:
     assert not read.open and read.tags.count("svg") == len(list(page.parent.glob("*.svg")))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_path: Path) -> None:
     some_run(store, values=lambda values: values)
     index = [row.label for row in store.rows()].index("step10")
@@ -336,6 +340,7 @@ def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_p
     assert "step10" not in pd.read_csv(tmp_path / "out" / "patched.csv").checkpoint.unique()
 
 
+@pytest.mark.slow
 def test_checkpoints_that_were_never_cached_are_named(tmp_path: Path) -> None:
     store = some_store(tmp_path / "tiny.zarr", steps=[1, 2])
     store.add([CheckpointRow("step3", 3)])
@@ -348,6 +353,7 @@ def test_checkpoints_that_were_never_cached_are_named(tmp_path: Path) -> None:
 # --- whole or not at all ---
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_files(written: tuple[Store, Path], tmp_path: Path) -> None:
     store, out = written
     write_report(store, tmp_path / "again")
@@ -355,6 +361,7 @@ def test_the_same_run_gives_the_same_files(written: tuple[Store, Path], tmp_path
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.slow
 def test_a_report_cut_off_leaves_no_half_file_under_its_name(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,6 +388,7 @@ def test_a_report_cut_off_leaves_no_half_file_under_its_name(
     assert {path.name for path in out.iterdir()} == set(before), "what was left behind is gone"
 
 
+@pytest.mark.slow
 def test_every_finding_is_on_the_page_and_its_numbers_beside_it(store: Store, tmp_path: Path) -> None:
     run = some_run(store, ["lattice"])
     text = text_of(write_report(store, tmp_path / "out")).replace("−", "-")

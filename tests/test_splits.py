@@ -155,6 +155,7 @@ def test_a_sampled_p_is_within_its_error_of_the_exact_one() -> None:
     assert off.abs().max() < 4
 
 
+@pytest.mark.slow
 def test_sampled_p_are_uniform_where_heads_are_alike() -> None:
     """1,000 null layers of 12 heads, each with 39 splits of its own draw: p is one of 1/40 ... 1, within four
     standard errors."""
@@ -192,6 +193,7 @@ def test_the_table_names_its_correction() -> None:
         np.testing.assert_array_equal(frame["p_adjusted"], adjust(frame["p"].to_numpy(), name))
 
 
+@pytest.mark.slow
 def test_where_heads_are_alike_p_is_uniform() -> None:
     """Of 3,000 null layers as many are at most k * 2/70 as that says, within four standard errors."""
     effects = np.random.default_rng(2).standard_normal((30, 100, 8))

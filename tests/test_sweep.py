@@ -192,6 +192,7 @@ def test_only_the_missing_checkpoints_are_done_and_the_others_stay_as_they_are(s
     assert (patch.values("logit_diff")[1] == before).all() and np.isfinite(patch.values("logit_diff")).all()
 
 
+@pytest.mark.slow
 def test_results_written_layer_by_layer_are_those_written_at_once(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +208,7 @@ def test_results_written_layer_by_layer_are_those_written_at_once(
         assert (streamed.values(kind) == at_once.values(kind)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_sites", [1, 2])
 def test_streaming_changes_no_bit_where_every_run_goes_alone(
     model: Path, store: Store, monkeypatch: pytest.MonkeyPatch, n_sites: int
@@ -292,6 +294,7 @@ def problems(store: Store, name: str) -> dict[str, str | None]:
     return {outcome.label: outcome.problem for outcome in outcomes}
 
 
+@pytest.mark.slow
 def test_patching_hashes_no_weights_but_those_that_were_touched(own: Path, tmp_path: Path, hashed: list[str]) -> None:
     store = cached(own, tmp_path / "s.zarr")
     assert hashed == LABELS
@@ -317,6 +320,7 @@ def test_weights_exchanged_for_some_of_the_same_size_are_refused_and_only_they(
     assert store.patch("exchanged").complete() == {"step0": 0, "step20": 2}
 
 
+@pytest.mark.slow
 def test_a_store_from_before_there_were_stamps_is_patched_and_its_weights_hashed(
     own: Path, tmp_path: Path, hashed: list[str]
 ) -> None:
@@ -332,6 +336,7 @@ def test_a_store_from_before_there_were_stamps_is_patched_and_its_weights_hashed
 # --- nothing inexact is kept ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [float("nan"), 3e-4, -3e-4, float("inf")])
 def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
     store: Store, shifted: list[float], shift: float
