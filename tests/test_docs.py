@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import headlapse
 from headlapse.engine.checkpoints import demo, resolve
 
 ROOT = Path(__file__).parent.parent
@@ -204,3 +206,36 @@ def test_the_ten_lines_of_the_readme_run_and_print_what_the_readme_says_they_pri
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip()
+
+
+def public_members(owner: type) -> set[str]:
+    return {name for name in vars(owner) if not name.startswith("_")}
+
+
+def test_the_page_about_python_names_every_public_name_and_argument_and_no_other() -> None:
+    page = read("docs/python.md")
+    code = code_of("docs/python.md")
+    for name in headlapse.__all__:
+        assert re.search(rf"^\| `{name}` \|", page, re.MULTILINE), name
+    functions = [headlapse.cache, headlapse.open, headlapse.Store.patch, headlapse.Store.mechanism]
+    for function in functions:
+        arguments = set(inspect.signature(function).parameters) - {"self"}
+        missing = sorted(name for name in arguments if not re.search(rf"\b{name}\b", code))
+        assert not missing, (function, missing)
+    for owner in (headlapse.Store, headlapse.PatchedRun):
+        section = re.split(rf"^## {owner.__name__}$", page, flags=re.MULTILINE)[1].partition("\n## ")[0]
+        listed = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", first_column(section.partition("\n### ")[0])))
+        fields = set(inspect.signature(owner).parameters)
+        assert public_members(owner) <= listed <= public_members(owner) | fields, owner
+
+
+def test_keyword_arguments_are_those_of_the_signatures() -> None:
+    for name, function in (
+        ("hl.cache", headlapse.cache),
+        ("hl.open", headlapse.open),
+        ("store.patch", headlapse.Store.patch),
+        ("store.mechanism", headlapse.Store.mechanism),
+    ):
+        [shown] = re.findall(rf"^`{re.escape(name)}\(([^)]*)\)`", read("docs/python.md"), re.MULTILINE)
+        words = {word.partition("=")[0].strip() for word in shown.replace("\n", " ").split(",")} - {"*"}
+        assert words == set(inspect.signature(function).parameters) - {"self"}, name
