@@ -75,25 +75,25 @@ def reference(model: PreTrainedModel, generation: PatchedGeneration, n_tokens: i
 
     generate_stock: Any = model.generate
     with z_hooked(model, generation.site, patch):
-        made = generate_stock(
+        texts = generate_stock(
             torch.tensor([generation.target]), attention_mask=torch.ones(1, len(generation.target), dtype=torch.long),
             max_new_tokens=n_tokens, do_sample=False, pad_token_id=0,
         )  # fmt: skip
-    return made[0, len(generation.target) :].tolist()
+    return texts[0, len(generation.target) :].tolist()
 
 
 def generations(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
     """Prompts of several lengths, one layer and joint ones, one position and several."""
     rng = np.random.default_rng(seed)
     some = (NONE, EVEN, ODD, ALL, tuple((rng.random(N_HEADS) < 0.5).tolist()))
-    made = []
+    cases = []
     for index in range(n):
         source, target = (tuple(rng.integers(1, VOCAB, size).tolist()) for size in (5 + 2 * (index % 3), 6 + index % 2))
         for site in ((0,), (2,), (0, 1)):
             pairs = aligned(("last", "end:3")[index % 2], len(source), len(target))
             out_of, into = zip(*pairs, strict=True)
-            made += [PatchedGeneration(target, source, site, heads, into, out_of) for heads in some]
-    return made
+            cases += [PatchedGeneration(target, source, site, heads, into, out_of) for heads in some]
+    return cases
 
 
 @pytest.mark.slow
@@ -102,11 +102,11 @@ def generations(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
 @torch.inference_mode()
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
     model, resident = in_precision(tiny(name), dtype)
-    asked = generations()
-    made = generate_patched(resident, asked, N_TOKENS, batch_size=11)
-    assert made.tokens == [reference(model, generation) for generation in asked]
-    assert made.n_near < len(asked) / (10 if dtype == torch.float32 else 2), "the batch decides nearly all of them"
-    assert any(a != b for a, b in zip(made.tokens[0::5], made.tokens[3::5], strict=True)), "patching tells"
+    patched = generations()
+    texts = generate_patched(resident, patched, N_TOKENS, batch_size=11)
+    assert texts.tokens == [reference(model, generation) for generation in patched]
+    assert texts.n_near < len(patched) / (10 if dtype == torch.float32 else 2), "the batch decides nearly all of them"
+    assert any(a != b for a, b in zip(texts.tokens[0::5], texts.tokens[3::5], strict=True)), "patching tells"
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -125,8 +125,8 @@ def test_the_prompts_patch_is_gone_when_the_model_goes_on() -> None:
         target = generation.target
         here = tuple(range(len(target)))
         own = PatchedGeneration(target, target, generation.site, ALL, here, here)
-        made = generate_patched(resident, [own, PatchedGeneration(target)], N_TOKENS, batch_size=2).tokens
-        assert made[0] == made[1]
+        texts = generate_patched(resident, [own, PatchedGeneration(target)], N_TOKENS, batch_size=2).tokens
+        assert texts[0] == texts[1]
 
 
 @torch.inference_mode()
@@ -197,8 +197,8 @@ def generated(cache: Path, sweep: PatchRequest, name: str, labels: list[str] = L
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("joint", [False, True], ids=["single", "joint"])
 def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: Any, joint: bool) -> None:
-    asked = PatchRequest(("none", "even", "0,3"), ("0", "2"), joint, "end:2", direction, None, generate=N_TOKENS)
-    run = generated(cache, asked, f"all-{direction}-{joint}").dataset()
+    request = PatchRequest(("none", "even", "0,3"), ("0", "2"), joint, "end:2", direction, None, generate=N_TOKENS)
+    run = generated(cache, request, f"all-{direction}-{joint}").dataset()
     store, tokenizer = Store(cache / "s.zarr"), tiny_tokenizer()
     trials = store.trials()
     assert run.text.dims == run.success.dims == run.logit_diff.dims
@@ -244,9 +244,9 @@ def test_a_text_that_differs_from_the_definition_stops_everything(cache: Path, m
 
 
 def test_checkpoints_that_are_done_are_not_generated_again(cache: Path) -> None:
-    asked = PatchRequest(("even",), ("1",), generate=3)
-    first = generated(cache, asked, "grown", ["step0"]).dataset().text.values[0].tolist()
-    run = generated(cache, asked, "grown", ["step10"])
+    request = PatchRequest(("even",), ("1",), generate=3)
+    first = generated(cache, request, "grown", ["step0"]).dataset().text.values[0].tolist()
+    run = generated(cache, request, "grown", ["step10"])
     assert run.complete() == {"step0": 0, "step10": 1}
     assert run.dataset().text.values[0].tolist() == first
 

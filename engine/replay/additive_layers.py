@@ -57,7 +57,7 @@ def output_weight(resident: ResidentModel, layer: int) -> Float[Tensor, "head he
 def _adds_up(runner: LayerRunner, layer: int) -> bool:
     """Whether a change of z reaches the residual stream just as W_O projects it, without another factor, say.
 
-    Allowed is rounding, and a hundredth of the change: a factor that differs from 1 by less cannot be a design.
+    Allowed is rounding, and a hundredth of the change: architectures that scale their branches do so by more.
     """
     z = runner.inputs.patched("z", layer, runner.inputs.target)
     push = torch.ones_like(z) * z.std()

@@ -1,4 +1,4 @@
-"""The checkpoints of a store, one after another, with the very weights that were cached."""
+"""The checkpoints of a store, one after another, with exactly the weights that were cached."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class LoadedCheckpoint:
 def load_each(
     store: Store, labels: Sequence[str], cache: Path, loader: ModelLoader, first_layer: int | None
 ) -> Iterator[tuple[str, LoadedCheckpoint | UserError]]:
-    """The resident in each checkpoint's weights, one after another, or why they cannot be had.
+    """The resident model with each checkpoint's weights, one after another, or why they cannot be had.
 
-    The next one is read ahead; its activations from `first_layer` on, too, unless that is None.
+    The next one's weights are prefetched; its activations from `first_layer` on, too, unless that is None.
     """
     indices = store.complete()
 
@@ -49,24 +49,24 @@ def load_each(
                 raise loaded
             weights, activations = loaded
             resident, memory = loader.load_weights(weights)
-        except UserError as refusal:
-            yield label, refusal
+        except UserError as error:
+            yield label, error
             continue
         yield label, LoadedCheckpoint(resident, weights[0], activations, memory)
 
 
 def _recorded(store: Store, label: str) -> Checkpoint:
-    """The checkpoint as the store remembers it, pinned to its commit."""
-    fields = {k: v for k, v in store.provenance(label).items() if k not in ("sha256", "stamps")}
+    """The checkpoint as the store records it, pinned to its commit."""
+    fields = {name: value for name, value in store.provenance(label).items() if name not in ("sha256", "stamps")}
     return Checkpoint(**fields)
 
 
 def _refuse_other_weights(store: Store, label: str, files: Files) -> None:
-    held = store.provenance(label)["sha256"]
-    if files.sha256 != held:
+    cached = store.provenance(label)["sha256"]
+    if files.sha256 != cached:
         raise UserError(
             f"the weights in {files.directory} are not those that were cached (sha256 {_digests(files.sha256)} now, "
-            f"{_digests(held)} then); put them back, or cache again with --overwrite"
+            f"{_digests(cached)} then); put them back, or cache again with --overwrite"
         )
 
 
