@@ -47,7 +47,7 @@ def format_texts(run: xr.Dataset, study: Mapping[str, Any]) -> str:
             *(f"{done.checkpoint.values[-1]}, {word}: {text[:80]!r}" for word, text in examples(done).items()),
             *([] if "published" in table else [unknown]),
             "one text of each checkpoint was generated again by transformers' own generate and is the same; "
-            f"{n_near:,} of all texts had two next tokens as good as equal and come from it",
+            f"{n_near:,} of all texts had near-tied next tokens and come from it",
         ]
     )
 

@@ -54,7 +54,7 @@ def answers_finding(run: xr.Dataset, settings: PatchSettings) -> Finding:
         "says the same",
         *_examples(done, shown, int(layers.values[-1])),
         "two texts of each checkpoint were generated again by transformers' own generate and are the same; "
-        f"{n_near:,} of all texts had two next tokens as good as equal and come from it",
+        f"{n_near:,} of all texts had near-tied next tokens and come from it",
     )
     return Finding("What the model says", table, notes, "answers", frame)
 
