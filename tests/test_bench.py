@@ -32,10 +32,10 @@ from tests.test_capture import dressed
 def test_plain_hooks_are_the_patched_runs_by_definition(name: str, together: int) -> None:
     model, trials = tiny(name), random_trials()
     conditions = [(layer, heads) for layer in range(N_LAYERS) for heads in random_subsets(3, N_HEADS, seed=layer)]
-    found = Hooks(model, together).patch(trials, conditions)
+    logit_diff = Hooks(model, together).patch(trials, conditions)
     patches = [((layer,), heads) for layer, heads in conditions]
     expected = hooked_logit_diff(dressed(model), trials, align(trials, "last"), "denoise", patches)
-    assert np.abs(found - expected).max() <= 1e-5
+    assert np.abs(logit_diff - expected).max() <= 1e-5
     assert np.ptp(expected, axis=0).min() > 1e-2
 
 
@@ -104,7 +104,7 @@ def test_random_prompts_are_right_padded_and_their_answers_differ() -> None:
 
 
 def test_the_floor_counts_every_row_that_passes_a_layer_after_the_patch(checkpoint: Path) -> None:
-    resident, n_trials = contestants._dressed(checkpoint, torch.float32, "cpu"), 7
+    resident, n_trials = contestants._open_resident(checkpoint, torch.float32, "cpu"), 7
     worker = contestants._Ours(resident, random_models.some_trials(n_trials, 4, 6))
     work = Workload("", (1, 4), ("each",))
     worker.patch(random_models.some_trials(n_trials, 4, 6), work.conditions(4))

@@ -1,6 +1,6 @@
-"""One tool in a process of its own, asked to do a piece of work and to say what it took.
+"""One tool in a process of its own, timed on a piece of work.
 
-So a noisy machine is noisy to all, one tool's imports do not disturb another's, and each has a peak memory.
+Imports of one tool cannot disturb another, and each has a peak memory of its own.
 """
 
 import time
@@ -48,7 +48,7 @@ OURS = "headlapse"
 
 @dataclass(frozen=True)
 class Workload:
-    """Patched runs: every subset of the words at every one of the layers."""
+    """Patched runs: every subset that the words name, at every layer listed."""
 
     name: str
     layers: tuple[int, ...]
@@ -63,47 +63,47 @@ class Workload:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one tool took for one piece of work."""
+    """Time and memory of one tool for one piece of work."""
 
     seconds: float
 
-    goes: int = 1
-    """So many were made, of which this is the fastest."""
+    repeats: int = 1
+    """How often the work was repeated; this is the fastest time."""
 
     values: Float[np.ndarray, "condition trial"] | None = None
     """Logit differences in nats."""
 
     every: int = 1
-    """One in so many conditions was timed; the others are reckoned in."""
+    """One in this many conditions was timed; `seconds` is scaled up to all of them."""
 
     share: float | None = None
-    """What the matrix products alone take of the time, on the same shapes with the same weights: the median go's."""
+    """Share of the time that the matrix products alone take, on the same shapes and weights: median over repeats."""
 
     flops: float | None = None
     """Floating-point operations of these matrix products."""
 
     peak: int = 0
-    """Bytes that the process has held at most, so far."""
+    """Peak memory of the process so far, in bytes."""
 
 
-def fastest(goes: Sequence[Timing]) -> Timing:
-    """The fastest of them, with what the others tell."""
-    best = min(goes, key=lambda go: go.seconds)
-    share = median(go.share for go in goes if go.share is not None) if best.share is not None else None
-    return replace(best, goes=len(goes), share=share, peak=max(go.peak for go in goes))
+def fastest(repeats: Sequence[Timing]) -> Timing:
+    """The fastest repeat, with the median share and the largest peak of all."""
+    best = min(repeats, key=lambda timing: timing.seconds)
+    share = median(timing.share for timing in repeats if timing.share is not None) if best.share is not None else None
+    return replace(best, repeats=len(repeats), share=share, peak=max(timing.peak for timing in repeats))
 
 
 @dataclass(frozen=True)
 class Tool:
-    """Whom to time, and in which arithmetic."""
+    """A tool to time, and its arithmetic."""
 
     name: str
     dtype: str
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        kept: torch.dtype = getattr(torch, "float32" if self.dtype == "tf32" else self.dtype)
-        return kept
+        dtype: torch.dtype = getattr(torch, "float32" if self.dtype == "tf32" else self.dtype)
+        return dtype
 
     @property
     def is_ours(self) -> bool:
@@ -111,7 +111,7 @@ class Tool:
 
 
 def choose_tools(words: Sequence[str], dtype: Arithmetic) -> dict[str, Tool]:
-    """Tools by the words that ask for them: `hooks`, or `headlapse@bfloat16` with an arithmetic of its own.
+    """Tools by name: `hooks`, or `headlapse@bfloat16` with an arithmetic of its own.
 
     Raises `UserError` for one that is not known or not installed.
     """
@@ -136,7 +136,7 @@ def installed() -> list[str]:
 def at_work(
     tools: Mapping[str, Tool], directory: Path, trials: Trials, device: str
 ) -> Iterator[dict[str, "Contestant"]]:
-    """All of them ready, each in its process, while the body runs."""
+    """All tools ready, each in its own process, while the body runs."""
     with ExitStack() as stack:
         contestants = {}
         for word, tool in tools.items():
@@ -154,7 +154,7 @@ class Contestant:
         self._do(_prepare, tool, directory, trials, device)
 
     def patch(self, workload: Workload, sample: int | None = None) -> Timing:
-        """Time the workload's patched runs; of a slow tool a sample, as if it had done all."""
+        """Time the workload's patched runs; of a slow tool a sample, scaled up."""
         return self._do(_time_patch, workload, sample)
 
     def capture(self) -> Timing:
@@ -162,7 +162,7 @@ class Contestant:
         return self._do(_time_capture)
 
     def load(self) -> Timing:
-        """Time a checkpoint's way from its files into the model."""
+        """Time loading a checkpoint from its files into the model."""
         return self._do(_time_load)
 
     def generate(self) -> Timing:
@@ -177,7 +177,7 @@ class Contestant:
 
 
 class _Ours:
-    """headlapse, with the same face as its peers."""
+    """headlapse, behind the interface of its peers."""
 
     def __init__(self, resident: ResidentModel, trials: Trials) -> None:
         self.resident, self.alignment = resident, align(trials, "last")
@@ -191,13 +191,13 @@ class _Ours:
         layers = dict.fromkeys(layer for layer, _ in conditions)
         mask = np.array([heads for _, heads in conditions[: len(conditions) // len(layers)]])
         sites = [(layer,) for layer in layers]
-        found = replay(self.resident, self.activations, trials, self.alignment, "denoise", sites, mask)
-        return found.reshape(-1, trials.n_trials)
+        logit_diff = replay(self.resident, self.activations, trials, self.alignment, "denoise", sites, mask)
+        return logit_diff.reshape(-1, trials.n_trials)
 
 
 @dataclass(frozen=True)
 class _Here:
-    """What a contestant's process holds."""
+    """State of a contestant's process."""
 
     tool: Tool
     worker: Any
@@ -217,7 +217,7 @@ def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
     allow_tf32(tool.dtype == "tf32")
     n_heads = inspect_architecture(read_config(directory)).n_heads
     worker: Any = (
-        _Ours(_dressed(directory, tool.torch_dtype, device), trials)
+        _Ours(_open_resident(directory, tool.torch_dtype, device), trials)
         if tool.is_ours
         else PEERS[tool.name](_stock(directory, tool.torch_dtype, device))
     )
@@ -228,7 +228,7 @@ def _prepare(tool: Tool, directory: Path, trials: Trials, device: str) -> None:
         )
 
 
-def _dressed(directory: Path, dtype: torch.dtype, device: str) -> ResidentModel:
+def _open_resident(directory: Path, dtype: torch.dtype, device: str) -> ResidentModel:
     resident = ResidentModel(read_config(directory), dtype, device)
     resident.load_weights(read_weights(_files(directory), dtype, device))
     return resident
@@ -250,15 +250,15 @@ def _time_patch(workload: Workload, sample: int | None) -> Timing:
     if not _here.tool.is_ours:
         every = max(1, len(conditions) // sample) if sample else 1
         chosen = conditions[::every]
-        timing = _once(lambda: worker.patch(trials, chosen))
+        timing = _timed(lambda: worker.patch(trials, chosen))
         return replace(timing, seconds=timing.seconds * len(conditions) / len(chosen), every=every)
-    timing = _once(lambda: worker.patch(trials, conditions))
+    timing = _timed(lambda: worker.patch(trials, conditions))
     multiply, flops = _products(worker.resident, workload, trials)
-    return replace(timing, share=_once(multiply).seconds / timing.seconds, flops=flops)
+    return replace(timing, share=_timed(multiply).seconds / timing.seconds, flops=flops)
 
 
 def _time_capture() -> Timing:
-    timing = _once(lambda: _here.worker.capture(_here.trials))
+    timing = _timed(lambda: _here.worker.capture(_here.trials))
     if not _here.tool.is_ours:
         return timing
     with multiplying() as spent:
@@ -270,8 +270,8 @@ def _time_load() -> Timing:
     """A checkpoint's weights into a resident model, or a model anew where the tool cannot do that."""
     if _here.tool.is_ours:
         dtype, files = _here.tool.torch_dtype, _files(_here.directory)
-        return _once(lambda: _here.worker.resident.load_weights(read_weights(files, dtype, _here.device, _buffers)))
-    return _once(lambda: _stock(_here.directory, _here.tool.torch_dtype, _here.device))
+        return _timed(lambda: _here.worker.resident.load_weights(read_weights(files, dtype, _here.device, _buffers)))
+    return _timed(lambda: _stock(_here.directory, _here.tool.torch_dtype, _here.device))
 
 
 def _time_generation() -> Timing:
@@ -281,19 +281,21 @@ def _time_generation() -> Timing:
     if _here.tool.is_ours:
         layer = _here.worker.resident.architecture.n_layers // 2
         slices = [(False,) * _here.n_heads, *parity]
-        asked = [SlicePatch(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
-        return _once(lambda: _rows(generate_slice_patched(_here.worker.resident, asked, N_TOKENS, len(asked)).tokens))
+        patches = [SlicePatch(tuple(clean.tolist()), tuple(corrupt.tolist()), layer, each) for each in slices]
+        return _timed(
+            lambda: _rows(generate_slice_patched(_here.worker.resident, patches, N_TOKENS, len(patches)).tokens)
+        )
     model, layer = _here.worker.model, len(_here.worker.projections) // 2
     prompts = torch.from_numpy(clean), torch.from_numpy(corrupt)
-    return _once(lambda: _rows([trials[0].tolist() for trials in generate_published(model, *prompts, layer)]))
+    return _timed(lambda: _rows([trials[0].tolist() for trials in generate_published(model, *prompts, layer)]))
 
 
 def _rows(texts: Sequence[Sequence[int]]) -> Float[np.ndarray, "text token"]:
-    """Tokens side by side, to be compared."""
+    """Token numbers padded with -1 to one width, for comparison."""
     return np.array([[*text, *[-1] * (N_TOKENS - len(text))] for text in texts], dtype=float)
 
 
-def _once(work: Callable[[], Any]) -> Timing:
+def _timed(work: Callable[[], Any]) -> Timing:
     started = time.perf_counter()
     values = work()
     if torch.cuda.is_available():
@@ -338,14 +340,14 @@ def _products(resident: ResidentModel, workload: Workload, trials: Trials) -> tu
     modules = [module for module in resident.layer_modules()[0].modules() if isinstance(module, LINEAR)]
     counts = _row_counts(resident, workload, trials.n_trials)
     n_in = {module: module.weight.shape[0 if isinstance(module, Conv1D) else 1] for module in modules}
-    rows = {n: torch.randn(max(counts), n, device=resident.device).to(resident.dtype) for n in n_in.values()}
+    inputs = {n: torch.randn(max(counts), n, device=resident.device).to(resident.dtype) for n in n_in.values()}
 
     @torch.inference_mode()
     def multiply() -> None:
         for n_rows, times in counts.items():
             for _ in range(times):
                 for module in modules:
-                    module(rows[n_in[module]][:n_rows])
+                    module(inputs[n_in[module]][:n_rows])
 
     flops = sum(2 * n_rows * times * module.weight.numel() for n_rows, times in counts.items() for module in modules)
     return multiply, float(flops)

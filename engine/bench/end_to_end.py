@@ -61,12 +61,12 @@ def run_command(script: Path, *arguments: object) -> tuple[float, int]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     with process.stdout:
-        said = process.stdout.read()
+        output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - started
     if process.returncode:
-        raise UserError(f"{' '.join(command)} failed: {said.strip().splitlines()[-1]}")
+        raise UserError(f"{' '.join(command)} failed: {output.strip().splitlines()[-1]}")
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -35,7 +35,7 @@ def growths(shape: str, checkpoint: Path, series: Path, tool: Tool, device: str)
     n_layers, _, n_heads = SHAPES[shape]
     middle, n_subsets = n_layers // 2, min(2**n_heads, 4096)
 
-    def once(n_trials: int, *works: Workload) -> list[Timing]:
+    def timed(n_trials: int, *works: Workload) -> list[Timing]:
         contestant = Contestant(tool, checkpoint, some_trials(n_trials, 12, 17), device)
         timings = [fastest([contestant.patch(work) for _ in range(REPEATS)]) for work in works]
         contestant.close()
@@ -45,15 +45,15 @@ def growths(shape: str, checkpoint: Path, series: Path, tool: Tool, device: str)
         return Workload("", (layer,), (f"random:{n}",))
 
     subsets = tuple(n_subsets >> n for n in (4, 3, 2, 1, 0))
-    yield _grown("subsets of a layer", subsets, once(15, *(random(n, middle) for n in subsets)))
+    yield _grown("subsets of a layer", subsets, timed(15, *(random(n, middle) for n in subsets)))
 
     trials = (15, 30, 60, 120)
-    timings = [once(n, random(n_subsets // 16, middle))[0] for n in trials]
+    timings = [timed(n, random(n_subsets // 16, middle))[0] for n in trials]
     yield _grown(f"trials, {n_subsets // 16} subsets each", trials, timings)
 
     passed = tuple(n for n in (1, 2, 4, 8, 16) if n < n_layers)
     layers = [random(n_subsets // 4, n_layers - 1 - n) for n in passed]
-    yield _grown("layers after the patch", passed, once(15, *layers))
+    yield _grown("layers after the patch", passed, timed(15, *layers))
 
     checkpoints = (1, 2, 4, 8)
     paces = [pace(series, n, 15, device) for n in checkpoints]

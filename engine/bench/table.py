@@ -174,7 +174,7 @@ def _compared(timings: Mapping[str, Timing]) -> str:
 
 
 def _row(timing: Timing, best: float | None, like: Timing | None) -> dict[str, str]:
-    row = {"seconds": f"{timing.seconds:.3f}", "of": f"{timing.goes} goes"}
+    row = {"seconds": f"{timing.seconds:.3f}", "of": f"{timing.repeats} repeats"}
     if best:
         row["faster than the best peer"] = f"{best / timing.seconds:.2f} x"
     if timing.flops:
