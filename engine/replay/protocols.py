@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 
 from ..runtime.outcome import Outcome
 from ..runtime.resources import Machine
-from ..store.patched_run import PatchedRun, TextRun
-from ..store.store import AnyRun, Store
+from ..store.patched_run import AnyRun, PatchedRun, TextRun
+from ..store.store import Store
 from ..study import patch_settings
 from ..study.patch_settings import PatchRequest
 from . import published_protocol, run
