@@ -1,8 +1,7 @@
-"""What a run says: measures of its logits, rates and differences from the raw numbers.  Pure.
+"""Measures of a run: success, effect, recovery and timeline from raw logit differences.  Pure.
 
-The logit difference (Wang et al. 2022, arXiv:2211.00593) is always kept.  Probability, rank and divergence answer other
-questions, and can answer them otherwise (Zhang and Nanda 2023, arXiv:2309.16042): a probability also moves when tokens
-that are neither answer do, and saturates; a rank sees only order.  Logits here are those of the tokenizer's own tokens.
+The logit difference (Wang et al. 2022, arXiv:2211.00593) is always kept; `engine.replay.vocabulary_measures` computes
+the others.
 """
 
 from collections.abc import Iterator
@@ -50,47 +49,46 @@ def each_checkpoint(run: xr.Dataset) -> Iterator[xr.Dataset]:
 def effect(run: xr.Dataset, direction: str) -> xr.DataArray:
     """How far each patched run moved the logit difference towards the source run, in nats."""
     target = run.corrupt_logit_diff if direction == "denoise" else run.clean_logit_diff
-    sign = 1 if direction == "denoise" else -1
-    return sign * (run.logit_diff - target)
+    difference = run.logit_diff - target
+    return xr.DataArray(difference if direction == "denoise" else -difference)
 
 
 def best_layer(run: xr.Dataset, direction: str) -> xr.DataArray:
-    """Per checkpoint the layer whose patch moves the logit difference most, averaged over trials.
-
-    Judged by patching `all` heads where that was run, else by the strongest subset.
+    """Per checkpoint the layer with the largest effect when all its heads are patched, averaged over trials;
+    where `all` was not run, of the subset with the largest effect.
     """
-    moved = effect(run, direction).mean("trial")
-    strongest = moved.sel(subset="all", drop=True) if "all" in run.subset.values else moved.max("subset")
-    return strongest.idxmax("layer")
+    effects = effect(run, direction).mean("trial")
+    judged = effects.sel(subset="all", drop=True) if "all" in run.subset.values else effects.max("subset")
+    return judged.idxmax("layer")
 
 
 def timeline(run: xr.Dataset, direction: str) -> pd.DataFrame:
     """One row a checkpoint: unpatched runs, and even, odd and all heads of the checkpoint's best layer.
 
     Columns: step, `clean`, `corrupt` and, where run, `even`, `odd`, `all` (mean logit difference, nats), each with its
-    `_rate` (success rate), `strength` (even rate minus odd rate), `best_layer`.
+    `_rate` (success rate), `even_minus_odd_rate`, `best_layer`.
     """
-    done = finished(run)
-    columns: dict[str, Float[np.ndarray, " checkpoint"]] = {"step": done.step.values}
-    layer = best_layer(done, direction)
-    at_best = done.logit_diff.sel(layer=layer)
-    named = [name for name in NAMED if name in done.subset.values]
-    series = {"clean": done.clean_logit_diff, "corrupt": done.corrupt_logit_diff}
+    complete = finished(run)
+    columns: dict[str, Float[np.ndarray, " checkpoint"]] = {"step": complete.step.values}
+    layer = best_layer(complete, direction)
+    at_best = complete.logit_diff.sel(layer=layer)
+    named = [name for name in NAMED if name in complete.subset.values]
+    series = {"clean": complete.clean_logit_diff, "corrupt": complete.corrupt_logit_diff}
     series |= {name: at_best.sel(subset=name) for name in named}
     for name, values in series.items():
         columns[name] = values.mean("trial").values
         columns[f"{name}_rate"] = success(values).mean("trial").values
     if {"even", "odd"} <= set(named):
-        columns["strength"] = columns["even_rate"] - columns["odd_rate"]
+        columns["even_minus_odd_rate"] = columns["even_rate"] - columns["odd_rate"]
     columns["best_layer"] = layer.values.astype(int)
-    return pd.DataFrame(columns, index=pd.Index(done.checkpoint.values, name="checkpoint"))
+    return pd.DataFrame(columns, index=pd.Index(complete.checkpoint.values, name="checkpoint"))
 
 
 def strongest(run: xr.Dataset, direction: str) -> pd.DataFrame:
-    """One row a checkpoint: the subset that moves its best layer most, by name, mean (nats) and success rate."""
-    done = finished(run)
-    layer = best_layer(done, direction)
-    best = effect(done, direction).sel(layer=layer).mean("trial").argmax("subset")
-    values = done.logit_diff.sel(layer=layer).isel(subset=best)
-    columns = {"subset": done.subset.values[best.values], "mean": values.mean("trial").values}
-    return pd.DataFrame(columns | {"rate": success(values).mean("trial").values}, index=done.checkpoint.values)
+    """One row a checkpoint: the subset with the largest effect in its best layer: name, mean (nats), success rate."""
+    complete = finished(run)
+    layer = best_layer(complete, direction)
+    best = effect(complete, direction).sel(layer=layer).mean("trial").argmax("subset")
+    values = complete.logit_diff.sel(layer=layer).isel(subset=best)
+    columns = {"subset": complete.subset.values[best.values], "mean": values.mean("trial").values}
+    return pd.DataFrame(columns | {"rate": success(values).mean("trial").values}, index=complete.checkpoint.values)

@@ -1,5 +1,9 @@
 """Measures beside the logit difference: of patched runs, of unpatched ones and of full hooked forwards.
 
+Probability, rank and divergence answer other questions than the logit difference, and can answer them otherwise (Zhang
+and Nanda 2023, arXiv:2309.16042): a probability also moves when tokens that are neither answer do, and saturates; a
+rank sees only order.
+
 They need the whole unembedding and not two rows of it, multiplied for a block of rows at a time: exact, at the cost of
 that product.  Rows that belong to no token of the tokenizer were never trained; they are left out of softmax, rank and
 divergence alike.

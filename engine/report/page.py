@@ -27,6 +27,7 @@ from .findings.all_findings import findings
 from .findings.finding import Finding
 from .findings.mechanism import mechanism_text
 from .findings.published import examples, success_table
+from .findings.verdict import verdict_lines
 from .plot_style import INK, PAPER, to_svg
 from .result import Result, heads_of, listed, ranges, read_result, signed
 
@@ -61,21 +62,21 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {out}: there is a file in the way; name a directory") from None
-    with _appearing(out / "timeline.csv") as partial:
+    with _atomic_file(out / "timeline.csv") as partial:
         result.table.to_csv(partial)
-    with _appearing(out / "patched.csv") as partial:
+    with _atomic_file(out / "patched.csv") as partial:
         _write_patched(result, partial)
-    found = [*findings(result.run, result.settings), *_mechanism(store)]
-    drawn = _write_figures(result, _numbers(found).get("shapley"), out)
-    _write_numbers(found, out)
-    with _appearing(out / "index.html") as partial:
-        partial.write_text(_page(store, result, drawn, found), encoding="utf-8")
+    shown = [*findings(result.run, result.settings), *_mechanism(store)]
+    drawn = _write_figures(result, _numbers(shown).get("shapley"), out)
+    _write_numbers(shown, out)
+    with _atomic_file(out / "index.html") as partial:
+        partial.write_text(_page(store, result, drawn, shown), encoding="utf-8")
     return out / "index.html"
 
 
-def _numbers(found: Sequence[Finding]) -> dict[str, pd.DataFrame]:
+def _numbers(shown: Sequence[Finding]) -> dict[str, pd.DataFrame]:
     """What every finding rests on, by name."""
-    return {told.name: told.numbers for told in found if told.numbers is not None}
+    return {finding.name: finding.numbers for finding in shown if finding.numbers is not None}
 
 
 def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> dict[str, str]:
@@ -83,9 +84,9 @@ def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> di
     figures = draw(result, shares)
     drawn = {stem: to_svg(figure) for stem, figure in figures.items()}
     for stem, figure in figures.items():
-        with _appearing(out / f"{stem}.svg") as partial:
+        with _atomic_file(out / f"{stem}.svg") as partial:
             partial.write_text(drawn[stem], encoding="utf-8")
-        with _appearing(out / f"{stem}.png") as partial:
+        with _atomic_file(out / f"{stem}.png") as partial:
             figure.savefig(partial, format="png", dpi=160, metadata={"Software": None})
     for stem in OPTIONAL - set(figures):  # left by a report of another run
         for suffix in ("png", "svg"):
@@ -93,18 +94,18 @@ def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> di
     return drawn
 
 
-def _write_numbers(found: Sequence[Finding], out: Path) -> None:
+def _write_numbers(shown: Sequence[Finding], out: Path) -> None:
     """What every finding rests on, as CSV."""
-    named = _numbers(found)
+    named = _numbers(shown)
     for name, numbers in named.items():
-        with _appearing(out / f"{name}.csv") as partial:
+        with _atomic_file(out / f"{name}.csv") as partial:
             numbers.to_csv(partial)
     for name in NUMBERS - set(named):  # left by a report of another run
         (out / f"{name}.csv").unlink(missing_ok=True)
 
 
 def _is_tidy(result: Result) -> bool:
-    return result.run.logit_diff.size <= TIDY_ROWS
+    return bool(result.run.logit_diff.size <= TIDY_ROWS)
 
 
 def _write_patched(result: Result, path: Path) -> None:
@@ -128,13 +129,13 @@ def _means(result: Result, one: xr.Dataset, index: int) -> xr.Dataset:
     return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in kept.items()} | plain)
 
 
-def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[Finding]) -> str:
+def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[Finding]) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = _signs
-    trials, held, run = store.trials(), store.complete(), store.patch(result.name).attrs
+    trials, cached, run = store.trials(), store.complete(), store.patch(result.name).attrs
     return templates.get_template("page.html.j2").render(
         result=result,
         model=Path(store.study["model"]).name,
@@ -151,20 +152,21 @@ def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[F
         example=_example(trials, result.settings.positions),
         figures={stem: _inline(svg, stem) for stem, svg in drawn.items()},
         mapped=heads_of(result.mapped),
-        judge="all heads" if "all" in result.run.subset.values else "the strongest subset",
+        judge="all heads" if "all" in result.run.subset.values else "the subset with the largest effect",
         is_tidy=_is_tidy(result),
         table=_display(result),
         columns=[*RUNS, *result.shown],
-        has_strength="strength" in result.table,
+        has_rate_difference="even_minus_odd_rate" in result.table,
         has_steps=any(label != f"step{step}" for label, step in result.table["step"].items()),
+        verdict=verdict_lines(result.run, result.settings, store.study),
         headline=_headline(result),
         self_check=_self_check(store, result),
         warnings=_warnings(store, result),
         threats=threats(store, result),
-        provenance=[(label, store.provenance(label)) for label in held],
+        provenance=[(label, store.provenance(label)) for label in cached],
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
         published=_published(store),
-        findings=found,
+        findings=shown,
         versions=store.attrs["versions"] | run["versions"],
         device=run.get("device"),
         ranges=ranges,
@@ -172,7 +174,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], found: Sequence[F
 
 
 def _signs(text: str) -> str:
-    """A finding's words with real minus signs, as the figures have them."""
+    """Words with real minus signs, as the figures have them."""
     return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
@@ -201,10 +203,10 @@ def _display(result: Result) -> list[dict[str, Any]]:
     rows = []
     for label, row in zip(result.table.index, result.table.to_dict("records"), strict=True):
         cells = [(signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name in (*RUNS, *result.shown)]
-        strength = signed(row["strength"], 2) if "strength" in row else None
+        difference = signed(row["even_minus_odd_rate"], 2) if "even_minus_odd_rate" in row else None
         step = f"{row['step']:,}" if row["step"] >= 0 else "unknown"
         site = result.site(row["best_layer"])
-        rows.append({"label": label, "step": step, "cells": cells, "strength": strength, "site": site})
+        rows.append({"label": label, "step": step, "cells": cells, "rate_difference": difference, "site": site})
     return rows
 
 
@@ -215,7 +217,7 @@ def _headline(result: Result) -> list[tuple[str, str, str]]:
     site = result.site(int(row["best_layer"]))
     where = f"layers {site} together" if result.settings.joint else f"layer {site}"
     named = [("clean", "clean, unpatched"), ("corrupt", "corrupt, unpatched"), (best, f"{heads_of(best)} of {where}")]
-    return [(said, signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name, said in named]
+    return [(words, signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name, words in named]
 
 
 def _mechanism(store: Store) -> list[Finding]:
@@ -252,23 +254,27 @@ def _self_check(store: Store, result: Result) -> dict[str, Any]:
 
 def _warnings(store: Store, result: Result) -> list[str]:
     """What a reader should know before believing the numbers."""
-    held, rows = store.complete(), [row.label for row in store.rows()]
-    done = {*result.table.index, *result.not_finite}
+    cached, labels = store.complete(), [row.label for row in store.rows()]
+    patched = {*result.table.index, *result.not_finite}
     right = {run: result.table[f"{run}_rate"].to_numpy() for run in RUNS}
-    found = {
-        "not cached completely, so not here (run scripts/cache.py again)": [r for r in rows if r not in held],
-        "cached but not patched yet (run the same scripts/patch.py again)": [h for h in held if h not in done],
+    warnings = {
+        "not cached completely, so not here (run scripts/cache.py again)": [
+            label for label in labels if label not in cached
+        ],
+        "cached but not patched yet (run the same scripts/patch.py again)": [
+            label for label in cached if label not in patched
+        ],
         "left out because not all of their numbers are finite": list(result.not_finite),
-        "the unpatched corrupt run already succeeds on half of the prompts or more, so there is little to tell": (
+        "the unpatched corrupt run already succeeds on half of the prompts or more, so there is little to restore": (
             list(result.table.index[right["corrupt"] >= 0.5])
         ),
         "the clean run itself fails on half of the prompts or more": list(result.table.index[right["clean"] <= 0.5]),
     }
-    return duplicate_weights(store) + [f"{said}: {listed(labels)}" for said, labels in found.items() if labels]
+    return duplicate_weights(store) + [f"{what}: {listed(where)}" for what, where in warnings.items() if where]
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[Path]:
+def _atomic_file(path: Path) -> Iterator[Path]:
     """A file to write that takes the name `path` once the body is through."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial

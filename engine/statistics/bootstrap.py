@@ -24,11 +24,11 @@ def interval(values: Float[np.ndarray, "*cell trial"]) -> tuple[Float[np.ndarray
         return unknown, unknown
     from scipy.stats import bootstrap  # takes most of a second, and only this table needs it
 
-    found = bootstrap(
+    bounds = bootstrap(
         (values,), np.mean, axis=-1, confidence_level=_expanded(n), n_resamples=RESAMPLES, batch=100,
         method="percentile", rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
-    return found.low, found.high
+    return np.asarray(bounds.low), np.asarray(bounds.high)
 
 
 def _expanded(n: int) -> float:
@@ -46,7 +46,8 @@ def resampled_means(
 
     The bootstrap of Efron and Tibshirani 1993, chapter 6.
     """
-    return values @ _draws(values.shape[-1], n_resamples)
+    means: Float[np.ndarray, "*cell resample"] = values @ _draws(values.shape[-1], n_resamples)
+    return means
 
 
 @functools.lru_cache(maxsize=2)
@@ -67,4 +68,5 @@ def noise_of_means(
     Tibshirani 1993, section 5.3).
     """
     n = values.shape[-1]
-    return (resampled_means(values, n_resamples) - values.mean(-1, keepdims=True)) * np.sqrt(n / max(n - 1, 1))
+    noise: Float[np.ndarray, "*cell resample"] = resampled_means(values, n_resamples) - values.mean(-1, keepdims=True)
+    return noise * float(np.sqrt(n / max(n - 1, 1)))

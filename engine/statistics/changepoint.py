@@ -22,7 +22,7 @@ DIVIDE = GAP / (2 * np.log(9))
 """The width at which a logistic curve takes `GAP` of the range from a tenth to nine tenths of its rise."""
 
 SCANS = 999
-"""Resamples by which a change is told from noise."""
+"""Resamples by which a change is distinguished from noise."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def evaluate_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray
 
     steps = (family.steps @ around) ** 2
     jump = int(steps.argmax()) + 1
-    found = {
+    bics = {
         "constant": bic(0.0, 1),
         "step": bic(float(steps.max()), 3),
         "steep": bic(float(((family.steep @ around) ** 2).max()), 4),
@@ -86,10 +86,10 @@ def evaluate_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray
         "slow": bic(float(((family.slow @ around) ** 2).max()), 4),
     }
     gap = float((x[jump] - x[jump - 1]) / np.ptp(x))
-    verdict, surely = _verdict(found, gap), True
+    verdict, surely = _verdict(bics, gap), True
     if verdict in ("sudden", "gradual"):
         surely = changes(x, values)
-    return Shape(verdict if surely else "undecided", found, gap, surely)
+    return Shape(verdict if surely else "undecided", bics, gap, surely)
 
 
 def sampling_variance(values: Float[np.ndarray, "checkpoint trial"]) -> float:
@@ -108,7 +108,7 @@ def sampling_variance(values: Float[np.ndarray, "checkpoint trial"]) -> float:
 def changes(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray, "checkpoint trial"]) -> bool:
     """Whether a step anywhere, or a line, fits better than it fits 95 % of the noise over prompts.
 
-    A maximum over contrasts held against its own bootstrap (Westfall and Young 1993, chapter 2), which keeps the
+    A maximum over contrasts compared with its own bootstrap (Westfall and Young 1993, chapter 2), which keeps the
     prompts' own ways through training, however correlated; certain for one prompt, of which there is no noise.
     """
     family = _family(tuple(x.tolist()))
@@ -149,4 +149,5 @@ def _logistic(
     """Rises about every place between and at checkpoints."""
     middles = np.union1d(x, (x[1:] + x[:-1]) / 2)
     slopes = (x - middles[:, None])[None] / (np.ptp(x) * widths[:, None, None])
-    return (1 / (1 + np.exp(-np.clip(slopes, -50, 50)))).reshape(-1, len(x))
+    curves: Float[np.ndarray, "curve checkpoint"] = (1 / (1 + np.exp(-np.clip(slopes, -50, 50)))).reshape(-1, len(x))
+    return curves

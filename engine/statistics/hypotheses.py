@@ -42,7 +42,7 @@ class Evaluation:
 
     @property
     def one_prompt(self) -> bool:
-        return self.series.values.shape[1] == 1
+        return bool(self.series.values.shape[1] == 1)
 
     @property
     def interval(self) -> tuple[float, float]:

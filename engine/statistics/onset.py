@@ -85,9 +85,9 @@ def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     """
     n = len(steps)
     index = int(first_sustained(series.past(series.values.mean(1))))
-    found = np.atleast_1d(first_sustained(series.past(series.resampled)))
+    resampled = np.atleast_1d(first_sustained(series.past(series.resampled)))
     tail = (1 - LEVEL) / 2
-    low, high = (int(np.quantile(found, q, method="nearest")) for q in (tail, 1 - tail))
+    low, high = (int(np.quantile(resampled, q, method="nearest")) for q in (tail, 1 - tail))
     significant = np.flatnonzero(significant_checkpoints(series))
 
     def step(at: int) -> int | None:
@@ -192,7 +192,8 @@ def _chance_drops(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.n
     fallen = np.maximum.accumulate(noise, axis=0) - noise
     size = np.sqrt((fallen**2).mean(1))
     relative = fallen / np.where(size > 0, size, 1)[:, None]
-    return size * np.quantile(relative.max(0), LEVEL)
+    deepest: Float[np.ndarray, " checkpoint"] = size * np.quantile(relative.max(0), LEVEL)
+    return deepest
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:

@@ -71,7 +71,7 @@ def _row(one: xr.Dataset, words: Sequence[str], asked: tuple[str, str]) -> dict[
     row |= {_called(word): f"{value:.0%}" for word, value in zip(words, here, strict=True)}
     if tuple(words) != SUBSETS:
         return row
-    row["strength"] = f"{here[1] - here[2]:+.2f}"
+    row["even - odd"] = f"{here[1] - here[2]:+.2f}"
     if (*asked, str(layer)) == (MODEL, TASK, LAYERS[0]) and label in RATES:
         for said, rates in (("published", RATES[label]), ("here", here)):
             row[said] = " ".join(f"{value:.0%}" for value in rates)

@@ -18,15 +18,17 @@ def format_timeline(run: xr.Dataset, settings: PatchSettings) -> str:
             table[name] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in pairs]
     if not set(NAMED) & set(frame):
         best = strongest(run, settings.direction)
-        table["strongest"] = [f"{nats:+.2f} {rate:4.0%}" for nats, rate in zip(best["mean"], best["rate"], strict=True)]
+        table["largest effect"] = [
+            f"{nats:+.2f} {rate:4.0%}" for nats, rate in zip(best["mean"], best["rate"], strict=True)
+        ]
         table["heads"] = [label if len(label) <= 24 else f"{label[:23]}…" for label in best["subset"]]
-    if "strength" in frame:
-        table["strength"] = [f"{value:+.2f}" for value in frame["strength"]]
+    if "even_minus_odd_rate" in frame:
+        table["even - odd rate"] = [f"{value:+.2f}" for value in frame["even_minus_odd_rate"]]
     if not settings.joint:
         table["best layer"] = frame["best_layer"].astype(str)
-    judge = "all heads" if "all" in run.subset.values else "the strongest subset"
+    judge = "all heads" if "all" in run.subset.values else "the subset with the largest effect"
     n = run.sizes["trial"]
-    where = f"the row's best layer (most moved by {judge})"
+    where = f"the layer with the largest effect of {judge}"
     if settings.joint:
         where = f"layers {', '.join(map(str, settings.layers))} at once"
     return (
