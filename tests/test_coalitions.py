@@ -20,7 +20,7 @@ TARGET, SOURCE = -3.0, 4.0
 
 
 def run_of(worth: np.ndarray, words: tuple[str, ...] = ("even", "lattice"), noise: float = 0.0) -> xr.Dataset:
-    """A run whose coalitions (checkpoint, layer, coalition) move the corrupt run of four prompts by their worth."""
+    """A run whose subsets (checkpoint, layer, subset) move the corrupt run of four prompts by their worth."""
     n_checkpoints, n_layers, n = worth.shape
     n_heads = n.bit_length() - 1
     subsets = parse_subsets(words, n_heads)
@@ -48,7 +48,7 @@ def settings(*words: str) -> PatchSettings:
     return PatchSettings(subsets=words)
 
 
-def test_coalitions_stand_in_the_order_of_their_bits_however_they_were_asked_for() -> None:
+def test_subsets_stand_in_the_order_of_their_bits_however_they_were_asked_for() -> None:
     mask = parse_subsets(("all", "each", "lattice"), 5).mask
     rows = all_subset_rows(mask)
     assert rows is not None and (mask[rows] == members(5)).all()
@@ -96,29 +96,29 @@ def test_the_smallest_sets_are_named_and_counted() -> None:
     assert one.interaction.values[0, 3] == pytest.approx(4.0, abs=1e-5)
 
 
-def test_nothing_is_enough_or_needed_where_all_heads_do_next_to_nothing() -> None:
+def test_no_set_is_sufficient_or_necessary_where_the_effect_of_all_heads_is_near_zero() -> None:
     found = head_subset_statistics(run_of(np.full((1, 1, 16), 0.01) * members(4).sum(1)), "denoise")
     assert found is not None
     assert (found.sufficient.item(), found.necessary.item(), found.sufficient_set.item()) == (-1, -1, "")
 
 
-def test_parity_explains_everything_where_only_even_heads_work_and_is_the_most_extreme_halving() -> None:
+def test_parity_explains_everything_where_only_even_heads_work_and_is_the_most_extreme_split() -> None:
     inside = members(6)
     worth = inside[:, 0::2].sum(1) * 1.0
-    share, place = parity_share(worth)
+    share, p = parity_share(worth)
     by_number = np.array([worth[inside.sum(1) == k].mean() for k in range(7)])[inside.sum(1)]
     assert share == pytest.approx(1 - by_number.var() / worth.var())
-    assert place == pytest.approx(2 / 20), "the even heads, and the odd ones, of twenty halves"
+    assert p == pytest.approx(2 / 20), "the even heads, and the odd ones, of twenty halves"
     assert worst_even(worth)[0][1:4].tolist() == [1, 2, 3]
     assert worst_even(worth)[1][1:4].tolist() == pytest.approx([1 / 20] * 3), "no other half is as good at its worst"
 
 
 def test_parity_explains_nothing_where_the_number_of_heads_does() -> None:
-    share, place = parity_share(members(6).sum(1) ** 2.0)
-    assert share == pytest.approx(0, abs=1e-9) and place == 1
+    share, p = parity_share(members(6).sum(1) ** 2.0)
+    assert share == pytest.approx(0, abs=1e-9) and p == 1
     assert np.isnan(parity_share(np.ones(16))).all()
-    worst, places = worst_even(members(6).sum(1) * 1.0)
-    assert places[1:4].tolist() == [1, 1, 1] and np.isnan(worst[4:]).all()
+    worst, p_values = worst_even(members(6).sum(1) * 1.0)
+    assert p_values[1:4].tolist() == [1, 1, 1] and np.isnan(worst[4:]).all()
 
 
 def test_with_odd_numbers_of_heads_even_is_the_larger_half() -> None:
@@ -127,11 +127,11 @@ def test_with_odd_numbers_of_heads_even_is_the_larger_half() -> None:
     assert worst_even(worth)[1][3] == pytest.approx(1 / 10)
 
 
-def test_the_place_of_parity_is_uniform_where_heads_are_arbitrary() -> None:
-    """500 random games of 6 heads: the place takes values i/10, each as often; 5 % is not attainable, 10 % is."""
+def test_the_p_of_parity_is_uniform_where_heads_are_arbitrary() -> None:
+    """500 random games of 6 heads: p takes values i/10, each as often; 5 % is not attainable, 10 % is."""
     draw = np.random.default_rng(3)
-    places = np.array([parity_share(draw.standard_normal(64))[1] for _ in range(500)])
-    rejected = (places <= 0.1 + 1e-9).mean()
+    p_values = np.array([parity_share(draw.standard_normal(64))[1] for _ in range(500)])
+    rejected = (p_values <= 0.1 + 1e-9).mean()
     assert abs(rejected - 0.1) < 3 * np.sqrt(0.1 * 0.9 / 500)
 
 
@@ -159,23 +159,23 @@ def test_the_table_names_heads_sets_and_what_it_rests_on() -> None:
     worth = 4.0 * (inside[:, 0] & inside[:, 3]) + 0.4 * inside[:, 1]
     shares, *_ = head_subset_findings(run_of(worth[None, None]), settings("lattice"))
     row = str(shares).splitlines()[2]
-    assert row.startswith("step0") and "0 +2.00 ±0.00, 3 +2.00 ±0.00, 1 +0.40 ±0.00" in row and "0,3 (1)" in row
+    assert row.startswith("step0") and "L2.H0 +2.00 ±0.00, L2.H3 +2.00 ±0.00, L2.H1 +0.40 ±0.00" in row and "0,3 (1)" in row
     assert "exact Shapley values" in str(shares)
     (some,) = head_subset_findings(run_of(worth[None, None], ("orders:3",)), settings("orders:3"))
-    assert "sampled from random orders" in str(some) and "enough" not in str(some)
+    assert "sampled from random orders" in str(some) and "sufficient" not in str(some)
     assert not list(head_subset_findings(run_of(worth[None, None], ("each",)), settings("each")))
 
 
-def test_how_many_heads_it_takes_says_what_any_k_heads_and_any_k_even_heads_do_at_least() -> None:
-    """By hand: 0 and 2 are worth 3 each and either is enough for both; 1 and 3 are worth 1 each."""
+def test_how_many_heads_it_takes_gives_the_smallest_effect_of_any_k_heads_and_any_k_even_heads() -> None:
+    """By hand: 0 and 2 are worth 3 each and either is sufficient for both; 1 and 3 are worth 1 each."""
     inside = members(4)
     worth = 3.0 * (inside[:, 0] | inside[:, 2]) + inside[:, 1] + inside[:, 3]
     _, sizes, pairs = head_subset_findings(run_of(worth[None, None]), settings("lattice"))
     assert sizes.table is not None and sizes.numbers is not None and pairs.numbers is not None
-    assert sizes.table.loc["least"].tolist() == ["+0.00", "+1.00", "+2.00", "+4.00", "+5.00"]
-    assert sizes.table.loc["most"].tolist() == ["+0.00", "+3.00", "+4.00", "+5.00", "+5.00"]
-    assert sizes.table.loc["least of even"].tolist() == ["-", "+3.00", "+3.00", "-", "-"]
+    assert sizes.table.loc["smallest"].tolist() == ["+0.00", "+1.00", "+2.00", "+4.00", "+5.00"]
+    assert sizes.table.loc["largest"].tolist() == ["+0.00", "+3.00", "+4.00", "+5.00", "+5.00"]
+    assert sizes.table.loc["smallest of even"].tolist() == ["-", "+3.00", "+3.00", "-", "-"]
     assert sizes.table.loc["p"].tolist() == ["-", "0.17", "0.83", "-", "-"], "of six halves one, and five, do as well"
     assert len(sizes.numbers) == 5 and sizes.numbers.index.names == ["checkpoint", "layer", "size"]
-    assert "0,2 -3.00" in str(pairs) and "layer 2 that at step0" in str(pairs)
+    assert "L2.H0 and L2.H2 -3.00" in str(pairs) and "layer 2 with the largest Shapley interactions at step0" in str(pairs)
     assert pairs.numbers.interaction["step0", 2, 0, 2] == pytest.approx(-3, abs=1e-6) and len(pairs.numbers) == 6

@@ -64,14 +64,14 @@ def test_heads_over_training_are_the_effects_of_single_heads_with_their_interval
     lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
     assert len(lines) == 5
     for line in lines:
-        layer, head = str(line.get_label()).split(".")
+        layer, head = str(line.get_label()).removeprefix("L").split(".H")
         expected = moved.sel(layer=int(layer), subset=head)
         assert np.allclose(np.asarray(line.get_ydata()), expected, atol=1e-6)
     held = heads_alone(result)
     assert (held.low <= held.value).all() and (held.value <= held.high).all() and (held.low < held.high).any()
 
 
-def test_even_minus_odd_stands_among_all_halvings_at_every_layer(store: Store) -> None:
+def test_even_minus_odd_stands_among_all_equal_splits_at_every_layer(store: Store) -> None:
     some_run(store, ["lattice"])
     axes = draw(read_result(store, "run"))["splits"].axes[0]
     data = store.patch_dataset("run").isel(checkpoint=-1).logit_diff.mean("trial").load()

@@ -78,7 +78,7 @@ def test_the_effect_is_towards_the_source_run_in_both_directions() -> None:
     np.testing.assert_array_equal(effect(run, "noise").sel(even), [4.0, 0.0])
 
 
-def test_the_best_layer_is_the_one_that_all_heads_move_most() -> None:
+def test_the_best_layer_is_the_one_of_the_largest_effect_of_all_heads() -> None:
     run = finished(some_run())
     assert best_layer(run, "denoise").values.tolist() == [1, 0]
     assert best_layer(run, "noise").values.tolist() == [0, 1]
@@ -95,7 +95,7 @@ def test_the_timeline_is_read_at_each_rows_best_layer() -> None:
     main = frame.loc["main"]
     assert (main["clean"], main["clean_rate"], main["corrupt"], main["corrupt_rate"]) == (4.0, 1.0, -3.0, 0.0)
     assert (main["even"], main["even_rate"], main["odd"], main["odd_rate"]) == (2.0, 1.0, -2.0, 0.0)
-    assert (main["all"], main["strength"], main["best_layer"]) == (3.0, 1.0, 0)
+    assert (main["all"], main["even_minus_odd_rate"], main["best_layer"]) == (3.0, 1.0, 0)
     assert frame.loc["step10", "even_rate"] == 0.5 and frame.loc["step10", "best_layer"] == 1
 
 
@@ -104,7 +104,7 @@ def test_the_table_shows_an_unknown_step_and_how_to_read_it() -> None:
     row = next(line for line in table.splitlines() if line.startswith("main"))
     assert row.split() == ["main", "?", "+4.00", "100%", "-3.00", "0%", "+2.00", "100%", "-2.00", "0%", "+3.00", "100%",
                            "+1.00", "0"]  # fmt: skip
-    assert "2 distinct prompts" in table and "most moved by all heads" in table
+    assert "2 distinct prompts" in table and "the layer with the largest effect of all heads" in table
 
 
 def test_a_joint_patch_has_no_best_layer() -> None:
@@ -134,4 +134,4 @@ def test_without_even_odd_and_all_the_subset_that_moves_a_row_most_stands_for_th
 def test_what_was_not_run_is_not_shown(subsets: list[str]) -> None:
     table = format_timeline(some_run().sel(subset=subsets), SETTINGS)
     assert [name for name in ("even", "odd", "all") if name in table.splitlines()[0].split()] == subsets
-    assert "strength" not in table
+    assert "even - odd" not in table

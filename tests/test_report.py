@@ -17,6 +17,7 @@ from PIL import Image
 from headlapse.engine.measures.logit_diff import timeline
 from headlapse.engine.report.caveats import threats
 from headlapse.engine.report.findings.all_findings import findings
+from headlapse.engine.report.findings.verdict import verdict
 from headlapse.engine.report.page import _example, write_report
 from headlapse.engine.report.plot_style import INK
 from headlapse.engine.report.result import ranges, read_result, signed
@@ -165,6 +166,16 @@ def test_the_page_says_what_was_asked_and_where_it_comes_from(written: tuple[Sto
         assert said in text, said
 
 
+def test_the_page_leads_with_the_verdict_that_the_terminal_prints(written: tuple[Store, Path]) -> None:
+    store, out = written
+    source, run = (out / "index.html").read_text(encoding="utf-8"), store.patch("run")
+    lead = source.index('data-role="verdict"')
+    assert source.index("</header>") < lead < source.index("<h2>"), "before every section"
+    text = text_of(out / "index.html").replace("−", "-")
+    for line in verdict(run.dataset(), run.settings, store.study):
+        assert " ".join(line.split()) in text
+
+
 def test_prompts_are_shown_as_they_are_and_never_read_as_markup(written: tuple[Store, Path]) -> None:
     _, out = written
     page = Reader(out / "index.html")
@@ -185,8 +196,7 @@ def test_the_patched_tokens_are_marked(store: Store, positions: str, n_patched: 
 def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_path: Path) -> None:
     run = store.open_patch(
         "known",
-        {"protocol": "corrected", "direction": "denoise", "positions": "last", "layers": [0, 1, 2], "joint": False,
-         "subsets": ["even", "odd", "all"], "dtype": "float32"},
+        PatchSettings(layers=(0, 1, 2), subsets=("even", "odd", "all")),
         [0, 1, 2], ("even", "odd", "all"), parse_subsets(["even", "odd", "all"], HEADS).mask,
     )  # fmt: skip
     patched = np.full((3, 3, TRIALS), -2, dtype="float32")
@@ -306,7 +316,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "one checkpoint": ({"steps": [5]}, {}, "At the last checkpoint, step 5"),
     "one checkpoint of an unknown step": ({"steps": [-1]}, {}, "At the last checkpoint, checkpoint main"),
     "two unfinished": ({}, {"done": lambda label: label in ("step1", "step10", "main")}, "cached but not patched yet"),
-    "no even, odd and all": ({}, {"words": ["0,1", "2,3", "0,1,2", "1"]}, "move the last checkpoint most"),
+    "no even, odd and all": ({}, {"words": ["0,1", "2,3", "0,1,2", "1"]}, "the largest effects at the last checkpoint"),
     "no head": ({}, {"words": ["none"], "values": np.zeros_like}, "No head patched"),
     "the lattice": ({}, {"words": ["lattice"]}, "lattice (16 subsets of 4 heads)"),
     "joint layers": ({}, {"layers": [1, 2], "joint": True}, "of layers 1–2 together"),
@@ -392,9 +402,10 @@ def test_a_report_cut_off_leaves_no_half_file_under_its_name(
 def test_every_finding_is_on_the_page_and_its_numbers_beside_it(store: Store, tmp_path: Path) -> None:
     run = some_run(store, ["lattice"])
     text = text_of(write_report(store, tmp_path / "out")).replace("−", "-")
-    for told in findings(run.dataset(), run.settings):
-        assert told.title in text and told.notes[0][1:] in text
-        assert told.numbers is not None and len(pd.read_csv(tmp_path / "out" / f"{told.name}.csv")) == len(told.numbers)
+    for finding in findings(run.dataset(), run.settings):
+        assert finding.title in text and finding.notes[0][1:] in text
+        assert finding.numbers is not None
+        assert len(pd.read_csv(tmp_path / "out" / f"{finding.name}.csv")) == len(finding.numbers)
     shapley = pd.read_csv(tmp_path / "out" / "shapley.csv")
     assert len(shapley) == len(STEPS) * LAYERS * HEADS
 
@@ -493,7 +504,7 @@ def test_every_threat_says_the_numbers_it_rests_on(store: Store) -> None:
     assert found["Alignment"].startswith("3 of 3 patched positions hold the same token")
     assert "in 3 of 3 pairs the prompts differ in length" in found["Alignment"]
     assert found["Checkpoints"].startswith("4 checkpoints; between steps 10 and 100 lie 90% of the steps covered")
-    assert "6 ways to halve 4 heads" in found["Even and odd"] and "below 0.33" in found["Even and odd"]
+    assert "6 equal splits of 4 heads exist" in found["Even and odd"] and "below 0.33" in found["Even and odd"]
     assert "Of 3 layers" in found["Choice"] and "0.0001 nats" in found["Arithmetic"]
 
 
@@ -502,8 +513,8 @@ def test_a_baseline_that_succeeds_already_is_named(store: Store) -> None:
     run.array("clean_logit_diff")[:] = np.array([[3], [3], [3], [0.2], [3]])
     run.array("corrupt_logit_diff")[:] = np.array([[-3], [3], [-3], [-0.2], [-3]])
     assert said(store)["Baseline"] == (
-        "The unpatched corrupt run already succeeds on half of the prompts or more at step1: a success there is no "
-        "repair; clean and corrupt runs are less than 0.5 nats apart at step1, step100: no share of so small a gap "
+        "The unpatched corrupt run already succeeds on half of the prompts or more at step1: a success there restores "
+        "nothing; clean and corrupt runs are less than 0.5 nats apart at step1, step100: no share of so small a gap "
         "means anything."
     )
 

@@ -18,26 +18,26 @@ GAP = 0.1
 def threats(store: Store, result: Result) -> list[tuple[str, str]]:
     """What speaks against reading more into the numbers, each with the numbers it rests on: (subject, sentence)."""
     trials = store.trials()
-    found = [
+    sentences = [
         ("Prompts", _prompts(trials)),
         ("Baseline", _baseline(result)),
         ("Alignment", _alignment(trials, result)),
         ("Checkpoints", _gaps(result)),
-        ("Even and odd", _halvings(result)),
+        ("Even and odd", _equal_splits(result)),
         ("Choice", _choice(result)),
         ("Arithmetic", _arithmetic(store, result)),
     ]
-    return [(subject, sentence) for subject, sentence in found if sentence]
+    return [(subject, sentence) for subject, sentence in sentences if sentence]
 
 
 def _prompts(trials: Trials) -> str:
-    n, asked = trials.n_trials, sum(contrast.repeats for contrast in trials.contrasts)
-    said = f"n = {n} distinct prompt{'s' * (n != 1)}"
-    if asked != n:
-        said += f" ({asked} were asked for; what is identical is one observation)"
+    n, n_drawn = trials.n_trials, sum(contrast.repeats for contrast in trials.contrasts)
+    text = f"n = {n} distinct prompt{'s' * (n != 1)}"
+    if n_drawn != n:
+        text += f" ({n_drawn} were asked for; what is identical is one observation)"
     if n == 1:
-        return f"{said}: every rate is 0 or 1, no interval can be given, and nothing is said of other prompts."
-    return f"{said}: one of them is {1 / n:.1%} of a success rate. Intervals are over prompts of this task alone."
+        return f"{text}: every rate is 0 or 1, no interval can be given, and nothing is said of other prompts."
+    return f"{text}: one of them is {1 / n:.1%} of a success rate. Intervals are over prompts of this task alone."
 
 
 def _baseline(result: Result) -> str:
@@ -49,7 +49,7 @@ def _baseline(result: Result) -> str:
     if vacuous:
         parts.append(
             "the unpatched corrupt run already succeeds on half of the prompts or more at "
-            f"{listed(vacuous)}: a success there is no repair"
+            f"{listed(vacuous)}: a success there restores nothing"
         )
     if close:
         parts.append(
@@ -67,13 +67,13 @@ def _alignment(trials: Trials, result: Result) -> str:
     n, same = int(alignment.valid.sum()), int((source == target)[alignment.valid].sum())
     clean, corrupt = trials.length
     apart = int((clean != corrupt).sum())
-    said = f"{same} of {n} patched positions hold the same token in both runs"
+    text = f"{same} of {n} patched positions hold the same token in both runs"
     if apart:
-        said += (
+        text += (
             f"; in {apart} of {trials.n_trials} pairs the prompts differ in length, so that aligned positions are not "
             "the same distance from the start"
         )
-    return f"{said}."
+    return f"{text}."
 
 
 def _gaps(result: Result) -> str:
@@ -83,20 +83,20 @@ def _gaps(result: Result) -> str:
         return "Fewer than two checkpoints of known steps: nothing can be said of when."
     gaps = np.diff(steps)
     widest = int(gaps.argmax())
-    said = f"{len(steps)} checkpoints; between steps {steps[widest]:,} and {steps[widest + 1]:,}"
+    text = f"{len(steps)} checkpoints; between steps {steps[widest]:,} and {steps[widest + 1]:,}"
     share = gaps[widest] / np.ptp(steps)
     if share < GAP:
-        return f"{said}, the widest gap, lie {share:.0%} of the steps covered."
-    return f"{said} lie {share:.0%} of the steps covered: whatever happens there may be sudden or gradual."
+        return f"{text}, the widest gap, lie {share:.0%} of the steps covered."
+    return f"{text} lie {share:.0%} of the steps covered: whatever happens there may be sudden or gradual."
 
 
-def _halvings(result: Result) -> str:
+def _equal_splits(result: Result) -> str:
     if not {"even", "odd"} <= set(result.run.subset.values):
         return ""
     n_heads = result.run.sizes["head"]
     n = math.comb(n_heads, n_heads // 2)
     return (
-        f"Head numbers are arbitrary. {n:,} ways to halve {n_heads} heads exist, so no p of even against odd can be "
+        f"Head numbers are arbitrary. {n:,} equal splits of {n_heads} heads exist, so no p of even against odd can be "
         f"below {2 / n:.2g}."
     )
 

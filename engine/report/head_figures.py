@@ -1,4 +1,4 @@
-"""Figures of the evidence: even against odd among all halvings of the heads; single heads over training."""
+"""Figures of the evidence: even against odd among the equal splits of the heads; single heads over training."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..measures.logit_diff import effect
 from ..statistics.bootstrap import interval
 from ..statistics.permutation import find_equal_splits, permutation_p_value
 from .plot_style import COLOURS, FAINT, MARKERS, WIDTH, label_steps, place_steps
-from .result import Result
+from .result import Result, head_name
 
 LINES = 5
 """Heads that have a line over training."""
@@ -21,21 +21,21 @@ DRAWN = 2000
 
 
 def draw_splits(result: Result) -> Figure | None:
-    """Per layer every halving's difference at the last checkpoint, and even − odd among them; None unless all ran."""
-    found = find_equal_splits(result.run)
-    if found is None:
+    """Per layer the difference of every equal split at the last checkpoint; None where they were not run."""
+    splits = find_equal_splits(result.run)
+    if splits is None:
         return None
     nats = result.nats.isel(checkpoint=-1).transpose("layer", "subset").values
-    null = nats[:, found.halves] - nats[:, found.rests]
-    even = null[:, found.even]
+    null = nats[:, splits.halves] - nats[:, splits.rests]
+    even = null[:, splits.even]
     layers = [result.site(layer) for layer in result.nats.layer.values.tolist()]
     figure = Figure(figsize=(WIDTH, 1.4 + 0.32 * len(layers)))
     figure.set_layout_engine("constrained", w_pad=0.1)
     axes = figure.subplots()
-    looks: dict[str, Any] = {"color": FAINT, "linewidth": 0.6, "alpha": max(0.08, min(0.8, 40 / len(found.halves)))}
+    looks: dict[str, Any] = {"color": FAINT, "linewidth": 0.6, "alpha": max(0.08, min(0.8, 40 / len(splits.halves)))}
     looks["rasterized"] = null.size > DRAWN
     for row, values in enumerate(null):
-        label = "" if row else f"{'some' if found.sampled else 'all'} {len(found.halves):,} halvings"
+        label = "" if row else f"{'some' if splits.sampled else 'all'} {len(splits.halves):,} equal splits"
         axes.vlines(values, row - 0.32, row + 0.32, label=label, **looks)
     at: dict[str, Any] = {"color": COLOURS["even"], "marker": MARKERS["even"], "markersize": 5.5, "linestyle": "none"}
     axes.plot(even, np.arange(len(layers)), label="even − odd", zorder=3, **at)
@@ -58,14 +58,14 @@ def draw_splits(result: Result) -> Figure | None:
 
 
 def heads_alone(result: Result) -> xr.Dataset:
-    """What patching each head alone does: `value`, `low` and `high` (checkpoint, layer, head) in nats."""
+    """The effect of each head patched alone: `value`, `low` and `high` (checkpoint, layer, head) in nats."""
     moved = effect(result.run.isel(subset=list(result.single_heads)), result.settings.direction)
     by_trial = moved.transpose("checkpoint", "layer", "subset", "trial").values.astype(float)
     low, high = interval(by_trial)
     dims = ("checkpoint", "layer", "head")
-    held = {"value": by_trial.mean(-1), "low": low, "high": high}
+    variables = {"value": by_trial.mean(-1), "low": low, "high": high}
     coords = {"layer": moved.layer.values, "head": np.arange(by_trial.shape[2])}
-    return xr.Dataset({name: (dims, values) for name, values in held.items()}, coords)
+    return xr.Dataset({name: (dims, values) for name, values in variables.items()}, coords)
 
 
 def shares_of_heads(result: Result, shares: pd.DataFrame) -> xr.Dataset:
@@ -74,25 +74,27 @@ def shares_of_heads(result: Result, shares: pd.DataFrame) -> xr.Dataset:
     return shares[list(named)].rename(columns=named).to_xarray().sel(checkpoint=list(result.table.index))
 
 
-def draw_over_training(result: Result, values: xr.Dataset, said: str) -> Figure:
-    """The heads that ever do most, over training: a line each with its interval.
+def draw_over_training(result: Result, values: xr.Dataset, quantity: str) -> Figure:
+    """The heads with the largest effects of any checkpoint, over training: a line each with its interval.
 
-    `values` holds `value`, `low` and `high` (checkpoint, layer, head) in nats; `said` tells what they are.
+    `values` holds `value`, `low` and `high` (checkpoint, layer, head) in nats; `quantity` says what they are.
     """
     places = values.value.stack(place=["layer", "head"])
-    most = np.argsort(-np.abs(places.values).max(0), kind="stable")[:LINES]
+    largest = np.argsort(-np.abs(places.values).max(0), kind="stable")[:LINES]
     x, _ = place_steps(result.table["step"].to_numpy())
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
-    for order, at in enumerate(most):
+    for order, at in enumerate(largest):
         layer, head = places.place.values[at]
         where = {"layer": layer, "head": head}
         colour = list(COLOURS.values())[order % len(COLOURS)]
         looks: Any = {"color": colour, "marker": list(MARKERS.values())[order % len(MARKERS)], "markersize": 3.5}
-        axes.plot(x, values.value.sel(where), label=f"{result.site(int(layer))}.{head}", linewidth=1.1, **looks)
+        axes.plot(
+            x, values.value.sel(where), label=head_name(result.site(int(layer)), int(head)), linewidth=1.1, **looks
+        )
         axes.fill_between(x, values.low.sel(where), values.high.sel(where), color=colour, alpha=0.15, linewidth=0)
     axes.axhline(0, color=FAINT, linewidth=0.8, zorder=0)
-    axes.set_ylabel(f"{said}\n(nats)")
+    axes.set_ylabel(f"{quantity}\n(nats)")
     label_steps(axes, result)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=LINES, title="layer.head")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=LINES)
     return figure

@@ -1,4 +1,4 @@
-"""One patched run as the report tells it: means over trials, the timeline, and how its parts are called."""
+"""One patched run as the report shows it: means over trials, the timeline, and how its parts are called."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ..store.store import Store
 from ..study.patch_settings import PatchSettings
 
 STRONGEST = 3
-"""So many of the strongest subsets stand in the timeline where none of `NAMED` was patched."""
+"""So many of the subsets with the largest effects stand in the timeline where none of `NAMED` was patched."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,15 @@ def read_result(store: Store, name: str) -> Result:
     run, direction = finished(patch.dataset()), patch.settings.direction
     finite, means, rates, rows = [], [], [], []
     for one in each_checkpoint(run):
-        held = [one[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
-        finite.append(all(np.isfinite(values).all() for values in held))
+        raw_values = [one[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
+        finite.append(all(np.isfinite(values).all() for values in raw_values))
         if finite[-1]:
             means.append(one.logit_diff.mean("trial").values)
             rates.append(success(one.logit_diff).mean("trial").values)
             rows.append(timeline(one, direction))
     if not rows:
-        found = "only numbers that are not finite" if finite else "no finished checkpoint"
-        raise UserError(f"patched run {name} of {store.path} has {found}; run its scripts/patch.py command again")
+        what = "only numbers that are not finite" if finite else "no finished checkpoint"
+        raise UserError(f"patched run {name} of {store.path} has {what}; run its scripts/patch.py command again")
     not_finite = tuple(map(str, run.checkpoint.values[~np.array(finite)]))
     run = run.isel(checkpoint=np.flatnonzero(finite))
     like = run.logit_diff.isel(trial=0).reset_coords(drop=True)
@@ -117,10 +117,10 @@ def read_result(store: Store, name: str) -> Result:
 
 
 def _strongest(run: xr.Dataset, direction: str) -> tuple[str, ...]:
-    """The subsets that move the mean logit difference most towards the source run, each at its best layer."""
-    moved = effect(run, direction).mean(["checkpoint", "trial"]).max("layer")
-    order = np.argsort(-moved.values, kind="stable")[:STRONGEST]
-    return tuple(map(str, moved.subset.values[order]))
+    """The subsets with the largest mean effects towards the source run, each at its best layer."""
+    effects = effect(run, direction).mean(["checkpoint", "trial"]).max("layer")
+    order = np.argsort(-effects.values, kind="stable")[:STRONGEST]
+    return tuple(map(str, effects.subset.values[order]))
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -152,6 +152,11 @@ def heads_of(subset: str) -> str:
         return f"{subset} heads"
     short = subset if len(subset) <= 24 else f"{subset[:23]}…"
     return f"head{'s' * (',' in subset)} {short}"
+
+
+def head_name(layer: int | str, head: int) -> str:
+    """`L3.H1`; of several layers patched at once `L0–3.H1`."""
+    return f"L{layer}.H{head}"
 
 
 def signed(value: float, digits: int) -> str:

@@ -1,4 +1,4 @@
-"""What a patched run says, in the order in which it is told."""
+"""All tables of a patched run, in the order in which they are shown."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +22,7 @@ from .timeline import format_timeline
 def tell(
     run: xr.Dataset, settings: PatchSettings, study: dict[str, Any], correction: Correction = "bh"
 ) -> Iterator[str]:
-    """Everything that a run of either protocol says."""
+    """All tables of a run of either protocol as text."""
     if settings.protocol == "published":
         yield format_texts(run, study)
         return

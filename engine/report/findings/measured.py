@@ -9,7 +9,7 @@ from ...study.study import MEASURES
 from .finding import Finding
 
 CALLED = {
-    "probability": "probability of the right branching token",
+    "probability": "probability of the right answer's first token where the answers differ",
     "rank": "its rank among the tokenizer's tokens, 0 the first",
     "kl": "divergence of the run from the clean one, nats",
     "sequence": "log-probability of the whole right answer - that of the wrong one, nats (more tokens, more to lose)",
@@ -48,5 +48,5 @@ def measures_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None
     where = "at those layers" if settings.joint else "at the best layer by logit difference"
     notes.append(f"means over prompts; patched columns: {settings.direction} {where}")
     worst = ", ".join(f"{name} {float(run[f'self_check_{name}'].max()):.1e}" for name in held)
-    told = ("; ".join(notes), f"self-check of these against full hooked forwards: largest differences {worst}")
-    return Finding("Other measures", table, told, "measures", numbers)
+    lines = ("; ".join(notes), f"self-check of these against full hooked forwards: largest differences {worst}")
+    return Finding("Other measures", table, lines, "measures", numbers)

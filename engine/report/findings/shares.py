@@ -1,4 +1,4 @@
-"""What the coalitions of a layer's heads say, in words: who does how much, how many it takes, who works with whom."""
+"""Shapley values, sufficient and necessary sets, and interactions of a layer's heads, as tables."""
 
 import math
 from collections.abc import Iterator
@@ -18,32 +18,32 @@ SHOWN = 3
 
 
 def head_subset_findings(run: xr.Dataset, settings: PatchSettings) -> Iterator[Finding]:
-    """Each head's share; from the whole lattice also how many heads it takes, and which pairs work together.
+    """Each head's share; where all subsets were run also how many heads it takes, and which pairs interact.
 
-    Nothing where neither the lattice nor orders were run.
+    Nothing where neither all subsets nor random orders were run.
     """
-    done = finished(run)
-    exact = head_subset_statistics(done, settings.direction)
-    found = sampled(done, settings) if exact is None else exact
+    complete = finished(run)
+    exact = head_subset_statistics(complete, settings.direction)
+    found = sampled(complete, settings) if exact is None else exact
     if found is None:
         return
-    best = best_layer(done, settings.direction).astype(int)
+    best = best_layer(complete, settings.direction).astype(int)
     unit = f"nats towards the {'clean' if settings.direction == 'denoise' else 'corrupt'} run"
-    yield _tell_shares(found, best, unit)
+    yield _shares_finding(found, best, unit)
     if exact is not None:
-        yield _tell_sizes(exact, best, unit)
-        yield _tell_pairs(exact, best, unit)
+        yield _sizes_finding(exact, best, unit)
+        yield _pairs_finding(exact, best, unit)
 
 
-def _tell_shares(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
-    """Per checkpoint, at its best layer: the heads of the largest Shapley values, who is enough, who is needed."""
+def _shares_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
+    """Per checkpoint, at its best layer: the heads of the largest Shapley values, sufficient and necessary sets."""
     rows = {}
     for label, one in _best(found, best):
         rows[label] = {"layer": str(int(one.layer)), "largest Shapley values (head, nats)": _largest(one)}
         if "shapley_error" in one:
             rows[label]["largest error"] = f"{float(one.shapley_error.max()):.2f}"
         else:
-            rows[label] |= {"enough": _smallest(one, "sufficient"), "needed": _smallest(one, "necessary")}
+            rows[label] |= {"sufficient": _smallest(one, "sufficient"), "necessary": _smallest(one, "necessary")}
             rows[label]["parity"] = _parity(one)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
     by_head = found[[name for name, values in found.items() if values.dims[-1:] == ("head",)]].to_dataframe()
@@ -54,45 +54,46 @@ def _how_to_read(exact: bool, unit: str) -> str:
     half = f"({unit}) with half of their {LEVEL:.0%} interval over prompts"
     if not exact:
         return (
-            f"Shapley values of the row's best layer, sampled from random orders of its heads, {half}; their largest "
+            f"Shapley values of the best layer, sampled from random orders of its heads, {half}; their largest "
             "standard error over the orders"
         )
     return (
-        f"every coalition of the row's best layer: exact Shapley values {half}; fewest heads that do {SHARE:.0%} of "
-        "what all do, fewest without which as much is lost (how many such sets there are); share of the effect's "
-        "variance over coalitions that parity explains, and the share of halvings that explain as much"
+        f"all subsets of the best layer's heads: exact Shapley values {half}; smallest sufficient set ({SHARE:.0%} of "
+        "the effect of all heads), smallest necessary set (without it as much is lost) and how many there are of that "
+        "size; share of the effect's variance over subsets that parity explains, with its permutation p-value"
     )
 
 
-def _tell_sizes(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
-    """At the last checkpoint's best layer: what so many heads do at least and at most; even ones at least."""
-    numbers = found.curve.to_dataset("quantile").rename({0.0: "least", 0.5: "median", 1.0: "most"})
-    numbers = numbers.assign(least_of_even=found.worst_even, place=found.worst_even_p)
+def _sizes_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
+    """At the last checkpoint's best layer: smallest and largest effect of so many heads; smallest of even ones."""
+    numbers = found.curve.to_dataset("quantile").rename({0.0: "smallest", 0.5: "median", 1.0: "largest"})
+    numbers = numbers.assign(smallest_of_even=found.worst_even, p=found.worst_even_p)
     label, one = list(_best(numbers, best))[-1]
-    nats = {"least": one.least, "median": one["median"], "most": one.most, "least of even": one.least_of_even}
-    rows = {said: [_nats(value) for value in values.values] for said, values in nats.items()}
-    rows["p"] = ["-" if math.isnan(value) else f"{value:.2f}" for value in one.place.values]
+    nats = {"smallest": one.smallest, "median": one["median"], "largest": one.largest}
+    nats["smallest of even"] = one.smallest_of_even
+    rows = {name: [_nats(value) for value in values.values] for name, values in nats.items()}
+    rows["p"] = ["-" if math.isnan(value) else f"{value:.2f}" for value in one.p.values]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=one["size"].values.astype(str))
     note = (
-        f"what patching so many heads of layer {int(one.layer)} does at {label} ({unit}): the least, the median and "
-        "the most of all sets of that size, and the least of those of even heads alone, with the share of all halves "
-        "whose least is as good: any k even heads do it only where that row says so, and parity has to do with it only "
-        "where p is small"
+        f"effect of so many heads of layer {int(one.layer)} at {label} ({unit}): the smallest, the median and the "
+        "largest of all sets of that size, and the smallest of those of even heads alone, with its permutation p-value "
+        "over all halves of the heads: any k even heads suffice only if that row says so, and parity matters only if p "
+        "is small"
     )
     return Finding(
         "How many heads it takes", table.rename_axis(columns="heads"), (note,), "sizes", numbers.to_dataframe()
     )
 
 
-def _tell_pairs(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
-    """At the last checkpoint's best layer: the pairs of heads that do most more, or less, than one by one."""
+def _pairs_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
+    """At the last checkpoint's best layer: the pairs of heads with the largest interactions."""
     label, one = list(_best(found, best))[-1]
     note = (
-        f"pairs of heads of layer {int(one.layer)} that at {label} do most more, or less, together than one by one "
-        f"(Shapley interaction, {unit}; below zero each does what the other does already): {_strongest(one)}"
+        f"pairs of heads of layer {int(one.layer)} with the largest Shapley interactions at {label} ({unit}; below "
+        f"zero the two are redundant, above it they need each other): {_strongest(one)}"
     )
     numbers = found[["interaction"]].to_dataframe().query("head < other")
-    return Finding("Which heads work together", None, (note,), "pairs", numbers)
+    return Finding("Which heads interact", None, (note,), "pairs", numbers)
 
 
 def _best(found: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Dataset]]:
@@ -104,22 +105,26 @@ def _best(found: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Datas
 def _largest(one: xr.Dataset) -> str:
     largest = np.argsort(-one.shapley.values, kind="stable")[:SHOWN]
     half = (one.shapley_high.values - one.shapley_low.values) / 2
-    told = ["" if math.isnan(value) else f" ±{value:.2f}" for value in half]  # one prompt has no interval
-    return ", ".join(f"{head} {one.shapley.values[head]:+.2f}{told[head]}" for head in largest)
+    margin = ["" if math.isnan(value) else f" ±{value:.2f}" for value in half]  # one prompt has no interval
+    return ", ".join(f"L{int(one.layer)}.H{head} {one.shapley.values[head]:+.2f}{margin[head]}" for head in largest)
 
 
 def _strongest(one: xr.Dataset) -> str:
     heads, others = np.triu_indices(one.sizes["head"], 1)
     value = one.interaction.values[heads, others]
     most = np.argsort(-np.abs(value), kind="stable")[:SHOWN]
-    return "; ".join(f"{heads[at]},{others[at]} {value[at]:+.2f}" for at in most) or "-"
+    return "; ".join(f"{_pair(one, heads[at], others[at])} {value[at]:+.2f}" for at in most) or "-"
+
+
+def _pair(one: xr.Dataset, head: int, other: int) -> str:
+    return f"L{int(one.layer)}.H{head} and L{int(one.layer)}.H{other}"
 
 
 def _parity(one: xr.Dataset) -> str:
-    share, place = float(one.parity), float(one.parity_p)
+    share, p = float(one.parity), float(one.parity_p)
     if math.isnan(share):
         return "-"
-    return f"{share:.1%}" if math.isnan(place) else f"{share:.1%} p {place:.2f}"
+    return f"{share:.1%}" if math.isnan(p) else f"{share:.1%} p {p:.2f}"
 
 
 def _smallest(one: xr.Dataset, name: str) -> str:
