@@ -60,7 +60,11 @@ def task(path: Path, pairs: Sequence[tuple[int, int]] = PAIRS) -> Path:
 
 
 def planted(
-    carry: float, noise: float = 0.0, seed: int = 0, carriers: Sequence[int] = range(0, N_HEADS, 2)
+    carry: float,
+    noise: float = 0.0,
+    seed: int = 0,
+    carriers: Sequence[int] = range(0, N_HEADS, 2),
+    n_layers: int = N_LAYERS,
 ) -> PreTrainedModel:
     """The model in which each of the `carriers` writes `carry` nats per unit that the digit is above five.
 
@@ -69,7 +73,7 @@ def planted(
     """
     generator = torch.Generator().manual_seed(seed)
     config = GPTNeoXConfig(
-        vocab_size=len(WORDS), hidden_size=D_MODEL, num_hidden_layers=N_LAYERS, num_attention_heads=N_HEADS,
+        vocab_size=len(WORDS), hidden_size=D_MODEL, num_hidden_layers=n_layers, num_attention_heads=N_HEADS,
         intermediate_size=8, max_position_embeddings=16, layer_norm_eps=EPS, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": ROTARY},
         bos_token_id=0, eos_token_id=0,
@@ -82,7 +86,7 @@ def planted(
         model.get_input_embeddings().weight.copy_(_embeddings())
         for word, sign in (("yes", 1), ("no", -1)):
             model.get_output_embeddings().weight[WORDS.index(word)] = sign * READ[ANSWER] / 2
-        for layer in range(N_LAYERS):
+        for layer in range(n_layers):
             for head in range(N_HEADS):
                 carried = (carry if head in carriers else 0.0) if layer == LAYER else None
                 _make_head(model, layer, head, carried, noise, generator)

@@ -22,6 +22,7 @@ def test_holm_worked_by_hand() -> None:
     np.testing.assert_allclose(adjust(np.array([0.01, 0.04, 0.03, 0.005]), "holm"), [0.03, 0.06, 0.06, 0.02])
     np.testing.assert_allclose(adjust(np.array([0.5, 0.9]), "holm"), [1.0, 1.0])
     np.testing.assert_allclose(adjust(np.array([0.2]), "holm"), [0.2])
+    np.testing.assert_array_equal(adjust(np.array([0.7, 0.9]), "holm"), [1.0, 1.0], "2 x 0.7 is no probability")
 
 
 def test_benjamini_and_hochberg_worked_by_hand() -> None:

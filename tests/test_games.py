@@ -134,3 +134,12 @@ def test_a_single_pair_of_orders_knows_no_error() -> None:
     orders = np.array([[0, 1], [1, 0]])
     estimate, error = sampled_shapley(np.array([[0.0, 1.0, 3.0], [0.0, 1.5, 3.0]]), orders)
     assert estimate.tolist() == [1.25, 1.75] and np.isnan(error).all()
+
+
+def test_the_error_of_sampled_values_is_worked_by_hand_from_two_pairs_of_orders() -> None:
+    """Head 0 adds 1 and 3 in the first pair of orders (2 on average), 5 and 7 in the second (6); the standard error of
+    their mean, 4, is |6 - 2| / sqrt(2) (the standard deviation of two) / sqrt(2) = 2."""
+    orders = np.array([[0, 1], [1, 0], [0, 1], [1, 0]])
+    worth = np.array([[0.0, 1, 1], [0, 0, 3], [0, 5, 5], [0, 0, 7]])
+    value, error = sampled_shapley(worth, orders)
+    assert value.tolist() == [4, 0] and error == pytest.approx([2, 0])

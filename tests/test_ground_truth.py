@@ -26,7 +26,9 @@ from headlapse.engine.measures.logit_diff import finished
 from headlapse.engine.replay.replay import replay
 from headlapse.engine.replay.run import make_plan, open_run, patch_series
 from headlapse.engine.report.findings.hypotheses import hypotheses_table
+from headlapse.engine.report.findings.verdict import format_estimate, verdict
 from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.statistics.head_subsets import head_subset_statistics
 from headlapse.engine.statistics.hypotheses import hypotheses
 from headlapse.engine.statistics.onset import onsets
@@ -34,12 +36,12 @@ from headlapse.engine.statistics.permutation import ROUNDING, parity, permutatio
 from headlapse.engine.statistics.rates import rates
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.alignment import align
-from headlapse.engine.study.patch_settings import PatchRequest
+from headlapse.engine.study.patch_settings import PatchRequest, PatchSettings
 from headlapse.engine.study.prompts import Trials, draw_trials
 from headlapse.engine.study.study import Study
 from headlapse.engine.study.subsets import parse_subsets
 from tests.models import SHAPE, random_trials, randomised, save
-from tests.planted import LAYER, N_HEADS, N_LAYERS, permuted, planted, task, tokenizer
+from tests.planted import LAYER, N_HEADS, N_LAYERS, PAIRS, permuted, planted, task, tokenizer
 from tests.test_scripts import run
 
 BY_PROMPT = np.array([1.0, 2.0, 3.0])
@@ -52,10 +54,11 @@ STEPS, ONSET, RAMP = (0, 100, 200, 300, 400, 500, 600, 700, 800), 300, 200
 
 
 def cached_and_patched(
-    model: Path, directory: Path, words: Sequence[str] = ("balanced", "each", "all"), layers: Sequence[str] = ("all",)
+    model: Path, directory: Path, words: Sequence[str] = ("balanced", "each", "all"), layers: Sequence[str] = ("all",),
+    pairs: Sequence[tuple[int, int]] = PAIRS,
 ) -> xr.Dataset:
     """The patched runs of a model's directory, through the whole corridor."""
-    study = Study(str(model), str(task(directory / "digits.jsonl")))
+    study = Study(str(model), str(task(directory / "digits.jsonl", pairs)))
     path = directory / "s.zarr"
     outcomes = list(cache_series(study, resolve(study.model, (), directory), path, directory, Machine()))
     store = Store(path)
@@ -268,6 +271,30 @@ def test_the_commands_print_the_finding(
     assert row[1] == str(LAYER) and float(row[2]) == pytest.approx(6.0, abs=0.5) and row[6] == least
     assert said in table and "over 3 layers and checkpoints (Holm); 1 of them" in table
     assert next(line for line in table.splitlines() if "3 of 3" in line).split()[5:7] == ["100%", "44..100"]
+
+
+# --- the answer first ---
+
+MANY_PAIRS = ((6, 4), (7, 3), (8, 2), (9, 1), (6, 3), (7, 4), (8, 1), (9, 0))
+
+
+def test_the_verdict_of_the_default_run_names_the_one_head_that_does_everything(tmp_path: Path) -> None:
+    """Four layers; head 5 of layer 1 carries the answer from step 300 on, through caching and patching as they are."""
+    for seed, step in enumerate((0, 100, 200, 300, 400)):
+        model = planted(0.5 if step >= 300 else 0.0, NOISE, seed, carriers=(5,), n_layers=4)
+        save(model, tmp_path / "model" / f"step{step}", tokenizer=tokenizer())
+    run = cached_and_patched(tmp_path / "model", tmp_path, PatchRequest().subsets, pairs=MANY_PAIRS)
+    settings = PatchSettings.from_attributes(run.attrs["patch"])
+    lines = verdict(run, settings, {"model": "planted", "task": "digits"})
+    assert len(lines) <= 12 and max(map(len, lines)) <= 100
+    row = next(line for line in lines[:5] if line.startswith("  L1.H5"))
+    effect = head_effects(run, settings).loc[("step400", 1, 5)]
+    # Patched alone it writes 1/2 for each digit that clean and corrupt prompt are apart, 5 on average.
+    assert effect["effect"] == pytest.approx(2.5, abs=0.3) and effect["low"] < 2.5 < effect["high"]
+    assert format_estimate(effect["effect"], effect["low"], effect["high"]) in row
+    assert "from step 200-300" in row and "p < .001" in row
+    assert "not tested" in next(line for line in lines if line.startswith("even/odd"))
+    assert "stock transformers within" in next(line for line in lines if line.startswith("checked"))
 
 
 # --- models where nothing is planted, and the power where something is ---

@@ -46,6 +46,13 @@ def test_resampled_means_are_means_of_prompts_drawn_with_replacement() -> None:
     assert np.allclose(counts, counts.round()) and np.allclose(counts.sum(0), 5)
 
 
+def test_noise_of_few_prompts_is_as_wide_as_the_standard_error_of_their_mean() -> None:
+    """Of four prompts the plain bootstrap would be narrower by sqrt(3/4), 13 %."""
+    values = np.random.default_rng(3).standard_normal((50, 4))
+    ratio = noise_of_means(values).std(1) / stats.sem(values, axis=1)
+    assert ratio == pytest.approx(1.0, abs=0.06) and ratio.mean() == pytest.approx(1.0, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("past", "at"),
     [("0011", 2), ("0101", 3), ("0100", 4), ("0110", 1), ("0000", 4), ("1111", 0), ("0001", 3), ("1000", 4)],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from headlapse.engine.report.findings.verdict import verdict
+from headlapse.engine.report.findings.verdict import format_estimate, format_p, verdict
 from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.study.patch_settings import Direction, PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
@@ -199,7 +199,7 @@ def test_the_published_protocol_ends_in_the_studys_table_and_its_rule() -> None:
     row = next(line for line in lines if line.startswith("step143000"))
     assert row.split()[-7:] == ["0%", "100%", "0%", "0%", "100%", "0%", "yes"]
     rule = line_about(lines, "rule")
-    assert "above 0.3 at 1 of 2 checkpoints" in rule and "1 of 6 equal splits" in rule
+    assert "> 0.3 at 1 of 2 checkpoints" in rule and "1 of 6 equal splits" in rule
     assert "supported" not in " ".join(lines)
     two = run.sel(subset=["none", "even", "odd"])
     assert "not tested" in line_about(verdict(two, settings, study), "rule")

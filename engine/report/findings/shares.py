@@ -113,7 +113,7 @@ def _strongest(one: xr.Dataset) -> str:
     heads, others = np.triu_indices(one.sizes["head"], 1)
     value = one.interaction.values[heads, others]
     most = np.argsort(-np.abs(value), kind="stable")[:SHOWN]
-    return "; ".join(f"{_pair(one, heads[at], others[at])} {value[at]:+.2f}" for at in most) or "-"
+    return "; ".join(f"{_pair(one, int(heads[at]), int(others[at]))} {value[at]:+.2f}" for at in most) or "-"
 
 
 def _pair(one: xr.Dataset, head: int, other: int) -> str:

@@ -213,11 +213,10 @@ def _layer_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]
     layer = _leading_layer(complete, settings)
     last = complete.isel(checkpoint=-1)
     nats = effect(last, settings.direction).sel(layer=layer, subset="all").values.astype(float)
-    low, high, _ = (float(value) for value in t_test(nats))
+    low, high, _ = (float(values[0]) for values in t_test(nats[None]))
     mean = f"all heads {format_estimate(float(nats.mean()), low, high)} nats"
-    if low <= 0 <= high:
-        mean += ", not clear of zero"
-    text = f"{mean}, {_restored(last.sel(layer=layer, subset='all'), settings)}"
+    restored = _restored(last.sel(layer=layer, subset="all"), settings)
+    text = f"{mean}, not clear of zero" if low <= 0 <= high else f"{mean}, {restored}"
     share = _additive_share(complete, settings, layer)
     if share is None:
         text = fitting(f"{text} at {_labels(complete)[-1]}", text)
@@ -260,7 +259,7 @@ def _parity_line(complete: xr.Dataset, settings: PatchSettings, correction: Corr
     layer = _leading_layer(complete, settings)
     logit_diff = complete.logit_diff.isel(checkpoint=-1).sel(layer=layer)
     nats = (logit_diff.sel(subset="even") - logit_diff.sel(subset="odd")).values.astype(float)
-    low, high, _ = (float(value) for value in t_test(nats))
+    low, high, _ = (float(values[0]) for values in t_test(nats[None]))
     difference = f"{format_estimate(float(nats.mean()), low, high)} nats"
     difference += "" if settings.joint else f" in layer {layer}"
     splits, frame = find_equal_splits(complete), parity(complete, correction)
@@ -274,7 +273,7 @@ def _parity_line(complete: xr.Dataset, settings: PatchSettings, correction: Corr
     test = f"permutation {format_p(p)} of {n_splits} splits"
     smallest = float(frame["p_adjusted"].min())
     if least > 1 - LEVEL:
-        text = f"cannot tell: {difference}; of {n_splits} equal splits p is at least {least:.2f}"
+        text = f"cannot tell: {difference}; of {n_splits} splits p is at least {least:.2f}"
     elif p <= 1 - LEVEL:
         text = f"yes: {difference}, {test}"
     elif smallest <= 1 - LEVEL:
@@ -308,12 +307,15 @@ def _published_lines(complete: xr.Dataset, study: Mapping[str, Any]) -> Iterator
     rate = complete.success.astype(float).mean("trial")
     differences = (rate.sel(subset="even") - rate.sel(subset="odd")).max("layer").values
     n_met = int((differences > PATTERN).sum())
-    text = f"even − odd success rate above {PATTERN} at {n_met} of {_count(len(differences), 'checkpoint')}"
+    text = f"even − odd success rate > {PATTERN} at {n_met} of {_count(len(differences), 'checkpoint')}"
     splits = find_equal_splits(complete)
     if splits is None:
         test = how_to_test(complete.sizes["head"])[0]
         how = f"not tested: no other equal split was run (--subsets none even odd {test})"
-        yield Line("rule", fitting(f"{text}; {how}", f"{text}; not tested (--subsets none even odd {test})", text))
+        yield Line(
+            "rule",
+            fitting(f"{text}; {how}", f"{text}; not tested (--subsets none even odd {test})", f"{text}; not tested"),
+        )
         return
     values = rate.isel(checkpoint=-1).transpose("layer", "subset").values
     met = (values[:, splits.halves] - values[:, splits.rests] > PATTERN).any(0)
