@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from ...measures.logit_diff import best_layer, effect, finished, success
+from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
 from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, t_test, telling_checkpoint
 from ...statistics.head_subsets import additive_share
@@ -85,7 +86,7 @@ def _question(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str,
     labels, n = _labels(complete), complete.sizes["trial"]
     what = f"{Path(study['model']).name} on {Path(study['task']).name}"
     between = f" ({labels[0]} to {labels[-1]})" if len(labels) > 1 else f" ({labels[0]})" if labels else ""
-    pairs, checkpoints = _count(n, "prompt pair"), _count(len(labels), "checkpoint")
+    pairs, checkpoints = format_count(n, "prompt pair"), format_count(len(labels), "checkpoint")
     how, where = _patch_in_words(settings)
     return fitting(
         f"{what}: {pairs}, {checkpoints}{between}, {how}{where}",
@@ -165,7 +166,7 @@ def _head_lines(complete: xr.Dataset, settings: PatchSettings, correction: Corre
         yield from (Line(f"  {head}", f"{head.effect:+.2f}") for head in heads[:SHOWN])
     elif at is None:
         largest = f"{heads[0]} {format_estimate(heads[0].effect, heads[0].low, heads[0].high)}"
-        none = f"none of {_count(len(heads), 'head')} has a significant effect"
+        none = f"none of {format_count(len(heads), 'head')} has a significant effect"
         yield Line("heads", fitting(f"{none}; largest at {last}: {largest}", f"{none}; largest: {largest}", none))
     else:
         significant = [head for head in heads if head.is_significant]
@@ -237,9 +238,9 @@ def _restored(patched: xr.Dataset, settings: PatchSettings) -> str:
     right = success(patched.logit_diff).values == 1
     if settings.direction == "noise":
         was_right = success(patched.clean_logit_diff).values == 1
-        return f"{int((~right & was_right).sum())} of {_count(int(was_right.sum()), 'right prompt')} broken"
+        return f"{int((~right & was_right).sum())} of {format_count(int(was_right.sum()), 'right prompt')} broken"
     failed = success(patched.corrupt_logit_diff).values != 1
-    return f"{int((right & failed).sum())} of {_count(int(failed.sum()), 'failing prompt')} restored"
+    return f"{int((right & failed).sum())} of {format_count(int(failed.sum()), 'failing prompt')} restored"
 
 
 def _additive_share(complete: xr.Dataset, settings: PatchSettings, layer: int) -> float | None:
@@ -291,7 +292,7 @@ def _check_line(complete: xr.Dataset) -> Iterator[Line]:
     n, n_checked = len(differences), int((~np.isnan(differences)).sum())
     if n_checked:
         largest = float(np.nanmax(differences))
-        where = f"random runs at {n_checked} of {_count(n, 'checkpoint')}"
+        where = f"random runs at {n_checked} of {format_count(n, 'checkpoint')}"
         yield Line("checked", f"{where} equal stock transformers within {largest:.1e} nats")
 
 
@@ -307,7 +308,7 @@ def _published_lines(complete: xr.Dataset, study: Mapping[str, Any]) -> Iterator
     rate = complete.success.astype(float).mean("trial")
     differences = (rate.sel(subset="even") - rate.sel(subset="odd")).max("layer").values
     n_met = int((differences > PATTERN).sum())
-    text = f"even − odd success rate > {PATTERN} at {n_met} of {_count(len(differences), 'checkpoint')}"
+    text = f"even − odd success rate > {PATTERN} at {n_met} of {format_count(len(differences), 'checkpoint')}"
     splits = find_equal_splits(complete)
     if splits is None:
         test = how_to_test(complete.sizes["head"])[0]
@@ -341,10 +342,6 @@ def format_p(p: float) -> str:
         return "p < .001"
     digits = 3 if p < 0.1 else 2
     return f"p = {p:.{digits}f}".replace("= 0.", "= .")
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'s' * (n != 1)}"
 
 
 def _labels(complete: xr.Dataset) -> list[str]:
