@@ -275,7 +275,7 @@ def test_the_commands_print_the_finding(
 
 # --- the answer first ---
 
-MANY_PAIRS = ((6, 4), (7, 3), (8, 2), (9, 1), (6, 3), (7, 4), (8, 1), (9, 0))
+MANY_PAIRS = tuple((clean, corrupt) for clean in range(6, 10) for corrupt in range(1, 5))
 
 
 def test_the_verdict_of_the_default_run_names_the_one_head_that_does_everything(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_head_that_mattered_for_a_while_is_named_where_it_did() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_where_no_head_matters_it_says_so_and_names_no_head_as_one_that_does(seed: int) -> None:
     lines = lines_of({}, seed=seed)
-    assert "none of 32 heads has a significant effect" in line_about(lines, "heads")
+    assert "none of 32 heads has a lasting significant effect" in line_about(lines, "heads")
     assert not [line for line in lines if line.startswith("  L")]
 
 

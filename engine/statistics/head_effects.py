@@ -147,12 +147,18 @@ def rank_heads(effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
 
 
 def telling_checkpoint(effects: pd.DataFrame) -> str | None:
-    """The last checkpoint where a head is significant there, else that of the largest significant effect; None without
-    any."""
-    significant = effects["p_adjusted"].to_numpy() <= 1 - LEVEL
-    if not significant.any():
+    """The last checkpoint where a head is significant there, else that of the largest effect that is significant at two
+    consecutive checkpoints; None without any."""
+    labels = [str(label) for label in effects.index.unique("checkpoint")]
+    by_head = effects.to_numpy().reshape(len(labels), -1, len(COLUMNS))
+    significant = by_head[..., COLUMNS.index("p_adjusted")] <= 1 - LEVEL
+    if significant[-1].any():
+        return labels[-1]
+    pairs = significant[1:] & significant[:-1]
+    lasting = np.zeros_like(significant)
+    lasting[1:] |= pairs
+    lasting[:-1] |= pairs
+    if not lasting.any():
         return None
-    labels = effects.index.get_level_values("checkpoint").to_numpy()
-    if labels[-1] in labels[significant]:
-        return str(labels[-1])
-    return str(labels[np.where(significant, effects["effect"].abs().to_numpy(), -1).argmax()])
+    size = np.where(lasting, np.abs(by_head[..., COLUMNS.index("effect")]), -1).max(1)
+    return labels[int(size.argmax())]

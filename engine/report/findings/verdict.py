@@ -166,12 +166,19 @@ def _head_lines(complete: xr.Dataset, settings: PatchSettings, correction: Corre
         yield from (Line(f"  {head}", f"{head.effect:+.2f}") for head in heads[:SHOWN])
     elif at is None:
         largest = f"{heads[0]} {format_estimate(heads[0].effect, heads[0].low, heads[0].high)}"
-        none = f"none of {format_count(len(heads), 'head')} has a significant effect"
+        none = f"none of {format_count(len(heads), 'head')} has a lasting significant effect"
         yield Line("heads", fitting(f"{none}; largest at {last}: {largest}", f"{none}; largest: {largest}", none))
     else:
         significant = [head for head in heads if head.is_significant]
         counts = f"{len(significant)} of {len(heads)} significant at {at}{'' if at == last else f', none at {last}'}"
-        yield Line("heads", f"{counts}; mean effect (nats, 95 % interval), adjusted p")
+        yield Line(
+            "heads",
+            fitting(
+                f"{counts}; mean effect (nats, 95 % interval), adjusted p",
+                f"{counts}; nats [95 % interval], adjusted p",
+                counts,
+            ),
+        )
         yield from _table(significant[:SHOWN], len(_labels(complete)))
 
 
