@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from headlapse.engine.statistics.changepoint import changes, evaluate_shape, sampling_variance
+from headlapse.engine.statistics.changepoint import (
+    DIVIDE,
+    GAP,
+    WIDEST,
+    _verdict,
+    changes,
+    evaluate_shape,
+    sampling_variance,
+)
 
 DENSE = np.linspace(0, 1, 31)
 NAMES = ("constant", "step", "steep", "line", "slow")
@@ -90,3 +98,39 @@ def test_prompts_that_go_their_own_ways_make_no_change_of_the_mean() -> None:
     found = [evaluate_shape(DENSE, one).verdict for one in walks]
     assert np.mean([verdict in ("sudden", "gradual") for verdict in found]) <= 0.05 + 0.038
     assert changes(DENSE, walks[0] + 9 * DENSE[:, None])
+
+
+@pytest.mark.parametrize("kind, width", [("steep", DIVIDE), ("slow", np.geomspace(DIVIDE, WIDEST, 10)[3])])
+@pytest.mark.parametrize("middle", [5.0, 5.5, 8.5])
+def test_a_logistic_rise_between_or_at_checkpoints_is_fitted_by_its_own_family_alone(
+    kind: str, width: float, middle: float
+) -> None:
+    """Nothing of it is left over, so that BIC is that of the least variance there is."""
+    x = np.arange(12.0)
+    y = 5 + 3 / (1 + np.exp(-(x - middle) / (11 * width)))
+    bic = evaluate_shape(x, y[:, None]).bic
+    least = (1e-9 + 1e-6 * y.max()) ** 2
+    assert bic[kind] == pytest.approx(12 * np.log(least) + 4 * np.log(12), abs=0.1)
+    assert all(bic[other] > bic[kind] + 6 for other in bic if other != kind)
+
+
+@pytest.mark.parametrize(
+    "sudden, gradual, gap, verdict",
+    [
+        (-10, -3, 0.05, "sudden"),
+        (-10, -4, GAP, "sudden"),
+        (-2, 9, 0.05, "sudden"),
+        (-10, -5, 0.05, "undecided"),
+        (-10, -3, 0.2, "undecided"),
+        (-1.9, 9, 0.05, "undecided"),
+        (1.9, 9, 0.05, "undecided"),
+        (2, 9, 0.05, "none"),
+        (-4, -10, 0.2, "gradual"),
+    ],
+)
+def test_a_verdict_takes_six_of_bic_between_shapes_and_two_against_a_constant(
+    sudden: float, gradual: float, gap: float, verdict: str
+) -> None:
+    for other in ("step", "steep"), ("steep", "step"):
+        bic = {"constant": 0.0, "line": gradual + 1, "slow": gradual, other[0]: sudden, other[1]: sudden + 1}
+        assert _verdict(bic, gap) == verdict
