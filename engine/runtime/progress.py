@@ -13,8 +13,8 @@ from .format import format_time
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 30.0
-"""Between two plain lines of one piece of work; work that takes less says nothing on its way."""
+FIRST_LINE, LONGEST_SILENCE = 30.0, 600.0
+"""Seconds: when a piece of work says its first plain line, and at most between two.  The time between them doubles."""
 
 
 class Progress(Protocol):
@@ -84,7 +84,8 @@ class _Lines:
     def update(self, n: int) -> None:
         self.completed += n
         now = time.monotonic()
-        if now - self.last_line < SECONDS_BETWEEN_LINES or self.completed >= self.total:
+        silence = min(max(FIRST_LINE, self.last_line - self.started), LONGEST_SILENCE)
+        if now - self.last_line < silence or self.completed >= self.total:
             return
         self.last_line = now
         elapsed = now - self.started
