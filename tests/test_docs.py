@@ -171,7 +171,7 @@ def test_the_options_of_a_script_are_listed(script: str) -> None:
 def test_options_that_pages_name_exist() -> None:
     every = {option for name in commands() for option in declared("-m", "headlapse", name)}
     every |= {option for script in SCRIPTS for option in declared(f"scripts/{script}.py")}
-    every |= declared("-m", "headlapse")
+    every |= declared("-m", "headlapse") | declared("-m", "tests.mutants")
     for page in GUIDES:
         assert options_in(read(page)) <= every | FOREIGN, page
 
