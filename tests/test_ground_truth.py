@@ -54,7 +54,10 @@ STEPS, ONSET, RAMP = (0, 100, 200, 300, 400, 500, 600, 700, 800), 300, 200
 
 
 def cached_and_patched(
-    model: Path, directory: Path, words: Sequence[str] = ("balanced", "each", "all"), layers: Sequence[str] = ("all",),
+    model: Path,
+    directory: Path,
+    words: Sequence[str] = ("balanced", "each", "all"),
+    layers: Sequence[str] = ("all",),
     pairs: Sequence[tuple[int, int]] = PAIRS,
 ) -> xr.Dataset:
     """The patched runs of a model's directory, through the whole corridor."""
