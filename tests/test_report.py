@@ -410,6 +410,7 @@ def test_every_finding_is_on_the_page_and_its_numbers_beside_it(store: Store, tm
     assert len(shapley) == len(STEPS) * LAYERS * HEADS
 
 
+@pytest.mark.slow
 def test_no_figure_of_another_run_stays_behind(store: Store, tmp_path: Path) -> None:
     some_run(store, ["lattice"], name="lattice")
     some_run(store, ["all"], name="all")
@@ -463,6 +464,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[st
     return lambda words: run(["report", *words])
 
 
+@pytest.mark.slow
 def test_the_script_takes_the_newest_store_and_prints_the_page(
     script: Callable[[list[str]], int], store: Store, tmp_path: Path, capsys: Any
 ) -> None:
@@ -472,6 +474,7 @@ def test_the_script_takes_the_newest_store_and_prints_the_page(
     assert capsys.readouterr().out == f"{page}\n" and page.is_file()
 
 
+@pytest.mark.slow
 def test_the_script_writes_where_it_is_told(
     script: Callable[[list[str]], int], store: Store, tmp_path: Path, capsys: Any
 ) -> None:
