@@ -17,7 +17,7 @@ COMPILE = echo torch==$(TORCH) | $(RUN) -m uv pip compile pyproject.toml --quiet
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-demo: $(VENV)/installed  ## set up, then cache, patch, dissect and report the embedded series
+demo: $(VENV)/installed  ## set up, then cache, patch and report the embedded series
 	$(VENV)/bin/headlapse cache
 	$(VENV)/bin/headlapse patch --protocol published --layers all
 	$(VENV)/bin/headlapse patch --subsets lattice

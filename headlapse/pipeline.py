@@ -131,7 +131,7 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     """Patch the checkpoints of a store that the run lacks."""
     options.refuse_impossible()
     path = store_path(options.store, folder)
-    asked = select_checkpoints(path, options.checkpoints)
+    requested = select_checkpoints(path, options.checkpoints)
     from .engine.replay.protocols import protocol_named
     from .engine.runtime.resources import Machine, peak_memory
     from .engine.store.store import Store
@@ -148,7 +148,7 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
                 zarr_group.remove(run_path(path, name))
             run = protocol.open_run(store, plan, name, machine.device)
             complete = run.complete()
-            missing = [label for label in asked if label not in complete]
+            missing = [label for label in requested if label not in complete]
             started = time.perf_counter()
             with progress("patch", "run", plan.n_runs * len(missing)) as bar:
                 outcomes = protocol.patch_series(store, plan, run, missing, folder, machine, bar.update)
@@ -156,7 +156,7 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
             seconds = time.perf_counter() - started
         return PatchWork(
             store=path,
-            n_asked=len(asked),
+            n_asked=len(requested),
             n_missing=len(missing),
             problems=problems,
             n_complete=len(run.complete()),

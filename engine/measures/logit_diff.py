@@ -36,8 +36,8 @@ def recovered(patched: xr.DataArray, source: xr.DataArray, target: xr.DataArray)
 def finished(run: xr.Dataset) -> xr.Dataset:
     """Only the checkpoints whose patched runs are all there, in order of training."""
     order = np.lexsort((run.step.values, run.step.values < 0))
-    kept = run.isel(checkpoint=order)
-    return kept.isel(checkpoint=np.flatnonzero(kept.complete.values))
+    ordered = run.isel(checkpoint=order)
+    return ordered.isel(checkpoint=np.flatnonzero(ordered.complete.values))
 
 
 def each_checkpoint(run: xr.Dataset) -> Iterator[xr.Dataset]:

@@ -53,7 +53,7 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     """
     names = store.patch_names("corrected")
     if not names:
-        raise UserError(f"{store.path} has no patched run yet; make one with: python scripts/patch.py {store.path}")
+        raise UserError(f"{store.path} has no patched run yet; make one with: headlapse patch {store.path}")
     begun = [name for name in names if store.patch(name).complete()]
     result = read_result(store, name or (begun or names)[-1])
     if (out / "zarr.json").exists():
@@ -111,22 +111,22 @@ def _is_tidy(result: Result) -> bool:
 def _write_patched(result: Result, path: Path) -> None:
     """Every patched run of every trial, or means over trials where those would be too many."""
     with open(path, "w", encoding="utf-8", newline="") as file:
-        for index, one in enumerate(each_checkpoint(result.run)):
+        for index, checkpoint in enumerate(each_checkpoint(result.run)):
             keys = ["checkpoint", "layer", "subset"]
             if _is_tidy(result):
-                keys, kept = [*keys, "trial"], one[["logit_diff", "clean_logit_diff", "corrupt_logit_diff"]]
+                keys, values = [*keys, "trial"], checkpoint[["logit_diff", "clean_logit_diff", "corrupt_logit_diff"]]
             else:
-                kept = _means(result, one, index)
-            frame = kept.reset_coords(drop=True).to_dataframe(dim_order=keys).reset_index()
-            frame.insert(1, "step", int(one.step.values[0]))
+                values = _means(result, checkpoint, index)
+            frame = values.reset_coords(drop=True).to_dataframe(dim_order=keys).reset_index()
+            frame.insert(1, "step", int(checkpoint.step.values[0]))
             frame.to_csv(file, header=index == 0, index=False)
 
 
-def _means(result: Result, one: xr.Dataset, index: int) -> xr.Dataset:
+def _means(result: Result, checkpoint: xr.Dataset, index: int) -> xr.Dataset:
     """Means over trials of checkpoint `one`, the `index`-th."""
-    kept = {"mean_logit_diff": result.nats, "success_rate": result.rate}
-    plain = {f"mean_{run}_logit_diff": one[f"{run}_logit_diff"].mean("trial") for run in RUNS}
-    return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in kept.items()} | plain)
+    patched = {"mean_logit_diff": result.nats, "success_rate": result.rate}
+    plain = {f"mean_{run}_logit_diff": checkpoint[f"{run}_logit_diff"].mean("trial") for run in RUNS}
+    return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in patched.items()} | plain)
 
 
 def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[Finding]) -> str:
@@ -221,7 +221,7 @@ def _headline(result: Result) -> list[tuple[str, str, str]]:
 
 
 def _mechanism(store: Store) -> list[Finding]:
-    """What `scripts/mechanism.py` measured, where it has finished a checkpoint."""
+    """What `headlapse mechanism` measured, where it has finished a checkpoint."""
     if not is_group(mechanism_path(store)):
         return []
     run = MechanismRun(mechanism_path(store))
@@ -258,10 +258,10 @@ def _warnings(store: Store, result: Result) -> list[str]:
     patched = {*result.table.index, *result.not_finite}
     right = {run: result.table[f"{run}_rate"].to_numpy() for run in RUNS}
     warnings = {
-        "not cached completely, so not here (run scripts/cache.py again)": [
+        "not cached completely, so not here (run headlapse cache again)": [
             label for label in labels if label not in cached
         ],
-        "cached but not patched yet (run the same scripts/patch.py again)": [
+        "cached but not patched yet (run the same headlapse patch again)": [
             label for label in cached if label not in patched
         ],
         "left out because not all of their numbers are finite": list(result.not_finite),

@@ -93,16 +93,16 @@ def read_result(store: Store, name: str) -> Result:
     patch = store.patch(name)
     run, direction = finished(patch.dataset()), patch.settings.direction
     finite, means, rates, rows = [], [], [], []
-    for one in each_checkpoint(run):
-        raw_values = [one[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
+    for checkpoint in each_checkpoint(run):
+        raw_values = [checkpoint[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]
         finite.append(all(np.isfinite(values).all() for values in raw_values))
         if finite[-1]:
-            means.append(one.logit_diff.mean("trial").values)
-            rates.append(success(one.logit_diff).mean("trial").values)
-            rows.append(timeline(one, direction))
+            means.append(checkpoint.logit_diff.mean("trial").values)
+            rates.append(success(checkpoint.logit_diff).mean("trial").values)
+            rows.append(timeline(checkpoint, direction))
     if not rows:
         what = "only numbers that are not finite" if finite else "no finished checkpoint"
-        raise UserError(f"patched run {name} of {store.path} has {what}; run its scripts/patch.py command again")
+        raise UserError(f"patched run {name} of {store.path} has {what}; run its headlapse patch command again")
     not_finite = tuple(map(str, run.checkpoint.values[~np.array(finite)]))
     run = run.isel(checkpoint=np.flatnonzero(finite))
     like = run.logit_diff.isel(trial=0).reset_coords(drop=True)

@@ -84,11 +84,14 @@ def evaluate(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | N
     return Evaluation(series, onset, shape, p, int(steps[-1]), verdicts)
 
 
-def _thirds(found: Evaluation) -> dict[str, str]:
-    onset = found.onset
-    stands_out = found.p is not None and found.p <= 1 - LEVEL
-    by_chance = onset.by is not None and onset.significant is None and not found.one_prompt and not stands_out
-    return {name: OPEN if by_chance else _in_third(found.interval, *third, found.end) for name, third in THIRDS.items()}
+def _thirds(evaluation: Evaluation) -> dict[str, str]:
+    onset = evaluation.onset
+    stands_out = evaluation.p is not None and evaluation.p <= 1 - LEVEL
+    by_chance = onset.by is not None and onset.significant is None and not evaluation.one_prompt and not stands_out
+    return {
+        name: OPEN if by_chance else _in_third(evaluation.interval, *third, evaluation.end)
+        for name, third in THIRDS.items()
+    }
 
 
 def _shapes(shape: Shape) -> dict[str, str]:
@@ -109,12 +112,12 @@ def _in_third(interval: tuple[float, float], first: int, last: int, end: float) 
 def hypotheses(run: xr.Dataset, direction: str, layer: int, unit: str = "nats") -> Evaluation | None:
     """The hypotheses for even against odd heads of one layer; None where they were not patched, or fewer than three
     checkpoints are known."""
-    done = known_steps(run)
-    if done.sizes["checkpoint"] < FEWEST:
+    complete = known_steps(run)
+    if complete.sizes["checkpoint"] < FEWEST:
         return None
-    series = pick(list(series_of(done, direction)), DIVERGENCE, unit, layer)
+    series = pick(list(series_of(complete, direction)), DIVERGENCE, unit, layer)
     if series is None:
         return None
-    against = parity(done)
-    p = None if against is None else float(against["p"].loc[(done.checkpoint.values[-1], layer)])
-    return evaluate(done.step.values.astype(int), series, p)
+    against = parity(complete)
+    p = None if against is None else float(against["p"].loc[(complete.checkpoint.values[-1], layer)])
+    return evaluate(complete.step.values.astype(int), series, p)

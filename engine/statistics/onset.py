@@ -203,9 +203,9 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     Each in nats and, beside it, as the discrete rate, which can jump where nothing else does (Schaeffer et al. 2023,
     arXiv:2304.15004).
     """
-    done = finished(run)
-    done = done.sel(subset=[name for name in NAMED if name in done.subset.values]).load()
-    clean, corrupt = (done[f"{name}_logit_diff"].transpose("checkpoint", "trial") for name in ("clean", "corrupt"))
+    complete = finished(run)
+    complete = complete.sel(subset=[name for name in NAMED if name in complete.subset.values]).load()
+    clean, corrupt = (complete[f"{name}_logit_diff"].transpose("checkpoint", "trial") for name in ("clean", "corrupt"))
     yield Series(CAPABILITY, None, _array(clean), 0.0, "nats")
     yield Series(CAPABILITY, None, _array(success(clean)), HALF, "rate")
     yield Series("corrupt wrong", None, -_array(corrupt), 0.0, "nats")
@@ -213,10 +213,10 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     sign = 1 if direction == "denoise" else -1
     source, target = (clean, corrupt) if direction == "denoise" else (corrupt, clean)
     gap = clean - corrupt
-    labels = set(done.subset.values)
-    moved = effect(done, direction)
-    for layer in map(int, done.layer.values):
-        at = done.logit_diff.sel(layer=layer).transpose("checkpoint", "subset", "trial")
+    labels = set(complete.subset.values)
+    moved = effect(complete, direction)
+    for layer in map(int, complete.layer.values):
+        at = complete.logit_diff.sel(layer=layer).transpose("checkpoint", "subset", "trial")
         if "all" in labels:
             patched = moved.sel(layer=layer, subset="all").transpose("checkpoint", "trial")
             yield Series("all heads matter", layer, _array(patched), CLEAR_OF_ZERO, "nats")
@@ -240,10 +240,10 @@ def _array(values: xr.DataArray) -> Float[np.ndarray, "checkpoint trial"]:
 
 def known_steps(run: xr.Dataset) -> xr.Dataset:
     """The finished checkpoints whose step is known, in order; of several at one step the first."""
-    done = finished(run)
-    steps = done.step.values
+    complete = finished(run)
+    steps = complete.step.values
     first = np.array([step >= 0 and step not in steps[:at] for at, step in enumerate(steps)], dtype=bool)
-    return done.isel(checkpoint=np.flatnonzero(first))
+    return complete.isel(checkpoint=np.flatnonzero(first))
 
 
 def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
@@ -254,10 +254,10 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
     checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
     seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the deepest first).
     """
-    done = known_steps(run)
-    steps = done.step.values.astype(int)
+    complete = known_steps(run)
+    steps = complete.step.values.astype(int)
     records = []
-    for series in series_of(done, direction):
+    for series in series_of(complete, direction):
         onset = onset_of(steps, series)
         records.append(
             {
@@ -297,9 +297,9 @@ def compare_onsets(steps: Int[np.ndarray, " checkpoint"], first: Series, second:
     checkpoints, so that of two between the same ones nothing is said, and the interval is of the least and the greatest
     difference possible.
     """
-    found = [first_sustained(series.past(series.resampled)) for series in (first, second)]
+    onsets_resampled = [first_sustained(series.past(series.resampled)) for series in (first, second)]
     ends = np.concatenate([[-np.inf], steps.astype(float), [np.inf]])
-    after, by = (np.stack([ends[at + shift] for at in found]) for shift in (0, 1))
+    after, by = (np.stack([ends[at + shift] for at in onsets_resampled]) for shift in (0, 1))
     tail = (1 - LEVEL) / 2
     low = float(np.quantile(after[1] - by[0], tail, method="inverted_cdf"))
     high = float(np.quantile(by[1] - after[0], 1 - tail, method="inverted_cdf"))
@@ -308,7 +308,13 @@ def compare_onsets(steps: Int[np.ndarray, " checkpoint"], first: Series, second:
         verdict = "first"
     elif high <= 0 and onset_of(steps, second).significant is not None:
         verdict = "later"
-    return Order(verdict, float((found[0] < found[1]).mean()), float((found[0] > found[1]).mean()), low, high)
+    return Order(
+        verdict,
+        float((onsets_resampled[0] < onsets_resampled[1]).mean()),
+        float((onsets_resampled[0] > onsets_resampled[1]).mean()),
+        low,
+        high,
+    )
 
 
 def pick(series: Sequence[Series], name: str, unit: str, layer: int | None) -> Series | None:

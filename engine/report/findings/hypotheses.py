@@ -22,11 +22,11 @@ def hypotheses_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | No
 
     None where even and odd heads were not patched, or fewer than three checkpoints of known steps are finished.
     """
-    done = known_steps(run)
-    if done.sizes["checkpoint"] < FEWEST:
+    complete = known_steps(run)
+    if complete.sizes["checkpoint"] < FEWEST:
         return None
-    layer = int(best_layer(done, settings.direction).values[-1])
-    evaluation = hypotheses(done, settings.direction, layer)
+    layer = int(best_layer(complete, settings.direction).values[-1])
+    evaluation = hypotheses(complete, settings.direction, layer)
     if evaluation is None:
         return None
     numbers = hypotheses_table(evaluation)

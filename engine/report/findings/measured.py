@@ -19,18 +19,18 @@ CALLED = {
 
 def means(run: xr.Dataset) -> pd.DataFrame:
     """Means over prompts, one row a measure, checkpoint and layer: unpatched runs, and even, odd and all heads."""
-    done = finished(run)
+    complete = finished(run)
     tables = {}
-    for name in (name for name in MEASURES if name in done):
-        series = {"clean": done[f"clean_{name}"], "corrupt": done[f"corrupt_{name}"]}
-        series |= {word: done[name].sel(subset=word, drop=True) for word in NAMED if word in done.subset.values}
+    for name in (name for name in MEASURES if name in complete):
+        series = {"clean": complete[f"clean_{name}"], "corrupt": complete[f"corrupt_{name}"]}
+        series |= {word: complete[name].sel(subset=word, drop=True) for word in NAMED if word in complete.subset.values}
         columns = [
-            values.mean("trial").broadcast_like(done.layer).rename(word).reset_coords(drop=True)
+            values.mean("trial").broadcast_like(complete.layer).rename(word).reset_coords(drop=True)
             for word, values in series.items()
         ]
         frame = xr.merge(columns).to_dataframe(dim_order=["checkpoint", "layer"])
         # xarray puts labels in alphabetical order where it merges.
-        tables[name] = frame.reindex(done.checkpoint.values, level="checkpoint")[list(series)]
+        tables[name] = frame.reindex(complete.checkpoint.values, level="checkpoint")[list(series)]
     return pd.concat(tables, names=["measure"]) if tables else pd.DataFrame()
 
 
@@ -43,10 +43,10 @@ def measures_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None
     best = dict(zip(layer.checkpoint.values, layer.values, strict=True))
     at_best = [best[checkpoint] == here for _, checkpoint, here in numbers.index]
     table = numbers[at_best].droplevel("layer").map("{:.3g}".format)
-    held = table.index.unique("measure")
-    notes = [f"{name}: {CALLED[name]}" for name in held]
+    measures = table.index.unique("measure")
+    notes = [f"{name}: {CALLED[name]}" for name in measures]
     where = "at those layers" if settings.joint else "at the best layer by logit difference"
     notes.append(f"means over prompts; patched columns: {settings.direction} {where}")
-    worst = ", ".join(f"{name} {float(run[f'self_check_{name}'].max()):.1e}" for name in held)
+    worst = ", ".join(f"{name} {float(run[f'self_check_{name}'].max()):.1e}" for name in measures)
     lines = ("; ".join(notes), f"self-check of these against full hooked forwards: largest differences {worst}")
     return Finding("Other measures", table, lines, "measures", numbers)

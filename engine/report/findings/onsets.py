@@ -19,11 +19,11 @@ def onsets_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None:
 
     None where fewer than three checkpoints of known steps are finished.
     """
-    done, direction = known_steps(run), settings.direction
-    if done.sizes["checkpoint"] < FEWEST:
+    complete, direction = known_steps(run), settings.direction
+    if complete.sizes["checkpoint"] < FEWEST:
         return None
-    layer = int(best_layer(done, direction).values[-1])
-    frame = onsets(done, direction)
+    layer = int(best_layer(complete, direction).values[-1])
+    frame = onsets(complete, direction)
     shown = frame[frame["layer"].isna() | (frame["layer"] == layer)]
     table = pd.DataFrame(
         {
@@ -42,7 +42,7 @@ def onsets_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None:
         f"{layer} (largest effect at the last checkpoint), and the first significant checkpoint; the shape of the "
         "change by BIC; drops deeper than the noise over prompts drops anywhere"
     )
-    notes = (how_to_read, *_jumps(shown), *_order(done, direction, layer))
+    notes = (how_to_read, *_jumps(shown), *_order(complete, direction, layer))
     return Finding("When it starts", table, notes, "onsets", frame.set_index(["measure", "layer", "unit"]))
 
 
@@ -71,13 +71,13 @@ def _jumps(shown: pd.DataFrame) -> list[str]:
     ]
 
 
-def _order(done: xr.Dataset, direction: str, layer: int) -> list[str]:
+def _order(complete: xr.Dataset, direction: str, layer: int) -> list[str]:
     """Whether the model can do the task before even and odd heads diverge."""
-    series = list(series_of(done, direction))
+    series = list(series_of(complete, direction))
     able, diverged = pick(series, CAPABILITY, "nats", None), pick(series, DIVERGENCE, "nats", layer)
     if able is None or diverged is None:
         return []
-    order = compare_onsets(done.step.values.astype(int), able, diverged)
+    order = compare_onsets(complete.step.values.astype(int), able, diverged)
     apart = " to ".join(f"{steps:,.0f}" if np.isfinite(steps) else "any number of" for steps in (order.low, order.high))
     return [
         f"capability ({CAPABILITY}) against specialization ({DIVERGENCE}): {order.verdict}; it starts before it in "

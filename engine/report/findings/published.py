@@ -24,17 +24,20 @@ RATES = {
 
 def success_table(run: xr.Dataset, study: Mapping[str, Any]) -> pd.DataFrame:
     """Per checkpoint the success rates, at one layer, and the study's own where it has some; all of it as text."""
-    done = finished(run)
-    asked = Path(study["model"]).name, study["task"]
-    rows = [_row(done.isel(checkpoint=[index]), _shown(done), asked) for index in range(done.sizes["checkpoint"])]
+    complete = finished(run)
+    question = Path(study["model"]).name, study["task"]
+    rows = [
+        _row(complete.isel(checkpoint=[index]), _shown(complete), question)
+        for index in range(complete.sizes["checkpoint"])
+    ]
     return pd.DataFrame(rows).set_index("checkpoint").fillna("")
 
 
 def format_texts(run: xr.Dataset, study: Mapping[str, Any]) -> str:
     """The success rates, how to read them, and one text of each condition."""
-    done, table = finished(run), success_table(run, study)
-    chosen = "; each row shows the layer where even and odd are furthest apart" if done.sizes["layer"] > 1 else ""
-    n, n_near = done.sizes["trial"], int(done.n_near.sum())
+    complete, table = finished(run), success_table(run, study)
+    chosen = "; each row shows the layer where even and odd are furthest apart" if complete.sizes["layer"] > 1 else ""
+    n, n_near = complete.sizes["trial"], int(complete.n_near.sum())
     unknown = (
         f"the study gives no numbers for {Path(study['model']).name} on {study['task']}; "
         f"it asked {MODEL} the pair of --task {TASK}, at layer {LAYERS[0]}"
@@ -44,7 +47,7 @@ def format_texts(run: xr.Dataset, study: Mapping[str, Any]) -> str:
             table.to_string(),
             "success by the published procedure (output slices, which are no heads, copied from the start and at every "
             f"decoding step; {N_TOKENS} greedy tokens) over {n} distinct prompt{'s' * (n != 1)}{chosen}",
-            *(f"{done.checkpoint.values[-1]}, {word}: {text[:80]!r}" for word, text in examples(done).items()),
+            *(f"{complete.checkpoint.values[-1]}, {word}: {text[:80]!r}" for word, text in examples(complete).items()),
             *([] if "published" in table else [unknown]),
             "one text of each checkpoint was generated again by transformers' own generate and is the same; "
             f"{n_near:,} of all texts had near-tied next tokens and come from it",
@@ -52,29 +55,35 @@ def format_texts(run: xr.Dataset, study: Mapping[str, Any]) -> str:
     )
 
 
-def examples(done: xr.Dataset) -> dict[str, str]:
+def examples(complete: xr.Dataset) -> dict[str, str]:
     """The first prompt's text under each condition, at the last checkpoint and the first layer."""
-    first = done.text.isel(checkpoint=-1, layer=0, trial=0)
-    return {_called(word): str(first.sel(subset=word).item()) for word in _shown(done)}
+    first = complete.text.isel(checkpoint=-1, layer=0, trial=0)
+    return {_called(word): str(first.sel(subset=word).item()) for word in _shown(complete)}
 
 
-def _shown(done: xr.Dataset) -> list[str]:
-    return [word for word in SUBSETS if word in done.subset.values] or list(map(str, done.subset.values[:3]))
+def _shown(complete: xr.Dataset) -> list[str]:
+    return [word for word in SUBSETS if word in complete.subset.values] or list(map(str, complete.subset.values[:3]))
 
 
-def _row(one: xr.Dataset, words: Sequence[str], asked: tuple[str, str]) -> dict[str, str]:
+def _row(checkpoint: xr.Dataset, words: Sequence[str], question: tuple[str, str]) -> dict[str, str]:
     """One checkpoint's line: of several layers the one where the first two patched conditions are furthest apart."""
-    rate = one.success.isel(checkpoint=0).sel(subset=list(words)).mean("trial").transpose("layer", "subset").values
+    rate = (
+        checkpoint.success.isel(checkpoint=0).sel(subset=list(words)).mean("trial").transpose("layer", "subset").values
+    )
     place = int(np.abs(rate[:, -1] - rate[:, -2]).argmax()) if len(words) > 2 else 0
-    label, layer, here = str(one.checkpoint.values[0]), int(one.layer.values[place]), tuple(rate[place].tolist())
+    label, layer, here = (
+        str(checkpoint.checkpoint.values[0]),
+        int(checkpoint.layer.values[place]),
+        tuple(rate[place].tolist()),
+    )
     row = {"checkpoint": label, "layer": str(layer)}
     row |= {_called(word): f"{value:.0%}" for word, value in zip(words, here, strict=True)}
     if tuple(words) != SUBSETS:
         return row
     row["even - odd"] = f"{here[1] - here[2]:+.2f}"
-    if (*asked, str(layer)) == (MODEL, TASK, LAYERS[0]) and label in RATES:
-        for said, rates in (("published", RATES[label]), ("here", here)):
-            row[said] = " ".join(f"{value:.0%}" for value in rates)
+    if (*question, str(layer)) == (MODEL, TASK, LAYERS[0]) and label in RATES:
+        for column, rates in (("published", RATES[label]), ("here", here)):
+            row[column] = " ".join(f"{value:.0%}" for value in rates)
         row["same?"] = "yes" if here == RATES[label] else "no"
     return row
 

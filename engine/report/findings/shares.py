@@ -24,30 +24,35 @@ def head_subset_findings(run: xr.Dataset, settings: PatchSettings) -> Iterator[F
     """
     complete = finished(run)
     exact = head_subset_statistics(complete, settings.direction)
-    found = sampled(complete, settings) if exact is None else exact
-    if found is None:
+    statistics = sampled(complete, settings) if exact is None else exact
+    if statistics is None:
         return
     best = best_layer(complete, settings.direction).astype(int)
     unit = f"nats towards the {'clean' if settings.direction == 'denoise' else 'corrupt'} run"
-    yield _shares_finding(found, best, unit)
+    yield _shares_finding(statistics, best, unit)
     if exact is not None:
         yield _sizes_finding(exact, best, unit)
         yield _pairs_finding(exact, best, unit)
 
 
-def _shares_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
+def _shares_finding(statistics: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     """Per checkpoint, at its best layer: the heads of the largest Shapley values, sufficient and necessary sets."""
     rows = {}
-    for label, one in _best(found, best):
-        rows[label] = {"layer": str(int(one.layer)), "largest Shapley values (head, nats)": _largest(one)}
-        if "shapley_error" in one:
-            rows[label]["largest error"] = f"{float(one.shapley_error.max()):.2f}"
+    for label, at_best in _best(statistics, best):
+        rows[label] = {"layer": str(int(at_best.layer)), "largest Shapley values (head, nats)": _largest(at_best)}
+        if "shapley_error" in at_best:
+            rows[label]["largest error"] = f"{float(at_best.shapley_error.max()):.2f}"
         else:
-            rows[label] |= {"sufficient": _smallest(one, "sufficient"), "necessary": _smallest(one, "necessary")}
-            rows[label]["parity"] = _parity(one)
+            rows[label] |= {
+                "sufficient": _smallest(at_best, "sufficient"),
+                "necessary": _smallest(at_best, "necessary"),
+            }
+            rows[label]["parity"] = _parity(at_best)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
-    by_head = found[[name for name, values in found.items() if values.dims[-1:] == ("head",)]].to_dataframe()
-    return Finding("Each head's share", table, (_how_to_read("shapley_error" not in found, unit),), "shapley", by_head)
+    by_head = statistics[[name for name, values in statistics.items() if values.dims[-1:] == ("head",)]].to_dataframe()
+    return Finding(
+        "Each head's share", table, (_how_to_read("shapley_error" not in statistics, unit),), "shapley", by_head
+    )
 
 
 def _how_to_read(exact: bool, unit: str) -> str:
@@ -64,18 +69,18 @@ def _how_to_read(exact: bool, unit: str) -> str:
     )
 
 
-def _sizes_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
+def _sizes_finding(statistics: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     """At the last checkpoint's best layer: smallest and largest effect of so many heads; smallest of even ones."""
-    numbers = found.curve.to_dataset("quantile").rename({0.0: "smallest", 0.5: "median", 1.0: "largest"})
-    numbers = numbers.assign(smallest_of_even=found.worst_even, p=found.worst_even_p)
-    label, one = list(_best(numbers, best))[-1]
-    nats = {"smallest": one.smallest, "median": one["median"], "largest": one.largest}
-    nats["smallest of even"] = one.smallest_of_even
+    numbers = statistics.curve.to_dataset("quantile").rename({0.0: "smallest", 0.5: "median", 1.0: "largest"})
+    numbers = numbers.assign(smallest_of_even=statistics.worst_even, p=statistics.worst_even_p)
+    label, at_best = list(_best(numbers, best))[-1]
+    nats = {"smallest": at_best.smallest, "median": at_best["median"], "largest": at_best.largest}
+    nats["smallest of even"] = at_best.smallest_of_even
     rows = {name: [_nats(value) for value in values.values] for name, values in nats.items()}
-    rows["p"] = ["-" if math.isnan(value) else f"{value:.2f}" for value in one.p.values]
-    table = pd.DataFrame.from_dict(rows, orient="index", columns=one["size"].values.astype(str))
+    rows["p"] = ["-" if math.isnan(value) else f"{value:.2f}" for value in at_best.p.values]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=at_best["size"].values.astype(str))
     note = (
-        f"effect of so many heads of layer {int(one.layer)} at {label} ({unit}): the smallest, the median and the "
+        f"effect of so many heads of layer {int(at_best.layer)} at {label} ({unit}): the smallest, the median and the "
         "largest of all sets of that size, and the smallest of those of even heads alone, with its permutation p-value "
         "over all halves of the heads: any k even heads suffice only if that row says so, and parity matters only if p "
         "is small"
@@ -85,50 +90,54 @@ def _sizes_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     )
 
 
-def _pairs_finding(found: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
+def _pairs_finding(statistics: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
     """At the last checkpoint's best layer: the pairs of heads with the largest interactions."""
-    label, one = list(_best(found, best))[-1]
+    label, at_best = list(_best(statistics, best))[-1]
     note = (
-        f"pairs of heads of layer {int(one.layer)} with the largest Shapley interactions at {label} ({unit}; below "
-        f"zero the two are redundant, above it they need each other): {_strongest(one)}"
+        f"pairs of heads of layer {int(at_best.layer)} with the largest Shapley interactions at {label} ({unit}; below "
+        f"zero the two are redundant, above it they need each other): {_strongest(at_best)}"
     )
-    numbers = found[["interaction"]].to_dataframe().query("head < other")
+    numbers = statistics[["interaction"]].to_dataframe().query("head < other")
     return Finding("Which heads interact", None, (note,), "pairs", numbers)
 
 
-def _best(found: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Dataset]]:
+def _best(statistics: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Dataset]]:
     """Every checkpoint at its best layer."""
     for label, layer in zip(best.checkpoint.values, best.values, strict=True):
-        yield str(label), found.sel(checkpoint=label, layer=layer)
+        yield str(label), statistics.sel(checkpoint=label, layer=layer)
 
 
-def _largest(one: xr.Dataset) -> str:
-    largest = np.argsort(-one.shapley.values, kind="stable")[:SHOWN]
-    half = (one.shapley_high.values - one.shapley_low.values) / 2
+def _largest(at_best: xr.Dataset) -> str:
+    largest = np.argsort(-at_best.shapley.values, kind="stable")[:SHOWN]
+    half = (at_best.shapley_high.values - at_best.shapley_low.values) / 2
     margin = ["" if math.isnan(value) else f" ±{value:.2f}" for value in half]  # one prompt has no interval
-    return ", ".join(f"L{int(one.layer)}.H{head} {one.shapley.values[head]:+.2f}{margin[head]}" for head in largest)
+    return ", ".join(
+        f"L{int(at_best.layer)}.H{head} {at_best.shapley.values[head]:+.2f}{margin[head]}" for head in largest
+    )
 
 
-def _strongest(one: xr.Dataset) -> str:
-    heads, others = np.triu_indices(one.sizes["head"], 1)
-    value = one.interaction.values[heads, others]
-    most = np.argsort(-np.abs(value), kind="stable")[:SHOWN]
-    return "; ".join(f"{_pair(one, int(heads[at]), int(others[at]))} {value[at]:+.2f}" for at in most) or "-"
+def _strongest(at_best: xr.Dataset) -> str:
+    heads, others = np.triu_indices(at_best.sizes["head"], 1)
+    value = at_best.interaction.values[heads, others]
+    order = np.argsort(-np.abs(value), kind="stable")[:SHOWN]
+    return (
+        "; ".join(f"{_pair(at_best, int(heads[pair]), int(others[pair]))} {value[pair]:+.2f}" for pair in order) or "-"
+    )
 
 
-def _pair(one: xr.Dataset, head: int, other: int) -> str:
-    return f"L{int(one.layer)}.H{head} and L{int(one.layer)}.H{other}"
+def _pair(at_best: xr.Dataset, head: int, other: int) -> str:
+    return f"L{int(at_best.layer)}.H{head} and L{int(at_best.layer)}.H{other}"
 
 
-def _parity(one: xr.Dataset) -> str:
-    share, p = float(one.parity), float(one.parity_p)
+def _parity(at_best: xr.Dataset) -> str:
+    share, p = float(at_best.parity), float(at_best.parity_p)
     if math.isnan(share):
         return "-"
     return f"{share:.1%}" if math.isnan(p) else f"{share:.1%} p {p:.2f}"
 
 
-def _smallest(one: xr.Dataset, name: str) -> str:
-    size, count = int(one[name]), int(one[f"{name}_count"])
+def _smallest(at_best: xr.Dataset, name: str) -> str:
+    size, count = int(at_best[name]), int(at_best[f"{name}_count"])
     return "-" if size < 0 else f"{one[f'{name}_set'].item()} ({count})"
 
 

@@ -93,8 +93,8 @@ def _settings(settings: Mapping[str, Any]) -> str:
     def word(value: Any) -> str:
         return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
-    said = {name: value for name, value in settings.items() if value not in (False, [], "", 0, None)}
-    return ", ".join(name if value is True else f"{name} {word(value)}" for name, value in said.items())
+    shown = {name: value for name, value in settings.items() if value not in (False, [], "", 0, None)}
+    return ", ".join(name if value is True else f"{name} {word(value)}" for name, value in shown.items())
 
 
 def _array(array: ArraySummary) -> tuple[str, ...]:

@@ -23,28 +23,28 @@ def answer_rates(run: xr.Dataset) -> pd.DataFrame:
     Columns: `n` (distinct prompts), `success` (share of texts that begin with the right answer), `ahead` (share of
     prompts with the right answer's logit above the wrong one's), `agree` (share in which the two say the same).
     """
-    done = finished(run)
-    said, ahead = done.success.astype(bool), success(done.logit_diff) == 1
-    columns = {"success": said, "ahead": ahead, "agree": said == ahead}
+    complete = finished(run)
+    succeeds, ahead = complete.success.astype(bool), success(complete.logit_diff) == 1
+    columns = {"success": succeeds, "ahead": ahead, "agree": succeeds == ahead}
     means = xr.Dataset({name: values.mean("trial") for name, values in columns.items()})
     frame = means.reset_coords(drop=True).to_dataframe(dim_order=["checkpoint", "layer", "subset"])
-    frame.insert(0, "n", done.sizes["trial"])
+    frame.insert(0, "n", complete.sizes["trial"])
     return frame
 
 
 def answers_finding(run: xr.Dataset, settings: PatchSettings) -> Finding:
     """Success of the texts at each checkpoint's best layer, and the first prompt's texts at the last checkpoint."""
-    done = finished(run)
-    shown = [name for name in NAMED if name in done.subset.values] or list(map(str, done.subset.values[:SHOWN]))
-    frame, layers = answer_rates(run), best_layer(done, settings.direction)
+    complete = finished(run)
+    shown = [name for name in NAMED if name in complete.subset.values] or list(map(str, complete.subset.values[:SHOWN]))
+    frame, layers = answer_rates(run), best_layer(complete, settings.direction)
     rows: dict[str, dict[str, str]] = {}
-    for label, layer in zip(map(str, done.checkpoint.values), layers.values.astype(int), strict=True):
-        plain = {name: done[f"{name}_success"].sel(checkpoint=label).values.mean() for name in RUNS}
+    for label, layer in zip(map(str, complete.checkpoint.values), layers.values.astype(int), strict=True):
+        plain = {name: complete[f"{name}_success"].sel(checkpoint=label).values.mean() for name in RUNS}
         patched = frame.loc[label, layer]["success"]
         rows[label] = {name: f"{share:.0%}" for name, share in {**plain, **patched.loc[shown]}.items()}
         rows[label]["agree"] = f"{frame.loc[label]['agree'].mean():.0%}"
         rows[label] |= {} if settings.joint else {"layer": str(layer)}
-    n, n_texts, n_near = done.sizes["trial"], done.success.size, int(done.n_near.sum())
+    n, n_texts, n_near = complete.sizes["trial"], complete.success.size, int(complete.n_near.sum())
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index.name = "checkpoint"
     notes = (
@@ -52,16 +52,16 @@ def answers_finding(run: xr.Dataset, settings: PatchSettings) -> Finding:
         f"prompt{'s' * (n != 1)}, patched while the prompt is read; the beginning that both answers share is given",
         f"agree: of all {n_texts // len(rows):,} patched texts of a checkpoint, those of which the logit difference "
         "says the same",
-        *_examples(done, shown, int(layers.values[-1])),
+        *_examples(complete, shown, int(layers.values[-1])),
         "two texts of each checkpoint were generated again by transformers' own generate and are the same; "
         f"{n_near:,} of all texts had near-tied next tokens and come from it",
     )
     return Finding("What the model says", table, notes, "answers", frame)
 
 
-def _examples(done: xr.Dataset, shown: Sequence[str], layer: int) -> list[str]:
+def _examples(complete: xr.Dataset, shown: Sequence[str], layer: int) -> list[str]:
     """The first prompt's texts at the last checkpoint."""
-    last = done.isel(checkpoint=-1, trial=0)
+    last = complete.isel(checkpoint=-1, trial=0)
     texts = {name: last[f"{name}_text"].item() for name in RUNS}
     texts |= {name: last.text.sel(layer=layer, subset=name).item() for name in shown}
-    return [f"{done.checkpoint.values[-1]}, {name}: {text[:EXCERPT]!r}" for name, text in texts.items()]
+    return [f"{complete.checkpoint.values[-1]}, {name}: {text[:EXCERPT]!r}" for name, text in texts.items()]

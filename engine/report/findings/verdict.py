@@ -71,12 +71,12 @@ def verdict_lines(
 ) -> list[Line]:
     """The same by its parts, without the page."""
     complete = finished(run)
-    asked = Line("", _question(complete, settings, study))
+    question = Line("", _question(complete, settings, study))
     if not complete.sizes["checkpoint"]:
-        return [asked, Line("task", "no checkpoint is finished yet")]
+        return [question, Line("task", "no checkpoint is finished yet")]
     if settings.protocol == "published":
-        return [asked, *_published_lines(complete, study)]
-    lines = [asked, Line("task", _task(complete)), *_head_lines(complete, settings, correction)]
+        return [question, *_published_lines(complete, study)]
+    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, correction)]
     lines += [*_layer_line(complete, settings), *_parity_line(complete, settings, correction)]
     lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
     return [*lines, *_check_line(complete)]
@@ -124,9 +124,9 @@ def _task(complete: xr.Dataset) -> str:
     if known.sizes["checkpoint"] < 2:
         counts = [f"{values[-1].sum()} of {n}" for values in (clean, wrong, both)]
         return f"at {last} clean right in {counts[0]}, corrupt wrong in {counts[1]}, both in {counts[2]} pairs"
-    most = int(both.sum(1).max())
+    largest_count = int(both.sum(1).max())
     if not (both.mean(1) > HALF).any():
-        return f"not learnt: clean right and corrupt wrong in at most {most} of {n} pairs, at any checkpoint"
+        return f"not learnt: clean right and corrupt wrong in at most {largest_count} of {n} pairs, at any checkpoint"
     labels = _labels(known)
     rows = [_labels(complete).index(label) for label in labels]
     right, fails = (_since(values[rows], labels) for values in (clean, wrong))
