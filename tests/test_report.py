@@ -355,7 +355,7 @@ def test_checkpoints_that_were_never_cached_are_named(tmp_path: Path) -> None:
     store = some_store(tmp_path / "tiny.zarr", steps=[1, 2])
     store.add([CheckpointRow("step3", 3)])
     some_run(store, done=lambda label: label != "step3")
-    assert "not cached completely, so not here (run scripts/cache.py again): step3" in text_of(
+    assert "not cached completely, so not here (run headlapse cache again): step3" in text_of(
         write_report(store, tmp_path / "out")
     )
 
@@ -427,7 +427,7 @@ def test_no_figure_of_another_run_stays_behind(store: Store, tmp_path: Path) -> 
 
 
 def test_a_store_without_a_patched_run_is_refused(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no patched run yet; make one with: python scripts/patch\.py"):
+    with pytest.raises(UserError, match=r"no patched run yet; make one with: headlapse patch"):
         write_report(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
