@@ -33,8 +33,8 @@ from tests.models import MAIN, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION, aligned
 from tests.test_capture import dressed
 from tests.test_generation import ALL, EVEN, NONE, ODD, in_precision
+from tests.test_scripts import messages
 from tests.test_scripts import run as script
-from tests.test_scripts import told
 
 N_TOKENS = 6
 LABELS = ["step0", "step10"]
@@ -287,4 +287,4 @@ def test_the_command_shows_texts_beside_the_logit_differences(cache: Path) -> No
     assert "What the model says" in (cache / "report" / "index.html").read_text()
     assert (cache / "report" / "answers.csv").exists()
     refused = script(*words[:2], "--generate", "5", "--protocol", "published", "--layers", "1", cache=cache)
-    assert refused.returncode == 2 and "leave --generate out" in told(refused)[0]
+    assert refused.returncode == 2 and "leave --generate out" in messages(refused)[0]

@@ -38,7 +38,7 @@ from headlapse.engine.study.study import Study
 from tests import reference
 from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
 from tests.test_capture import dressed
-from tests.test_scripts import run, told
+from tests.test_scripts import messages, run
 
 TRIALS = random_trials(n_trials=3)
 LAYERS = range(N_LAYERS)
@@ -640,14 +640,16 @@ def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path,
     (own / "step10" / "model.safetensors").write_bytes((own / "step20" / "model.safetensors").read_bytes())
     failed = run("mechanism", cache=tmp_path)
     assert failed.returncode == 1
-    [line] = told(failed)
+    [line] = messages(failed)
     assert line.startswith("error: step10: ") and "are not those that were cached" in line
     [path] = tmp_path.glob("*.zarr")
     results = results_of(Store(path))
     assert list(results.complete.values) == [True, False, True]
     assert np.isnan(results.change.sel(checkpoint="step20")).all() and results.previous.values[2] == ""
     only_compared = run("mechanism", "--checkpoints", "step20", cache=tmp_path)
-    assert only_compared.returncode == 1 and told(only_compared) == [line], "a comparison that fails is never silent"
+    assert only_compared.returncode == 1 and messages(only_compared) == [line], (
+        "a comparison that fails is never silent"
+    )
     shutil.copy(files / "step10" / "model.safetensors", own / "step10")
     restored = run("mechanism", "--verbose", cache=tmp_path)
     assert restored.returncode == 0, restored.stderr
@@ -656,10 +658,10 @@ def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path,
     again = run("mechanism", "--checkpoints", "step0..step10", cache=tmp_path)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     other = run("mechanism", "--direction", "noise", cache=tmp_path)
-    assert other.returncode == 2 and "--overwrite" in told(other)[0]
+    assert other.returncode == 2 and "--overwrite" in messages(other)[0]
     assert run("mechanism", "--direction", "noise", "--overwrite", cache=tmp_path).returncode == 0
     unknown = run("mechanism", "--checkpoints", "step7", cache=tmp_path)
-    assert unknown.returncode == 2 and "not among the 3 checkpoints" in told(unknown)[0]
+    assert unknown.returncode == 2 and "not among the 3 checkpoints" in messages(unknown)[0]
 
 
 def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is_written(
@@ -668,7 +670,7 @@ def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is
     path = shutil.copytree(whole.path, tmp_path / "s.zarr", ignore=shutil.ignore_patterns("mechanism"))
     Store(path).array("answer_logits")[1] += np.array([0.1, 0.0], dtype=np.float32)
     failed = run("mechanism", path, cache=tmp_path)
-    assert failed.returncode == 1 and told(failed)[0].startswith("error: step10: the contributions of the heads")
+    assert failed.returncode == 1 and messages(failed)[0].startswith("error: step10: the contributions of the heads")
     assert list(results_of(Store(path)).complete.values) == [True, False, False]
 
 

@@ -44,7 +44,7 @@ def captured(study: Study, checkpoints: Sequence[Checkpoint], path: Path) -> Sto
     return Store(path)
 
 
-def told(text: str, label: str) -> str:
+def messages(text: str, label: str) -> str:
     """The plan's one line about a checkpoint."""
     [line] = [line for line in text.splitlines() if line.split()[0] == label]
     return line
@@ -85,8 +85,8 @@ def test_a_plan_names_every_checkpoint_and_writes_nothing(model: Path, tmp_path:
     text = describe(study, resolve(study.model, [], tmp_path), tmp_path, tmp_path / "deep" / "s.zarr", "cpu")
     head, *_ = text.splitlines()
     assert "decimal, float32: 2 checkpoints" in head and "s.zarr" in head
-    assert told(text, "step0").split()[1:3] == ["step", "0"] and told(text, "step0").endswith("on disk")
-    assert told(text, "step10").split()[1:3] == ["step", "10"] and told(text, "step10").endswith("on disk")
+    assert messages(text, "step0").split()[1:3] == ["step", "0"] and messages(text, "step0").endswith("on disk")
+    assert messages(text, "step10").split()[1:3] == ["step", "10"] and messages(text, "step10").endswith("on disk")
     assert "to fetch: 0 B" in text and "on cpu" in text
     assert not list(tmp_path.iterdir())
 
@@ -96,7 +96,7 @@ def test_what_is_in_the_store_is_said_and_not_counted_again(model: Path, tmp_pat
     checkpoints = resolve(study.model, [], tmp_path)
     store = captured(study, checkpoints[:1], path)
     text = describe(study, checkpoints, tmp_path, path, "cpu")
-    assert told(text, "step0").endswith("in the store") and told(text, "step10").endswith("on disk")
+    assert messages(text, "step0").endswith("in the store") and messages(text, "step10").endswith("on disk")
     one = sum(store.array(kind).nbytes for kind in store.kinds())
     assert f"to store: {one / 1000:.0f} kB (" in text
 
@@ -142,9 +142,9 @@ def test_what_a_hub_has_is_shown_with_its_commit_and_what_has_to_come(
     ]
     monkeypatch.setattr(room, "plan", lambda _checkpoints, _cache: supplies)
     text = describe(study, [first, second, unknown], tmp_path, tmp_path / "s.zarr", "cpu")
-    assert told(text, "step0").endswith("2.5 MB, to be fetched at 0123456789")
-    assert told(text, "step10").endswith("2.5 MB, on disk at 0123456789")
-    assert told(text, "main").split(maxsplit=3)[1:] == ["step", "?", "size unknown, to be fetched"]
+    assert messages(text, "step0").endswith("2.5 MB, to be fetched at 0123456789")
+    assert messages(text, "step10").endswith("2.5 MB, on disk at 0123456789")
+    assert messages(text, "main").split(maxsplit=3)[1:] == ["step", "?", "size unknown, to be fetched"]
     assert "to fetch: 2.4 MB and files whose size the hub does not give, about 0 s at 50.0 MB/s" in text
 
 
@@ -153,8 +153,8 @@ def test_a_checkpoint_that_cannot_be_had_is_told_and_not_counted(model: Path, tm
     (copy / "step10" / "model.safetensors").unlink()
     study = study_of(copy)
     text = describe(study, resolve(study.model, [], tmp_path), tmp_path, tmp_path / "s.zarr", "cpu")
-    assert "error: " in told(text, "step10") and "holds no weights" in told(text, "step10")
-    assert "error" not in told(text, "step0")
+    assert "error: " in messages(text, "step10") and "holds no weights" in messages(text, "step10")
+    assert "error" not in messages(text, "step0")
     one = captured(study, resolve(study.model, ["step0"], tmp_path), tmp_path / "s.zarr")
     assert f"to store: {sum(one.array(kind).nbytes for kind in one.kinds()) / 1000:.0f} kB (" in text
 
@@ -165,5 +165,5 @@ def test_a_checkpoint_that_cannot_be_had_is_never_said_to_be_in_the_store(model:
     study, path = study_of(copy), tmp_path / "s.zarr"
     captured(study, resolve(study.model, ["step0"], tmp_path), path)
     text = describe(study, resolve(study.model, [], tmp_path), tmp_path, path, "cpu")
-    assert told(text, "step0").endswith("in the store") and "error: " in told(text, "step10")
+    assert messages(text, "step0").endswith("in the store") and "error: " in messages(text, "step10")
     assert "all of them are in the store" not in text

@@ -55,7 +55,7 @@ def run_here(words: list[str], cache: Path) -> Done:
     return Done(words, int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
-def told(done: Done) -> list[str]:
+def messages(done: Done) -> list[str]:
     """The lines on stderr that are no progress bar."""
     lines = done.stderr.replace("\r", "\n").splitlines()
     return [line for line in lines if line.startswith(("error", "warning", "note"))]
@@ -109,7 +109,20 @@ def test_patching_prints_the_timeline_and_the_largest_difference(cached: Path) -
     again = run("patch", "--name", "parity", "--verbose", cache=cached)
     assert again.returncode == 0
     header, _, *rows = again.stdout.splitlines()
-    assert header.split() == ["step", "clean", "corrupt", "even", "odd", "all", "strength", "best", "layer"]
+    assert header.split() == [
+        "step",
+        "clean",
+        "corrupt",
+        "even",
+        "odd",
+        "all",
+        "even",
+        "-",
+        "odd",
+        "rate",
+        "best",
+        "layer",
+    ]
     assert [row.split()[0] for row in rows[:3]] == ["step0", "step10", "step20"]
     assert "nothing to do" in again.stdout and "largest difference" in again.stdout
     assert "70 equal splits of 8 heads exist; --subsets balanced runs them all" in again.stdout
@@ -119,12 +132,12 @@ def test_patching_prints_the_timeline_and_the_largest_difference(cached: Path) -
     assert float(run_of.self_check.max()) <= 1e-4
 
 
-def test_even_against_odd_is_held_against_every_halving_where_all_were_run(copied: Path) -> None:
+def test_even_against_odd_is_tested_against_every_equal_split_where_all_were_run(copied: Path) -> None:
     done = run("patch", the_store(copied), "--subsets", "balanced", "--direction", "noise", "--verbose", cache=copied)
     assert done.returncode == 0
     _, table = done.stdout.split("even - odd   95 % interval")
     assert [row.split()[0] for row in table.splitlines()[2:5]] == ["step0", "step10", "step20"]
-    assert f"all 70 equal splits of 8 heads (two-sided, at least 0.029), adjusted over {3 * N_LAYERS} layers" in table
+    assert f"all 70 equal splits of 8 heads (two-sided, at least 0.029)), adjusted over {3 * N_LAYERS} layers" in table
 
 
 def test_none_is_the_corrupt_run_and_noise_mirrors_denoise(copied: Path) -> None:
@@ -198,7 +211,7 @@ def test_another_question_is_refused_with_the_difference_and_the_store_is_untouc
     ):
         refused = run("cache", "--model", series, *arguments, cache=cached)
         assert refused.returncode == 2 and difference in refused.stderr
-        assert len(told(refused)) == 1
+        assert len(messages(refused)) == 1
     assert store_files(cached) == before
 
 
@@ -222,7 +235,7 @@ def test_another_question_is_refused_with_the_difference_and_the_store_is_untouc
 def test_what_cannot_be_patched_is_refused_in_a_line(cached: Path, arguments: tuple[str, ...], complaint: str) -> None:
     refused = run("patch", *arguments, cache=cached)
     assert refused.returncode == 2
-    [line] = told(refused)
+    [line] = messages(refused)
     assert complaint in line
 
 
@@ -232,7 +245,7 @@ def test_one_bad_checkpoint_among_many_is_named_and_the_others_are_finished(seri
     weights.write_bytes(weights.read_bytes()[:1000])
     done = run("cache", "--model", copy, cache=tmp_path / "cache")
     assert done.returncode == 1 and "cached 2 checkpoints" in done.stdout
-    [line] = told(done)
+    [line] = messages(done)
     assert line.startswith("error: step20: ") and "model.safetensors" in line
     patched = run("patch", "--verbose", cache=tmp_path / "cache")
     assert patched.returncode == 0 and "step10" in patched.stdout
@@ -244,7 +257,7 @@ def test_a_step_of_another_shape_is_refused_by_name(series: Path, tmp_path: Path
     save(tiny("neox-parallel", num_hidden_layers=2), copy / "step10", tokenizer=tiny_tokenizer())
     done = run("cache", "--model", copy, cache=tmp_path / "cache")
     assert done.returncode == 1
-    [line] = told(done)
+    [line] = messages(done)
     assert line.startswith("error: step10: ") and "shape" in line
 
 
@@ -257,7 +270,7 @@ def test_a_step_whose_tokenizer_cuts_the_prompts_otherwise_is_refused_by_name(se
     vocabulary.write_text(json.dumps(content))
     done = run("cache", "--model", copy, cache=tmp_path / "cache")
     assert done.returncode == 1 and "cached 2 checkpoints" in done.stdout
-    [line] = told(done)
+    [line] = messages(done)
     assert line.startswith("error: step10: ") and "other tokens" in line
 
 
@@ -265,7 +278,7 @@ def test_overwriting_keeps_the_old_store_until_the_new_one_is_whole(series: Path
     before = store_files(copied)
     for wrong in (("--task", "nope"), ("--sites", "foo"), ("--trials", "1000000"), ("--sites", "9")):
         refused = run("cache", "--model", series, "--overwrite", *wrong, "--store", the_store(copied), cache=copied)
-        assert refused.returncode == 2 and len(told(refused)) == 1, refused.stderr
+        assert refused.returncode == 2 and len(messages(refused)) == 1, refused.stderr
         assert store_files(copied) == before
     done = run("cache", "--model", series, "--overwrite", "--trials", 4, cache=copied)
     assert done.returncode == 0 and "x 8 prompts" in done.stdout
@@ -275,14 +288,14 @@ def test_overwriting_keeps_the_old_store_until_the_new_one_is_whole(series: Path
 @pytest.mark.parametrize("place", [".", "/", "README.md", "README.md/x.zarr", "engine", ".hidden", "n" * 300])
 def test_a_place_that_cannot_be_a_store_is_one_line_and_left_alone(series: Path, tmp_path: Path, place: str) -> None:
     refused = run("cache", "--model", series, "--store", place, cache=tmp_path)
-    assert refused.returncode in (1, 2) and len(told(refused)) == 1, refused.stderr
+    assert refused.returncode in (1, 2) and len(messages(refused)) == 1, refused.stderr
 
 
 def test_no_checkpoint_at_all_is_a_refusal_and_leaves_no_store(tmp_path: Path) -> None:
     model = save(tiny("gpt2"), tmp_path / "model", tokenizer=tiny_tokenizer())
     (model / "model.safetensors").write_bytes(b"not weights")
     done = run("cache", "--model", model, cache=tmp_path / "cache")
-    assert done.returncode == 2 and len(told(done)) == 1
+    assert done.returncode == 2 and len(messages(done)) == 1
     assert not list((tmp_path / "cache").glob("*.zarr"))
 
 
@@ -299,7 +312,7 @@ def test_checkpoints_with_the_same_weights_at_different_steps_are_noticed(series
     shutil.copytree(copy / "step20", copy / "step30")
     done = run("cache", "--model", copy, cache=tmp_path / "cache")
     assert done.returncode == 0
-    [line] = told(done)
+    [line] = messages(done)
     assert line.startswith("warning: step20, step30 serve the same weights")
 
 
@@ -307,7 +320,7 @@ def test_memory_that_holds_no_checkpoint_is_refused_with_what_it_takes(series: P
     refused = run("cache", "--model", series, "--memory", "1kB", cache=tmp_path)
     assert refused.returncode == 2 and not refused.stdout
     named = set[str]()
-    for line in told(refused):
+    for line in messages(refused):
         found = re.fullmatch(
             r"error: (.*): the weights take (\d+) kB in float32, the 1 kB allowed do not hold more; give .*--memory.*",
             line,
@@ -324,7 +337,7 @@ def test_memory_that_holds_no_checkpoint_is_refused_with_what_it_takes(series: P
 def test_what_is_no_amount_of_memory_is_one_line_and_exit_status_2(series: Path, tmp_path: Path, memory: str) -> None:
     refused = run("cache", "--model", series, "--memory", memory, cache=tmp_path)
     assert refused.returncode == 2 and not list(tmp_path.iterdir())
-    assert told(refused) == [f"error: --memory {memory}: not an amount of memory; write 8GB or 500MB"]
+    assert messages(refused) == [f"error: --memory {memory}: not an amount of memory; write 8GB or 500MB"]
 
 
 def weight_bytes(checkpoint: Path) -> int:
@@ -402,7 +415,7 @@ def test_a_bad_line_of_a_task_is_refused_with_its_number(series: Path, tmp_path:
     task.write_text('{"clean": "9", "corrupt": "8", "answer": " 1", "wrong": " 2"}\n{"clean": "9"}\n')
     refused = run("cache", "--model", series, "--task", task, cache=tmp_path / "cache")
     assert refused.returncode == 2
-    [line] = told(refused)
+    [line] = messages(refused)
     assert "line 2" in line and "corrupt" in line
     assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").glob("*.zarr"))
 
@@ -454,7 +467,7 @@ def test_a_wrong_name_is_one_line_and_exit_status_2(
     with HubServer({REPO: {"step20": files, "main": files}}) as hub, hub.used_here(monkeypatch, tmp_path / "home"):
         refused = run("cache", "--model", model, "--checkpoints", checkpoint, cache=tmp_path)
     assert refused.returncode == 2
-    [line] = told(refused)
+    [line] = messages(refused)
     assert complaint in line
 
 
@@ -465,7 +478,7 @@ def test_no_network_is_one_line_and_exit_status_2(tmp_path: Path) -> None:
         env = hub.env(tmp_path / "home")
     refused = run("cache", "--model", REPO, "--checkpoints", "step0", cache=tmp_path, env=env)
     assert refused.returncode == 2
-    [line] = told(refused)
+    [line] = messages(refused)
     assert "cannot be reached" in line
 
 

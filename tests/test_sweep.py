@@ -25,7 +25,7 @@ from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.study import Study, tolerance
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
-from tests.test_scripts import run, store_files, told
+from tests.test_scripts import messages, run, store_files
 
 LABELS = ["step0", "step10", "step20"]
 SMALL = PatchRequest(subsets=("even", "odd", "all"))
@@ -388,7 +388,7 @@ def test_after_a_drift_the_same_command_does_what_is_missing(model: Path, tmp_pa
     shifted += [0.0, float("nan")]
     failed = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
     assert failed.returncode == 1 and not failed.stdout
-    [line] = told(failed)
+    [line] = messages(failed)
     assert line.startswith("error: step10: replay differs")
     shifted += [0.0, 0.0, 9.0]
     done = run("patch", "--subsets", "all", "--name", "r", "--verbose", cache=tmp_path)

@@ -138,7 +138,7 @@ def _parity(at_best: xr.Dataset) -> str:
 
 def _smallest(at_best: xr.Dataset, name: str) -> str:
     size, count = int(at_best[name]), int(at_best[f"{name}_count"])
-    return "-" if size < 0 else f"{one[f'{name}_set'].item()} ({count})"
+    return "-" if size < 0 else f"{at_best[f'{name}_set'].item()} ({count})"
 
 
 def _nats(value: float) -> str:
