@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import MptConfig
 
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.checkpoints.architecture import inspect_architecture
@@ -42,3 +43,10 @@ def test_what_plain_causal_attention_cannot_reproduce_is_refused_by_name(name: s
         resident.load_weights(model.state_dict())
         capture(resident, random_trials(), 2**30)
     assert model.config.model_type.replace("_", "") in str(refused.value).lower().replace("_", "")
+
+
+def test_a_model_that_breaks_off_in_the_dry_run_is_refused_in_one_line() -> None:
+    """MPT's attention needs a mask that the interface does not give."""
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=50)
+    with pytest.raises(UserError, match="MptForCausalLM cannot be run through transformers' attention interface"):
+        inspect_architecture(config)

@@ -84,7 +84,7 @@ def inspect_architecture(config: PreTrainedConfig) -> Architecture:
             model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=False)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except (RuntimeError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise UserError(
             f"{name} cannot be run through transformers' attention interface: {one_line(error, 300)}"
         ) from error
