@@ -152,7 +152,7 @@ class Lens(_Tool):
     """TransformerLens 4: a `TransformerBridge` around the model, without weight processing."""
 
     def __init__(self, model: PreTrainedModel, together: int = 1) -> None:
-        from transformer_lens.model_bridge.sources import build_bridge_from_module
+        from transformer_lens.model_bridge.sources import build_bridge_from_module  # pyright: ignore[reportMissingImports], optional
 
         super().__init__("TransformerLens", model, together)
         # What `boot_transformers(hf_model=...)` does, but that needs a tokenizer.
@@ -197,7 +197,7 @@ class NNsight(_Tool):
 
     def __init__(self, model: PreTrainedModel, together: int = 1) -> None:
         # Importing it gives every object in the process a method `save`.
-        import nnsight
+        import nnsight  # pyright: ignore[reportMissingImports], optional
 
         class Batching(nnsight.NNsight):  # type: ignore[misc]
             """How prompts of equal shape become one batch, as nnsight leaves to subclasses.
