@@ -78,22 +78,29 @@ class _Lines:
     state: str = ""
 
     def __post_init__(self) -> None:
-        self.initial, self.started = self.completed, time.monotonic()
+        self.started = time.monotonic()
         self.last_line = self.started
+        self.first: tuple[float, int] | None = None
+        """When the first units were completed, and how many: what came before them (training, say) tells no rate."""
 
     def update(self, n: int) -> None:
         self.completed += n
         now = time.monotonic()
+        self.first = self.first or (now, self.completed)
         silence = min(max(FIRST_LINE, self.last_line - self.started), LONGEST_SILENCE)
         if now - self.last_line < silence or self.completed >= self.total:
             return
         self.last_line = now
-        elapsed = now - self.started
-        left = elapsed / max(1, self.completed - self.initial) * (self.total - self.completed)
-        self.write(
-            f"{self.work}: {self.completed:,} of {self.total:,} {self.unit}s in {format_time(elapsed)}, "
-            f"about {format_time(left)} left{', ' * bool(self.state)}{self.state}"
-        )
+        count = f"{self.work}: {self.completed:,} of {self.total:,} {self.unit}s in {format_time(now - self.started)}"
+        self.write(", ".join(part for part in (count, self._left(now), self.state) if part))
+
+    def _left(self, now: float) -> str:
+        """About how long the rest takes; nothing after the first units, which may have taken longer than others."""
+        assert self.first is not None
+        began, n_before = self.first
+        if self.completed == n_before:
+            return ""
+        return f"about {format_time((now - began) / (self.completed - n_before) * (self.total - self.completed))} left"
 
     def describe(self, state: str) -> None:
         self.state = state
