@@ -186,7 +186,7 @@ def answer_logits(model: PreTrainedModel, trials: Trials) -> np.ndarray:
     for run in (CLEAN, CORRUPT):
         for trial in range(trials.n_trials):
             logits = last_logits(model, prompt(trials, run, trial)[None])[0]
-            found[run, trial] = logits[torch.tensor(trials.answer_tokens[trial])]
+            found[run, trial] = logits[torch.tensor(trials.answer_tokens[trial])].numpy()
     return found
 
 
