@@ -102,7 +102,7 @@ def test_identical_trials_are_one(model: Path, tmp_path: Path) -> None:
     again = script("patch", "--protocol", "published", "--layers", "1", cache=cache)
     assert again.returncode == 0 and "nothing to do" in again.stdout
     report = script("report", cache=cache)
-    assert report.returncode == 2 and "scripts/patch.py" in report.stderr, "a report needs a run of logit differences"
+    assert report.returncode == 2 and "headlapse patch" in report.stderr, "a report needs a run of logit differences"
 
 
 def test_checkpoints_that_are_done_are_not_generated_again(model: Path, tmp_path: Path) -> None:
