@@ -4,10 +4,12 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 # Models here are so small that a second thread only gets in the way.
 torch.set_num_threads(1)
@@ -19,6 +21,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 CHECKED = {"neox-parallel": "denoise", "llama-gqa": "noise"}
 """Architecture → direction in which `make check` runs the laws of every architecture; between them parallel and
 sequential blocks, with and without grouped queries, layer and RMS norms."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Older clients of the hub leave sockets of other threads to the garbage collector, in whatever test that comes."""
+    if Version(version("huggingface_hub")) < Version("1.33"):
+        unclosed = "Exception ignored in. <conftest.offline:pytest.PytestUnraisableExceptionWarning"
+        config.addinivalue_line("filterwarnings", f"default:{unclosed}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
