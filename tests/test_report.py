@@ -242,8 +242,8 @@ def test_patched_csv_holds_every_value_of_the_store_bit_for_bit(written: tuple[S
 
 def test_timeline_csv_is_the_timeline(written: tuple[Store, Path]) -> None:
     store, out = written
-    # Pandas 2 reads digits to the last bit only where it is asked to.
-    frame = pd.read_csv(out / "timeline.csv", index_col="checkpoint", float_precision="round_trip")
+    # As text: the parser of pandas 2 is not exact to the last bit, and the option that made it so is going.
+    frame = pd.read_csv(out / "timeline.csv", index_col="checkpoint", dtype=str)
     expected = timeline(store.patch_dataset("run").load(), "denoise")
     assert list(frame.index) == list(map(str, expected.index))
     assert list(frame) == list(expected)
