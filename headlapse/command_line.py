@@ -77,15 +77,15 @@ def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) ->
     if not work.n_missing:
         print(f"nothing to do: {work.n_asked} of {work.n_asked} checkpoints are in {work.store} already")
         return DONE
-    print_problems(work.problems)
+    _print_problems(work)
     if not work.n_finished:
-        return FAILED if len(work.problems) < work.n_asked else REFUSED
+        return _status(work)
     for warning in work.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     captured = f"{format_count(work.n_finished, 'checkpoint')} x {work.n_prompts} prompts in {work.store}"
     speed = f"{work.seconds:.1f} s on {work.device}, {work.dtype}, peak memory {format_bytes(work.peak_memory)}"
     print(f"cached {captured} ({speed})")
-    return FAILED if work.problems else DONE
+    return _status(work)
 
 
 @app.command(
@@ -112,7 +112,7 @@ def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) ->
         print(f"{_amount(work, f'{work.n_runs:,} patched runs', speed)}; {work.name} is in {work.store}")
         for line in patch_lines(work.store, work.name, options.correction):
             print(line)
-    print_problems(work.problems)
+    _print_problems(work)
     return _status(work)
 
 
@@ -131,7 +131,7 @@ def mechanism(options: Annotated[MechanismOptions, FLAT] = _MECHANISM, *, folder
         for line in mechanism_lines(work.store, options.verbose):
             print(line)
         print(f"{_amount(work, format_count(work.n_finished, 'checkpoint'))}; mechanism is in {work.store}")
-    print_problems(work.problems)
+    _print_problems(work)
     return _status(work)
 
 
@@ -195,7 +195,7 @@ def info(store: Path | None = None, *, folder: Folder) -> int:
         "headlapse rm cache/demo-decimal.zarr parity", "headlapse rm cache/demo-decimal.zarr --yes"
     ),
 )
-def remove(store: Path, run_name: str | None = None, /, *, yes: bool = False) -> int:
+def remove_stored(store: Path, run_name: str | None = None, /, *, yes: bool = False) -> int:
     """Remove a store, or one patched run of it; asks first.
 
     Parameters
@@ -207,7 +207,9 @@ def remove(store: Path, run_name: str | None = None, /, *, yes: bool = False) ->
     yes
         do not ask
     """
-    from .engine.store import inventory, zarr_group
+    from .engine.store import inventory
+    from .engine.store.disk import remove
+    from .engine.store.locks import alone
 
     summary = inventory.summarize(store)
     target = store if run_name is None else store / "patches" / run_name
@@ -220,8 +222,8 @@ def remove(store: Path, run_name: str | None = None, /, *, yes: bool = False) ->
     if not yes and not _confirmed(what):
         print(f"kept {what}")
         return FAILED
-    with zarr_group.locked(store):
-        zarr_group.remove(target)
+    with alone(store):
+        remove(target)
     print(f"removed {what}")
     return DONE
 
@@ -240,8 +242,17 @@ def _amount(work: "pipeline.Work", amount: str, speed: str = "") -> str:
     return f"{amount} in {work.seconds:.1f} s ({speed}{work.device}, {work.dtype}), peak memory {peak}"
 
 
+def _print_problems(work: "pipeline.Work") -> None:
+    print_problems(work.problems)
+    if work.kept_old:
+        print("note: the old one is kept until its replacement is whole; the same command goes on", file=sys.stderr)
+
+
 def _status(work: "pipeline.Work") -> int:
-    return DONE if not work.problems else FAILED if work.n_complete else REFUSED
+    """2 where nothing is there and what was given is to blame, 1 for every other problem."""
+    if not work.problems:
+        return DONE
+    return REFUSED if work.by_input and not work.n_complete else FAILED
 
 
 def _help(words: list[str]) -> str:

@@ -23,7 +23,7 @@ from . import pipeline, results
 from .engine.runtime.errors import UserError
 from .engine.runtime.format import format_bytes, format_count
 from .engine.store import inventory
-from .engine.store.zarr_group import CheckpointArrays
+from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.study.mechanism_settings import PARTS
 from .engine.study.patch_settings import Direction, PatchSettings, Protocol
 from .engine.study.study import Arithmetic, Dtype
@@ -204,7 +204,7 @@ class Store:
         )
         work = pipeline.mechanism(options, cache_folder())
         _raise_or_warn(work, nothing=not work.n_complete)
-        return CheckpointArrays(self.path / "mechanism").dataset()
+        return CheckpointArrays(self.path / "mechanism", self.path).load()
 
     def report(self, out: str | Path | None = None, *, name: str | None = None) -> Path:
         """Write the page of a patched run, the newest unless named, into the folder `out`; where the page is."""

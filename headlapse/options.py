@@ -54,10 +54,24 @@ class ComputeOptions:
     memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
 
+    shard: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """this process's share of the checkpoints: I/N takes those whose place is I modulo N, from 0; N processes on one
+    store do together what one does, e.g. 0/4"""
+
     def refuse_impossible(self) -> None:
         """Raise `UserError` for what no model and no store can answer."""
         if self.memory:
             parse_bytes(self.memory)
+        self.share([])
+
+    def share(self, labels: list[str]) -> list[str]:
+        """The labels that `--shard` leaves to this process.  Raises `UserError` where it cannot be read."""
+        if self.shard is None:
+            return labels
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard, re.ASCII)
+        if match is None or int(match[1]) >= int(match[2]):
+            raise UserError(f"--shard {self.shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
+        return labels[int(match[1]) :: int(match[2])]
 
 
 @dataclass(frozen=True, kw_only=True)

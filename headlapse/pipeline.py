@@ -4,11 +4,13 @@ The command line and the Python face are both thin over these functions.  Each r
 torch, which takes seconds; all raise `UserError` in one line, and `VerificationError` where replay is not exact.
 """
 
+import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import xarray as xr
 
@@ -17,13 +19,13 @@ from .engine.checkpoints.revisions import RevisionIndex, select
 from .engine.runtime.outcome import Outcome
 from .engine.runtime.progress import Progress, progress
 from .engine.runtime.quiet import quiet_libraries
-from .engine.store import inventory, zarr_group
-from .engine.store.zarr_group import CheckpointArrays
+from .engine.store import inventory
+from .engine.store.checkpoint_arrays import CheckpointArrays
+from .engine.store.disk import put_in_place, recover, refuse_foreign, sweep
+from .engine.store.inventory import is_store
+from .engine.store.locks import claimed, layout_lock
 from .engine.study.patch_settings import PatchSettings
 from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
-
-if TYPE_CHECKING:
-    from .engine.store.store import Store
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Work:
 
     problems: dict[str, str]
     """Label -> why a checkpoint could not be finished."""
+
+    by_input: bool
+    """Whether all problems lie with what the user gave, not with the machine."""
+
+    kept_old: bool
+    """Whether what was to be replaced is still there, since its replacement is not whole yet."""
 
     n_complete: int
     """Checkpoints that are finished now, of all there are."""
@@ -93,37 +101,37 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     """Capture the checkpoints that the store lacks.  Raises `UserError` where none can be had."""
     checkpoints = _checkpoints(options, folder)
     study, path = options.study, cache_path(options, folder)
+    refuse_foreign(path)
     from .engine.capture import run
-    from .engine.runtime.resources import Machine, peak_memory
+    from .engine.runtime.resources import Machine
     from .engine.store.store import Store, duplicate_weights
 
     with quiet_libraries():
         machine = Machine.from_options(options.device, options.memory)
-        missing: Sequence[Checkpoint] = run.pending(study, checkpoints, path, options.overwrite)
-        problems: dict[str, str] = {}
-        started = time.perf_counter()
-        if missing:
-            with zarr_group.locked(path), progress("cache", "checkpoint", len(missing)) as bar:
-                missing = run.pending(study, checkpoints, path, options.overwrite)
-                started = time.perf_counter()
-                outcomes = run.cache_series(study, missing, path, folder, machine, options.overwrite)
-                problems = _follow(outcomes, bar, bar.update)
-        seconds = time.perf_counter() - started
-        store = Store(path) if inventory.is_store(path) else None
-        if store and missing:
-            _record(store, problems)
+        recover(path)
+        site = run.building_site(study, path, options.overwrite)
+        by_label = {checkpoint.label: checkpoint for checkpoint in checkpoints}
+
+        def still_missing() -> list[str]:
+            lacking = {checkpoint.label for checkpoint in run.pending(study, checkpoints, site)}
+            return [label for label in options.share(list(by_label)) if label in lacking]
+
+        labels = still_missing()
+        series = Series(path, "cache", labels, machine.device)
+        with series.begun(still_missing) as mine, progress("cache", "checkpoint", len(mine)) as bar:
+            todo = [by_label[label] for label in mine]
+            series.follow(run.cache_series(study, todo, site, folder, machine, checkpoints), bar, bar.update)
+        is_whole = is_store(site) and not run.pending(study, checkpoints, site)
+        if is_whole and site != path:
+            put_in_place(path, path)
+        store = Store(path) if is_store(path) else None
         return CacheWork(
+            **series.work(len(checkpoints), study.dtype),
             store=path,
-            n_asked=len(checkpoints),
-            n_missing=len(missing),
-            problems=problems,
             n_complete=len(store.complete()) if store else 0,
-            seconds=seconds,
-            device=machine.device,
-            dtype=study.dtype,
-            peak_memory=peak_memory(machine.device),
+            kept_old=site != path and not is_whole,
             n_prompts=store.array("length").size if store else 0,
-            warnings=tuple(duplicate_weights(store)) if store and missing else (),
+            warnings=tuple(duplicate_weights(store)) if store and labels else (),
         )
 
 
@@ -133,7 +141,7 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
     from .engine.replay.protocols import protocol_named
-    from .engine.runtime.resources import Machine, peak_memory
+    from .engine.runtime.resources import Machine
     from .engine.store.store import Store
 
     protocol = protocol_named(options.protocol)
@@ -143,29 +151,18 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
         plan = protocol.make_plan(request, store)
         name = options.name or protocol.name_of(request)
         machine = Machine.from_options(options.device, options.memory, plan.dtype)
-        with zarr_group.locked(path):
-            if options.overwrite:
-                zarr_group.remove(run_path(path, name))
-            run = protocol.open_run(store, plan, name, machine.device)
-            complete = run.complete()
-            missing = [label for label in requested if label not in complete]
-            started = time.perf_counter()
-            with progress("patch", "run", plan.n_runs * len(missing)) as bar:
-                outcomes = protocol.patch_series(store, plan, run, missing, folder, machine, bar.update)
-                problems = _follow(outcomes, bar)
-            seconds = time.perf_counter() - started
+        run = protocol.open_run(store, plan, name, options.overwrite)
+        missing = _missing(options.share(requested), run)
+        series = Series(path, f"patches.{run.path.name}", missing, machine.device)
+        still_missing = functools.partial(_missing, missing, run)
+        with series.begun(still_missing) as mine, progress("patch", "run", plan.n_runs * len(mine)) as bar:
+            series.follow(protocol.patch_series(store, plan, run, mine, folder, machine, bar.update), bar)
         return PatchWork(
+            **series.work(len(requested), plan.dtype),
+            **_finished(run, run_path(path, name), path, requested),
             store=path,
-            n_asked=len(requested),
-            n_missing=len(missing),
-            problems=problems,
-            n_complete=len(run.complete()),
-            seconds=seconds,
-            device=machine.device,
-            dtype=plan.dtype,
-            peak_memory=peak_memory(machine.device),
             name=name,
-            n_runs=plan.n_runs * (len(missing) - len(problems)),
+            n_runs=plan.n_runs * (len(series.missing) - len(series.outcomes)),
         )
 
 
@@ -173,38 +170,98 @@ def mechanism(options: MechanismOptions, folder: Path) -> Work:
     """Measure what heads do, and how their weights change, at the checkpoints of a store."""
     options.refuse_impossible()
     path = store_path(options.store, folder)
-    select_checkpoints(path, options.checkpoints)
+    requested = select_checkpoints(path, options.checkpoints)
     from .engine.mechanism import run as mechanism_run
     from .engine.mechanism import store as mechanism_store
-    from .engine.runtime.resources import Machine, peak_memory
+    from .engine.runtime.resources import Machine
     from .engine.store.store import Store
 
     with quiet_libraries():
         store = Store(path)
         plan = mechanism_run.make_plan(store, options.parts, options.direction, options.dtype)
-        wanted = mechanism_run.wanted(store, options.checkpoints)
+        wanted = mechanism_run.wanted(store, requested)
         machine = Machine.from_options(options.device, options.memory, plan.dtype)
-        with zarr_group.locked(path):
-            if options.overwrite:
-                zarr_group.remove(mechanism_store.mechanism_path(store))
-            run = mechanism_store.open_mechanism(store, plan.settings)
-            missing = {label: wanted[label] for label in run.missing(wanted)}
-            started = time.perf_counter()
-            with progress("mechanism", "checkpoint", len(missing)) as bar:
-                outcomes = mechanism_run.measure_series(store, plan, run, missing, folder, machine, bar.update)
-                problems = _follow(outcomes, bar)
-            seconds = time.perf_counter() - started
+        run = mechanism_store.open_mechanism(store, plan.settings, options.overwrite)
+        missing = options.share(run.missing(wanted))
+        series = Series(path, run.path.name, missing, machine.device)
+        with series.begun(lambda: run.missing(wanted)) as mine:
+            todo = {label: wanted[label] for label in mine}
+            with progress("mechanism", "checkpoint", len(mine)) as bar:
+                series.follow(mechanism_run.measure_series(store, plan, run, todo, folder, machine, bar.update), bar)
         return Work(
+            **series.work(len(requested), plan.dtype),
+            **_finished(run, mechanism_store.mechanism_path(store), path, requested),
             store=path,
-            n_asked=len(wanted),
-            n_missing=len(missing),
-            problems=problems,
-            n_complete=len(run.complete()),
-            seconds=seconds,
-            device=machine.device,
-            dtype=plan.dtype,
-            peak_memory=peak_memory(machine.device),
         )
+
+
+class Series:
+    """A command's way through checkpoints: which it may write, how each ended, how long it took."""
+
+    def __init__(self, store: Path, group: str, missing: Sequence[str], device: str) -> None:
+        self.store, self.group, self.missing, self.device = store, group, list(missing), device
+        self.outcomes: dict[str, Outcome] = {}
+        """Label -> how a checkpoint ended that could not be finished."""
+
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def begun(self, still_missing: Callable[[], list[str]]) -> Iterator[list[str]]:
+        """The missing checkpoints that no other process is writing, nor has finished meanwhile, to be written here."""
+        if not self.missing:
+            yield []
+            return
+        with layout_lock(self.store):
+            sweep(self.store)
+        with claimed(self.store, self.group, self.missing) as mine:
+            left = still_missing()
+            self.missing = [label for label in self.missing if label in left]
+            for label in self.missing:
+                if label not in mine:
+                    problem = f"another process is writing it into {self.store}; run this again when it has ended"
+                    self.outcomes[label] = Outcome(label, problem, by_input=False)
+            self._started = time.perf_counter()
+            yield [label for label in self.missing if label in mine]
+
+    def follow(
+        self, outcomes: Iterable[Outcome], bar: Progress, completed: Callable[[int], object] = lambda _n: None
+    ) -> None:
+        """Go through the outcomes, with notes as they come."""
+        for outcome in outcomes:
+            completed(1)
+            for note in outcome.notes:
+                bar.write(f"note: {note}")
+            if outcome.problem:
+                self.outcomes[outcome.label] = outcome
+
+    def work(self, n_asked: int, dtype: str) -> dict[str, Any]:
+        """The fields of `Work` that every command shares."""
+        from .engine.runtime.resources import peak_memory
+
+        return {
+            "n_asked": n_asked,
+            "n_missing": len(self.missing),
+            "problems": {label: str(outcome.problem) for label, outcome in self.outcomes.items()},
+            "by_input": all(outcome.by_input for outcome in self.outcomes.values()),
+            "seconds": time.perf_counter() - self._started,
+            "device": self.device,
+            "dtype": dtype,
+            "peak_memory": peak_memory(self.device),
+        }
+
+
+def _missing(labels: Sequence[str], run: CheckpointArrays) -> list[str]:
+    complete = run.complete()
+    return [label for label in labels if label not in complete]
+
+
+def _finished(run: CheckpointArrays, path: Path, store: Path, requested: Sequence[str]) -> dict[str, Any]:
+    """Put a group that was built to replace another in its place, once all that was asked for is there."""
+    is_whole = not _missing(requested, run)
+    if run.path != path and is_whole:
+        put_in_place(path, store)
+    kept_old = run.path != path and not is_whole
+    return {"n_complete": len(CheckpointArrays(path, store).complete()), "kept_old": kept_old}
 
 
 def report(options: ReportOptions, folder: Path) -> Path:
@@ -243,9 +300,9 @@ def report_folder(store: Path) -> Path:
 
 
 def open_run(store: Path, name: str) -> tuple[xr.Dataset, PatchSettings]:
-    """A patched run, lazily with labelled dimensions, and its settings; torch is not needed."""
-    group = CheckpointArrays(run_path(store, name))
-    return group.dataset(), PatchSettings.from_attributes(group.attrs["patch"])
+    """A patched run in memory, with labelled dimensions, and its settings; torch is not needed."""
+    group = CheckpointArrays(run_path(store, name), store)
+    return group.load(), PatchSettings.from_attributes(group.attrs["patch"])
 
 
 def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
@@ -264,25 +321,3 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
 def _checkpoints(options: CacheOptions, folder: Path) -> list[Checkpoint]:
     options.refuse_impossible()
     return resolve(options.model, options.checkpoints, folder)
-
-
-def _record(store: "Store", problems: dict[str, str]) -> None:
-    """Keep why checkpoints are missing, for `headlapse info`; of those that are there by now no more is said."""
-    recorded, complete = store.attrs.get("problems", {}), store.complete()
-    known = {label: text for label, text in {**recorded, **problems}.items() if label not in complete}
-    if known != recorded:
-        store.group.attrs["problems"] = known
-
-
-def _follow(
-    outcomes: Iterable[Outcome], bar: Progress, completed: Callable[[int], object] = lambda _n: None
-) -> dict[str, str]:
-    """Go through a series, with notes as they come; why checkpoints could not be finished, by label."""
-    problems = {}
-    for outcome in outcomes:
-        completed(1)
-        for note in outcome.notes:
-            bar.write(f"note: {note}")
-        if outcome.problem:
-            problems[outcome.label] = outcome.problem
-    return problems

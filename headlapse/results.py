@@ -9,7 +9,8 @@ import pandas as pd
 from .engine.runtime.errors import UserError
 from .engine.runtime.quiet import quiet_libraries
 from .engine.statistics.multiple_testing import Correction
-from .engine.store.zarr_group import CheckpointArrays, last_write_ns
+from .engine.store.checkpoint_arrays import CheckpointArrays
+from .engine.store.disk import last_write_ns
 from .engine.study.mechanism_settings import MechanismSettings
 from .pipeline import open_run, report_folder, run_path
 
@@ -32,7 +33,7 @@ def patch_lines(store: Path, name: str, correction: Correction = "bh") -> list[s
 
     run, settings = open_run(store, name)
     with quiet_libraries():
-        return verdict(run.load(), settings, study_of(store), _page(store, name), correction)
+        return verdict(run, settings, study_of(store), _page(store, name), correction)
 
 
 def _page(store: Path, name: str) -> str:
@@ -51,15 +52,15 @@ def heads(store: Path, name: str, correction: Correction = "bh") -> pd.DataFrame
     run, settings = open_run(store, name)
     if settings.protocol == "published":
         raise UserError(f"{name} was made by the published protocol, which has no effects of heads; see its verdict")
-    return head_effects(run.load(), settings, correction)
+    return head_effects(run, settings, correction)
 
 
 def mechanism_lines(store: Path, verbose: bool = False) -> list[str]:
     """What was measured of the mechanism: every checkpoint where `verbose`, then the final one in a few lines."""
     from .engine.report.findings.mechanism import mechanism_summary, mechanism_text
 
-    group = CheckpointArrays(store / "mechanism")
-    settings, run = MechanismSettings.from_attributes(group.attrs["mechanism"]), group.dataset()
+    group = CheckpointArrays(store / "mechanism", store)
+    settings, run = MechanismSettings.from_attributes(group.attrs["mechanism"]), group.load()
     with quiet_libraries():
         tables = [str(mechanism_text(run, settings))] if verbose else []
         return tables + mechanism_summary(run, settings, study_of(store))

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import zarr
 
+from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
 from headlapse.engine.store.patched_run import PatchedRun, TextRun
 from headlapse.engine.store.store import Store, duplicate_weights
-from headlapse.engine.store.zarr_group import CheckpointArrays, CheckpointRow
+from headlapse.engine.store.zarr_group import CheckpointRow
 from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
 from tests.test_store import HEADS, TRIALS, some_capture, some_store

@@ -1,5 +1,6 @@
 """What caching a series would take: revisions, bytes to download and to store, and about how long."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from ..checkpoints.tokenizer import load_tokenizer
 from ..checkpoints.weights import TORCH_DTYPES
 from ..runtime.format import format_bytes, format_time
 from ..runtime.resources import matmul_rate
-from ..store.activations import KINDS
 from ..study.prompts import Trials, draw_trials
 from ..study.study import Study
 from .run import pending, stored_layers
@@ -53,15 +53,8 @@ def describe(study: Study, checkpoints: Sequence[Checkpoint], cache: Path, path:
 
 def cost_of(study: Study, architecture: Architecture, trials: Trials) -> Cost:
     """Bytes and operations of one checkpoint, from its shapes alone."""
-    layers, kinds = stored_layers(study, architecture.n_layers)
-    widths = {
-        "z": architecture.n_heads * architecture.value_dim,
-        "key": architecture.n_kv_heads * architecture.head_dim,
-        "value": architecture.n_kv_heads * architecture.value_dim,
-        "resid_pre": architecture.d_model,
-    }
-    assert set(widths) == set(KINDS)
-    width = sum(widths[kind] for kind in kinds)
+    layers, widths = stored_layers(study, architecture)
+    width = sum(map(math.prod, widths.values()))
     return Cost(
         stored=trials.tokens.size * len(layers) * width * TORCH_DTYPES[study.dtype].itemsize,
         # One multiplication and one addition per parameter and token; attention itself is small beside them.

@@ -1,12 +1,16 @@
 """Capture a series of checkpoints into a store, through one resident model."""
 
-import functools
+import itertools
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..checkpoints.architecture import Architecture
 from ..checkpoints.fetch import fetch
 from ..checkpoints.files import Files, sha256, stamp, vocabulary_file
 from ..checkpoints.loader import Loaded, ModelLoader
@@ -14,11 +18,14 @@ from ..checkpoints.prefetch import prefetch
 from ..checkpoints.resolve import DEMO, Checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
-from ..runtime.outcome import Outcome
+from ..runtime.outcome import Outcome, failed
 from ..runtime.resources import Machine
-from ..store.activations import KINDS
+from ..store.activations import KINDS, Capture
+from ..store.disk import replacement_of
+from ..store.inventory import is_store
+from ..store.locks import layout_lock
 from ..store.store import Store, create_store
-from ..store.zarr_group import CheckpointRow, refuse_difference, refuse_foreign
+from ..store.zarr_group import CheckpointRow, refuse_difference
 from ..study.prompts import DEFAULT_TRIALS, Trials, check_task, draw_trials, same_tokens, task_digest
 from ..study.study import Study
 from ..study.subsets import parse_layers
@@ -42,10 +49,22 @@ def store_name(study: Study) -> str:
     return f"{model}-{task}.zarr"
 
 
-def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path, overwrite: bool = False) -> list[Checkpoint]:
+def building_site(study: Study, path: Path, overwrite: bool) -> Path:
+    """Where the store is written: at its `path`, or beside the one that it is to replace once it is whole.
+
+    What was begun there and has other settings is removed.
+    """
+    if not (overwrite and path.exists()):
+        return path
+    site = replacement_of(path)
+    if is_store(site) and Store(site).study != identity(study):
+        shutil.rmtree(site)
+    return site
+
+
+def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path) -> list[Checkpoint]:
     """The checkpoints that the store at `path` lacks.  Raises `UserError` when the store is of another study."""
-    refuse_foreign(path)
-    if overwrite or not path.exists():
+    if not path.exists():
         return list(checkpoints)
     store = Store(path)
     refuse_difference(path, store.study, identity(study), "choose another --store, or replace it with --overwrite")
@@ -54,19 +73,24 @@ def pending(study: Study, checkpoints: Sequence[Checkpoint], path: Path, overwri
 
 
 def cache_series(
-    study: Study, missing: Sequence[Checkpoint], path: Path, cache: Path, machine: Machine, overwrite: bool = False
+    study: Study,
+    missing: Sequence[Checkpoint],
+    path: Path,
+    cache: Path,
+    machine: Machine,
+    axis: Sequence[Checkpoint] = (),
 ) -> Iterator[Outcome]:
     """Capture every missing checkpoint into the store at `path`; yields an `Outcome` for each.
 
-    The store is created by the first capture that succeeds, and replaces one that is to be overwritten only then.  A
-    checkpoint that fails is an `Outcome` with a problem, and the others continue.
+    The store is laid out with room for all of `axis`, or else for what is missing, before the first capture.  A
+    checkpoint that fails, for whatever reason, is an `Outcome` with a problem, and the others continue.
     Raises `UserError` for a task that does not exist, before anything is fetched, or whose prompts the tokenizer cannot
     take.
     """
     check_task(study.task)
 
     loader = ModelLoader(study.dtype, machine)
-    recorder = _Recorder(study, missing, path, loader, overwrite)
+    recorder = _Recorder(study, axis or missing, path, loader)
 
     def captures() -> Iterator[tuple[Outcome, Callable[[], None]]]:
         for checkpoint, loaded in prefetch(missing, lambda checkpoint: loader.prefetch(fetch(checkpoint, cache))):
@@ -75,10 +99,11 @@ def cache_series(
                     raise loaded
                 notes, write = recorder.record(checkpoint, loaded)
                 yield Outcome(checkpoint.label, notes=notes), write
-            except UserError as error:
+            except Exception as error:  # whatever is wrong with one checkpoint, the others go on
                 if recorder.task_failed:
                     raise
-                yield Outcome(checkpoint.label, str(error)), lambda: None
+                recorder.keep_problem(outcome := failed(checkpoint.label, error))
+                yield outcome, lambda: None
 
     return _write_behind(captures())
 
@@ -101,20 +126,18 @@ def _write_behind(jobs: Iterable[tuple[Outcome, Callable[[], None]]]) -> Iterato
 def _finish(outcome: Outcome, writing: Future[None]) -> Outcome:
     try:
         writing.result()
-    except UserError as error:
-        return replace(outcome, problem=str(error))
+    except Exception as error:  # of the disk, most likely
+        return failed(outcome.label, error, outcome.notes)
     return outcome
 
 
 class _Recorder:
     """Owns the store while a series is captured."""
 
-    def __init__(
-        self, study: Study, missing: Sequence[Checkpoint], path: Path, loader: ModelLoader, overwrite: bool
-    ) -> None:
+    def __init__(self, study: Study, axis: Sequence[Checkpoint], path: Path, loader: ModelLoader) -> None:
         self.study, self.path, self.loader = study, path, loader
-        self.rows = [CheckpointRow(checkpoint.label, checkpoint.step) for checkpoint in missing]
-        self.store = Store(path) if path.exists() and not overwrite else None
+        self.rows = [CheckpointRow(checkpoint.label, checkpoint.step) for checkpoint in axis]
+        self.store = Store(path) if path.exists() else None
         self.trials = self.store.trials() if self.store else None
         self.vocabularies: set[str] = set()
         """Digests of the tokenizers that were compared with the stored tokens."""
@@ -129,12 +152,33 @@ class _Recorder:
         files, _ = loaded
         resident, memory = self.loader.load_weights(loaded)
         trials, notes = self._tokenize(files, resident.architecture.context)
+        store = self.store = self.store or self._laid_out(resident.architecture, trials)
         captured = capture(resident, trials, memory)
-        if self.store is None:
-            layers, kinds = stored_layers(self.study, resident.architecture.n_layers)
-            self.store = create_store(self.path, identity(self.study), self.rows, layers, kinds, trials, captured)
+        refuse_non_finite(captured, trials, checkpoint.label)
         provenance = _provenance(checkpoint, files)
-        return notes, functools.partial(self.store.write, checkpoint.label, captured, provenance)
+
+        def write() -> None:
+            store.write(checkpoint.label, captured, provenance)
+
+        return notes, write
+
+    def keep_problem(self, outcome: Outcome) -> None:
+        """Keep why a checkpoint is missing, for `headlapse info`."""
+        if self.store and outcome.problem:
+            self.store.write_problem(outcome.label, outcome.problem)
+
+    def _laid_out(self, architecture: Architecture, trials: Trials) -> Store:
+        """The store with room for every checkpoint: new, or the one that another process has just made."""
+        with layout_lock(self.path):
+            if not self.path.exists():
+                layers, widths = stored_layers(self.study, architecture)
+                return create_store(self.path, identity(self.study), self.rows, layers, trials, widths)
+        store = Store(self.path)
+        refuse_difference(self.path, store.study, identity(self.study), "choose another --store")
+        if not same_tokens(store.trials(), trials):
+            raise UserError(f"{self.path} was just made with other tokens; use another --store")
+        store.add(self.rows)
+        return store
 
     def _tokenize(self, files: Files, context: int) -> tuple[Trials, tuple[str, ...]]:
         """The prompts as tokens, and notes where they are drawn for the first time.
@@ -158,13 +202,40 @@ class _Recorder:
         return self.trials, drawn.notes if first else ()
 
 
-def stored_layers(study: Study, n_layers: int) -> tuple[list[int], tuple[str, ...]]:
-    """The layers and kinds of activations that are stored: from the first layer to be patched on, because replay needs
-    every later one.  Raises `UserError` for a layer that the model does not have."""
-    layers = list(range(n_layers))
+def stored_layers(study: Study, architecture: Architecture) -> tuple[list[int], dict[str, tuple[int, ...]]]:
+    """The layers that are stored, and the shape at one position of each kind of activation that is.
+
+    From the first layer to be patched on, because replay needs every later one.
+    Raises `UserError` for a layer that the model does not have.
+    """
+    widths: dict[str, tuple[int, ...]] = {
+        "z": (architecture.n_heads, architecture.value_dim),
+        "key": (architecture.n_kv_heads, architecture.head_dim),
+        "value": (architecture.n_kv_heads, architecture.value_dim),
+        "resid_pre": (architecture.d_model,),
+    }
+    layers = list(range(architecture.n_layers))
     if study.sites == ("z",):
-        return layers, ("z",)
-    return layers[parse_layers(study.sites, layers, "--sites")[0] :], KINDS
+        return layers, {"z": widths["z"]}
+    first = parse_layers(study.sites, layers, "--sites")[0]
+    return layers[first:], {kind: widths[kind] for kind in KINDS}
+
+
+def refuse_non_finite(captured: Capture, trials: Trials, label: str) -> None:
+    """Raise `UserError` naming the first activation that is infinite or not a number, so that its checkpoint is set
+    aside.  What stands where prompts are padded does not count."""
+    is_token = torch.arange(trials.tokens.shape[-1]) < torch.from_numpy(trials.length)[..., None]
+    n_layers = len(captured.tensors["z"])
+    for layer, kind in itertools.product(range(n_layers), ("resid_pre", "key", "value", "z")):
+        values = captured.read(kind, layer)
+        if not torch.isfinite(values).all() and not torch.isfinite(values[is_token]).all():
+            raise UserError(_non_finite(f"{kind} of layer {layer}", label))
+    if not torch.isfinite(captured.answer_logits).all():
+        raise UserError(_non_finite("logits of the answers", label))
+
+
+def _non_finite(what: str, label: str) -> str:
+    return f"the {what} of {label} is not finite: its weights are damaged, or the numbers too large for this --dtype"
 
 
 def _is_directory(model: str) -> bool:

@@ -4,16 +4,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
-from ..runtime.errors import UserError
-
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
-def prefetch(
-    items: Iterable[Item], load: Callable[[Item], Value]
-) -> Iterator[tuple[Item, Value | UserError | OSError]]:
-    """Each item with what `load` returned, or the `UserError` or `OSError` that it raised; other errors are raised.
+def prefetch(items: Iterable[Item], load: Callable[[Item], Value]) -> Iterator[tuple[Item, Value | Exception]]:
+    """Each item with what `load` returned, or the exception that it raised.
 
     The next item loads while the caller works on this one.
     """
@@ -46,9 +42,9 @@ class _Loading(threading.Thread, Generic[Item, Value]):
         except BaseException as error:
             self._error = error  # raised or returned by `outcome`, in the thread that asks for it
 
-    def outcome(self) -> Value | UserError | OSError:
+    def outcome(self) -> Value | Exception:
         if self._error is None:
             return self._value
-        if isinstance(self._error, UserError | OSError):
+        if isinstance(self._error, Exception):
             return self._error
         raise self._error

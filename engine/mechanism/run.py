@@ -3,6 +3,7 @@
 Attribution, attention and patching are computed from the stored activations; only the read position is run.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,7 @@ from torch import Tensor
 
 from ..checkpoints.loader import ModelLoader
 from ..checkpoints.model import ResidentModel
-from ..checkpoints.revisions import RevisionIndex, select
-from ..replay.cached_checkpoints import LoadedCheckpoint, load_each
+from ..replay.cached_checkpoints import LoadedCheckpoint, each_outcome, load_each
 from ..replay.layers import LayerRunner
 from ..replay.patch_inputs import PatchInputs
 from ..replay.replay import replay, runs_at_once
@@ -86,20 +86,14 @@ def make_plan(
     return MechanismPlan(settings, store.trials(), layers)
 
 
-def wanted(store: Store, words: Sequence[str] = ("all",)) -> dict[str, dict[str, str]]:
-    """The finished checkpoints that words of `--checkpoints` name, in order of training, each with its neighbours.
-
-    Raises `UserError` for a checkpoint that the store does not hold.
-    """
-    labels = list(store.complete())
-    steps = {row.label: row.step for row in store.rows() if row.label in labels}
-    revisions = RevisionIndex(str(store.path), lambda: steps, "all")
-    selected = {label for word in words for label in select(revisions, word)}
+def wanted(store: Store, labels: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Finished checkpoints by label, each with its neighbours in order of training."""
+    finished = list(store.complete())
     neighbours = {
-        label: {"previous": labels[index - 1] if index else "", "last": labels[-1]}
-        for index, label in enumerate(labels)
+        label: {"previous": finished[index - 1] if index else "", "last": finished[-1]}
+        for index, label in enumerate(finished)
     }
-    return {label: neighbours[label] for label in labels if label in selected}
+    return {label: neighbours[label] for label in labels}
 
 
 def measure_series(
@@ -113,32 +107,37 @@ def measure_series(
 ) -> Iterator[Outcome]:
     """Measure and write every missing checkpoint; `advance` is called with 1 after each.
 
-    A checkpoint whose weights cannot be read, also one that is only to be compared with, gives an `Outcome` with a
-    problem.  Comparisons with it are NaN, and are measured again the next time.  Raises `VerificationError` where the
-    contributions to a logit difference do not sum to it.
+    A checkpoint whose weights cannot be read, also one that is only to be compared with, or whose contributions do not
+    sum to its logit difference, gives an `Outcome` with a problem.  Comparisons with it are NaN, and are measured again
+    the next time.
     """
     compares = "weights" in plan.settings.parts
     comparison = _WeightComparison(plan.layers)
     visits = _visits(missing) if compares else [(label, True) for label in missing]
     loader = ModelLoader(plan.dtype, machine)
     first_layer = plan.layers[0] if plan.reads_activations else None
-    checkpoints = load_each(store, [label for label, _ in visits], cache, loader, first_layer)
-    for (label, is_measured), (_, checkpoint) in zip(visits, checkpoints, strict=True):
-        if isinstance(checkpoint, UserError):
-            yield Outcome(label, str(checkpoint))
-            continue
+
+    def measure(label: str, checkpoint: LoadedCheckpoint) -> None:
+        values = _measure_activations(store, plan, label, checkpoint) if plan.reads_activations else {}
+        neighbours: dict[str, str] = {}
+        if compares:
+            weights, neighbours = comparison.with_neighbours(label, missing[label])
+            values |= weights
+        run.write(label, values, neighbours)
+        advance(1)
+
+    def visit(label: str, checkpoint: LoadedCheckpoint, is_measured: bool) -> None:
         if compares:
             comparison.add(label, checkpoint.resident)
         if is_measured:
-            values = _measure_activations(store, plan, label, checkpoint) if plan.reads_activations else {}
-            neighbours: dict[str, str] = {}
-            if compares:
-                weights, neighbours = comparison.with_neighbours(label, missing[label])
-                values |= weights
-            run.write(label, values, neighbours)
-            advance(1)
-            yield Outcome(label)
+            measure(label, checkpoint)
         comparison.drop_all_but(label, missing)
+
+    checkpoints = load_each(store, [label for label, _ in visits], cache, loader, first_layer)
+    for (label, is_measured), (_, checkpoint) in zip(visits, checkpoints, strict=True):
+        [outcome] = each_outcome([(label, checkpoint)], functools.partial(visit, is_measured=is_measured))
+        if outcome.problem or is_measured:
+            yield outcome
 
 
 def _visits(missing: Wanted) -> list[tuple[str, bool]]:
@@ -248,7 +247,7 @@ def _self_check(store: Store, plan: MechanismPlan, label: str, values: Values) -
 
     Raises `VerificationError` where it is larger than the arithmetic explains.
     """
-    logits = store.answer_logits(store.index(label))
+    logits = store.answer_logits(label)
     total = values["attribution"].sum((0, 1), dtype=np.float64) + values["attribution_rest"].sum(0, dtype=np.float64)
     total += values["attribution_start"] + values["attribution_constant"]
     difference = np.abs(total - (logits[..., 0] - logits[..., 1])).max()

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from ..store import zarr_group
-from ..store.store import Store
-from ..store.zarr_group import CheckpointArrays, CheckpointRow
+from ..store.checkpoint_arrays import CheckpointArrays
+from ..store.store import Store, open_group
+from ..store.zarr_group import CheckpointRow
 from ..study.mechanism_settings import MechanismSettings, Part
 from ..study.study import RUNS
 from .attention import ATTENDED_TO
@@ -47,13 +48,12 @@ class MechanismRun(CheckpointArrays):
 
     def write(self, label: str, values: Mapping[str, np.ndarray], neighbours: Mapping[str, str]) -> None:
         """Write one checkpoint's arrays; the completion mark is cleared first and set last."""
-        index = self.index(label)
-        self.array("complete")[index] = False
+        writer = self.writer(label)
         for name, value in values.items():
-            self.array(name)[index] = value
+            writer.put(name, value)
         for name, neighbour in neighbours.items():
-            self.array(name)[index] = neighbour
-        self.array("complete")[index] = True
+            writer.put(name, neighbour)
+        writer.finish()
 
     def missing(self, wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
         """The labels of `wanted` (label -> neighbours) that are unfinished or were compared with other neighbours."""
@@ -71,22 +71,22 @@ def mechanism_path(store: Store) -> Path:
     return store.path / "mechanism"
 
 
-def open_mechanism(store: Store, settings: MechanismSettings) -> MechanismRun:
+def open_mechanism(store: Store, settings: MechanismSettings, overwrite: bool = False) -> MechanismRun:
     """The store's group: created if absent, extended by checkpoints that the store gained since.
+
+    With `overwrite`, what is to replace it once it is whole.
 
     Raises `UserError` where it exists with other settings, naming the difference.
     """
-    path = mechanism_path(store)
-    if not path.exists():
-        with zarr_group.atomic_write(path) as partial:
-            _create(partial, settings, store.rows(), store)
-    zarr_group.refuse_difference(
-        path,
-        zarr_group.attributes(path)["mechanism"],
-        settings.to_attributes(),
+    path = open_group(
+        store.path,
+        "mechanism",
+        {"mechanism": settings.to_attributes()},
+        lambda partial: _create(partial, settings, store.rows(), store),
+        overwrite,
         "give the same options, or replace it with --overwrite",
     )
-    run = MechanismRun(path)
+    run = MechanismRun(path, store.path)
     run.add(store.rows())
     return run
 
@@ -106,8 +106,9 @@ def _create(path: Path, settings: MechanismSettings, checkpoints: Sequence[Check
     if "weights" in settings.parts:
         for name in NEIGHBOURS:
             zarr_group.put_empty(group, name, (len(checkpoints),), (1,), str, ("checkpoint",))
-    group.attrs.update(
-        mechanism=settings.to_attributes(),
-        versions=zarr_group.package_versions(),
-        coordinates="step complete previous last",
-    )
+    attributes = {
+        "mechanism": settings.to_attributes(),
+        "versions": zarr_group.package_versions(),
+        "coordinates": "step complete previous last",
+    }
+    zarr_group.finish_group(group, path, checkpoints, attributes)

@@ -1,8 +1,9 @@
 """The checkpoints of a store, one after another, with exactly the weights that were cached."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoints.fetch import fetch
 from ..checkpoints.files import Files
@@ -11,6 +12,7 @@ from ..checkpoints.model import ResidentModel
 from ..checkpoints.prefetch import prefetch
 from ..checkpoints.resolve import Checkpoint
 from ..runtime.errors import UserError
+from ..runtime.outcome import Outcome, failed
 from ..store.store import Store, StoredActivations
 
 
@@ -28,17 +30,17 @@ class LoadedCheckpoint:
 
 def load_each(
     store: Store, labels: Sequence[str], cache: Path, loader: ModelLoader, first_layer: int | None
-) -> Iterator[tuple[str, LoadedCheckpoint | UserError]]:
+) -> Iterator[tuple[str, LoadedCheckpoint | Exception]]:
     """The resident model with each checkpoint's weights, one after another, or why they cannot be had.
 
     The next one's weights are prefetched; its activations from `first_layer` on, too, unless that is None.
     """
-    indices = store.complete()
 
     def load(label: str) -> tuple[Loaded, StoredActivations | None]:
-        files = fetch(_recorded(store, label), cache, store.provenance(label))
-        _refuse_other_weights(store, label, files)
-        activations = None if first_layer is None else store.activations(indices[label])
+        provenance = store.provenance(label)
+        files = fetch(_recorded(provenance), cache, provenance)
+        _refuse_other_weights(provenance, files)
+        activations = None if first_layer is None else store.activations(label)
         if activations is not None and first_layer is not None:
             activations.read_all(first_layer)
         return loader.prefetch(files), activations
@@ -49,20 +51,34 @@ def load_each(
                 raise loaded
             weights, activations = loaded
             resident, memory = loader.load_weights(weights)
-        except UserError as error:
+        except Exception as error:  # whatever is wrong with one checkpoint, the others go on
             yield label, error
             continue
         yield label, LoadedCheckpoint(resident, weights[0], activations, memory)
 
 
-def _recorded(store: Store, label: str) -> Checkpoint:
+def each_outcome(
+    checkpoints: Iterable[tuple[str, LoadedCheckpoint | Exception]], work: Callable[[str, LoadedCheckpoint], object]
+) -> Iterator[Outcome]:
+    """Do the `work` at every checkpoint; one that cannot be loaded, or whose work fails, has a problem."""
+    for label, checkpoint in checkpoints:
+        try:
+            if isinstance(checkpoint, Exception):
+                raise checkpoint
+            work(label, checkpoint)
+        except Exception as error:
+            yield failed(label, error)
+            continue
+        yield Outcome(label)
+
+
+def _recorded(provenance: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint as the store records it, pinned to its commit."""
-    fields = {name: value for name, value in store.provenance(label).items() if name not in ("sha256", "stamps")}
-    return Checkpoint(**fields)
+    return Checkpoint(**{name: value for name, value in provenance.items() if name not in ("sha256", "stamps")})
 
 
-def _refuse_other_weights(store: Store, label: str, files: Files) -> None:
-    cached = store.provenance(label)["sha256"]
+def _refuse_other_weights(provenance: Mapping[str, Any], files: Files) -> None:
+    cached = provenance["sha256"]
     if files.sha256 != cached:
         raise UserError(
             f"the weights in {files.directory} are not those that were cached (sha256 {_digests(files.sha256)} now, "

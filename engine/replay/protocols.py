@@ -2,7 +2,7 @@
 
 protocol = protocol_named("corrected")
 plan = protocol.make_plan(request, store)
-run = protocol.open_run(store, plan, protocol.name_of(request), machine.device)
+run = protocol.open_run(store, plan, protocol.name_of(request), overwrite=False)
 outcomes = list(protocol.patch_series(store, plan, run, missing, cache, machine, progress))
 """
 
@@ -43,15 +43,15 @@ class PatchProtocol(Generic[Plan, Run]):
     Every plan has `settings`, `dtype` and `n_runs`, the patched runs of one checkpoint.
     """
 
-    open_run: Callable[[Store, Plan, str, str], Run]
-    """The run of a store by its name, for a device; made where it is not there."""
+    open_run: Callable[[Store, Plan, str, bool], Run]
+    """The run of a store by its name, made where it is not there; or, with True, what is to replace it."""
 
     patch_series: Callable[[Store, Plan, Run, Sequence[str], Path, Machine, Callable[[int], object]], Iterator[Outcome]]
     """Patch the missing checkpoints one after another, verify a few runs of each, and write them.
 
     Takes the store, the plan, the run, the labels of the missing checkpoints, the folder of the model files, the
-    machine, and `progress`, which is called with the number of patched runs that each batch completed.  Raises
-    `VerificationError` where a verified run is another in stock transformers.
+    machine, and `progress`, which is called with the number of patched runs that each batch completed.  A checkpoint at
+    which a verified run is another in stock transformers has a problem.
     """
 
 

@@ -24,7 +24,7 @@ from ..study.patch_settings import PatchRequest, PatchSettings
 from ..study.study import Arithmetic
 from ..study.subsets import Subsets, parse_layers, parse_subsets
 from ..study.tasks.contrast import Contrast
-from .cached_checkpoints import LoadedCheckpoint, load_each
+from .cached_checkpoints import LoadedCheckpoint, each_outcome, load_each
 from .greedy_decoding import (
     GeneratedTexts,
     SlicePatch,
@@ -96,11 +96,10 @@ def make_plan(request: PatchRequest, store: Store) -> PublishedPlan:
     )
 
 
-def open_run(store: Store, plan: PublishedPlan, name: str, device: str) -> TextRun:
-    """The run `name` of the store, made where it is not there."""
-    run = store.open_texts(name, plan.settings, plan.layers, plan.subsets.labels, plan.subsets.mask, N_TOKENS)
-    run.group.attrs["device"] = device
-    return run
+def open_run(store: Store, plan: PublishedPlan, name: str, overwrite: bool = False) -> TextRun:
+    """The run `name` of the store, made where it is not there; with `overwrite`, what is to replace it."""
+    labels, mask = plan.subsets.labels, plan.subsets.mask
+    return store.open_texts(name, plan.settings, plan.layers, labels, mask, N_TOKENS, overwrite)
 
 
 def patch_series(
@@ -114,19 +113,19 @@ def patch_series(
 ) -> Iterator[Outcome]:
     """Generate every text at every missing checkpoint, and one of them again by the reference.
 
-    `progress` is called with the number of texts that each checkpoint completed.  Raises `VerificationError` where the
-    two differ.
+    `progress` is called with the number of texts that each checkpoint completed.  A checkpoint at which the two differ
+    is an `Outcome` with a problem.
     """
-    for label, checkpoint in load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer=None):
-        if isinstance(checkpoint, UserError):
-            yield Outcome(label, str(checkpoint))
-            continue
-        _write(plan, run, label, checkpoint)
+
+    def generate(label: str, checkpoint: LoadedCheckpoint) -> None:
+        _write(plan, run, label, checkpoint, machine.device)
         progress(plan.n_runs)
-        yield Outcome(label)
+
+    loader = ModelLoader(plan.dtype, machine)
+    yield from each_outcome(load_each(store, missing, cache, loader, first_layer=None), generate)
 
 
-def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedCheckpoint) -> None:
+def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedCheckpoint, device: str) -> None:
     tokenizer = load_tokenizer(checkpoint.files.config.parent)
     patches = _slice_patches(plan, tokenizer)
     texts = _generate_all(checkpoint, patches)
@@ -141,6 +140,7 @@ def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedChec
         padded(texts.tokens, N_TOKENS).reshape(*shape, N_TOKENS),
         np.array(succeeded).reshape(shape),
         texts.n_near,
+        device=device,
     )
 
 

@@ -25,7 +25,7 @@ from ..study.patch_settings import Direction, PatchRequest, PatchSettings
 from ..study.prompts import Trials
 from ..study.study import MEASURES, Arithmetic, Measure, tolerance
 from ..study.subsets import Subsets, parse_layers, parse_subsets
-from .cached_checkpoints import LoadedCheckpoint, load_each
+from .cached_checkpoints import LoadedCheckpoint, each_outcome, load_each
 from .patch_inputs import Site
 from .patched_generation import answers, refuse_too_many
 from .reference import choose_pairs, choose_trials, hooked_logit_diff, require_exact
@@ -126,13 +126,11 @@ def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
     )
 
 
-def open_run(store: Store, plan: SweepPlan, name: str, device: str) -> PatchedRun:
-    """The patched run `name` of the store, made where it is not there."""
+def open_run(store: Store, plan: SweepPlan, name: str, overwrite: bool = False) -> PatchedRun:
+    """The patched run `name` of the store, made where it is not there; with `overwrite`, what is to replace it."""
     first_layers = [site[0] for site in plan.sites]
     labels, mask = plan.subsets.labels, plan.subsets.mask
-    run = store.open_patch(name, plan.settings, first_layers, labels, mask, plan.measures, plan.n_tokens)
-    run.group.attrs.update(device=device, kernels=kernel_for(torch.device(device)))
-    return run
+    return store.open_patch(name, plan.settings, first_layers, labels, mask, plan.measures, plan.n_tokens, overwrite)
 
 
 def patch_series(
@@ -146,16 +144,15 @@ def patch_series(
 ) -> Iterator[Outcome]:
     """Replay the plan at every missing checkpoint, verify a few patched runs of each, and write them.
 
-    `progress` is called with the number of patched runs that each batch completed.  Weights that cannot be had are an
-    `Outcome` with a problem; replay that differs from stock transformers raises `VerificationError`.
+    `progress` is called with the number of patched runs that each batch completed.  A checkpoint whose weights cannot
+    be had, or whose replay differs from stock transformers, is an `Outcome` with a problem.
     """
+
+    def patch(label: str, checkpoint: LoadedCheckpoint) -> None:
+        _patch(_CheckpointPatch.prepare(store, plan, label, checkpoint), run, machine, progress)
+
     first_layer = min(site[0] for site in plan.sites)
-    for label, checkpoint in load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer):
-        if isinstance(checkpoint, UserError):
-            yield Outcome(label, str(checkpoint))
-            continue
-        _patch(_CheckpointPatch.prepare(store, plan, label, checkpoint), run, progress)
-        yield Outcome(label)
+    yield from each_outcome(load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer), patch)
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ class _CheckpointPatch:
     def prepare(cls, store: Store, plan: SweepPlan, label: str, checkpoint: LoadedCheckpoint) -> "_CheckpointPatch":
         assert checkpoint.activations is not None, "read with the weights"
         measures = _vocabulary_measures(plan, checkpoint, checkpoint.activations) if plan.measures else None
-        answer_logits = store.answer_logits(store.index(label))
+        answer_logits = store.answer_logits(label)
         allowed = tolerance(plan.dtype, store.study["dtype"])
         return cls(plan, label, checkpoint, checkpoint.activations, measures, answer_logits, allowed)
 
@@ -202,20 +199,22 @@ Values = Mapping[str, Float[np.ndarray, "site subset trial"]]
 """Results of a block's patched runs, by measure; `logit_diff` is always there."""
 
 
-def _patch(patch: _CheckpointPatch, run: PatchedRun, progress: Callable[[int], object]) -> None:
+def _patch(patch: _CheckpointPatch, run: PatchedRun, machine: Machine, progress: Callable[[int], object]) -> None:
     """Replay, verify and write one checkpoint, a block of sites at a time; its completion mark comes last."""
+    writer = run.write(patch.label)
     self_check = dict.fromkeys(("logit_diff", *patch.plan.measures), 0.0)
     for block in _blocks(patch.plan, patch.label):
         values = _replay(patch, block, progress)
         for name, difference in _verify(patch, block, values).items():
             self_check[name] = float(np.maximum(self_check[name], difference))  # keeps NaN, Python's max does not
-        run.write_layers(patch.label, block.first, **values)
+        writer.put_layers(block.first, **values)
     largest_difference = self_check.pop("logit_diff")
     if patch.vocabulary_measures is not None:
-        run.write_further(patch.label, _unpatched(patch, patch.vocabulary_measures), self_check)
+        writer.put_measures(_unpatched(patch, patch.vocabulary_measures), self_check)
     if patch.plan.n_tokens:
-        run.write_answers(patch.label, _generate_answers(patch))
-    run.finish(patch.label, patch.answer_logits, largest_difference)
+        writer.put_answers(_generate_answers(patch))
+    kernels = kernel_for(torch.device(machine.device))
+    writer.finish(patch.answer_logits, largest_difference, device=machine.device, kernels=kernels)
 
 
 def _replay(patch: _CheckpointPatch, block: _Block, progress: Callable[[int], object]) -> Values:

@@ -16,8 +16,8 @@ from markupsafe import Markup
 from ..measures.logit_diff import each_checkpoint, finished
 from ..mechanism.store import MechanismRun, mechanism_path
 from ..runtime.errors import UserError
+from ..store.disk import is_group
 from ..store.store import Store, duplicate_weights
-from ..store.zarr_group import is_group
 from ..study.alignment import align
 from ..study.prompts import Trials
 from ..study.study import RUNS, tolerance
@@ -135,7 +135,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = _signs
-    trials, cached, run = store.trials(), store.complete(), store.patch(result.name).attrs
+    trials, run = store.trials(), store.patch(result.name)
     return templates.get_template("page.html.j2").render(
         result=result,
         model=Path(store.study["model"]).name,
@@ -163,12 +163,12 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         self_check=_self_check(store, result),
         warnings=_warnings(store, result),
         threats=threats(store, result),
-        provenance=[(label, store.provenance(label)) for label in cached],
+        provenance=[(label, store.provenance(label)) for label in store.complete()],
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
         published=_published(store),
         findings=shown,
-        versions=store.attrs["versions"] | run["versions"],
-        device=run.get("device"),
+        versions=store.attrs["versions"] | run.attrs["versions"],
+        device=", ".join(run.devices()),
         ranges=ranges,
     )
 
@@ -225,13 +225,13 @@ def _mechanism(store: Store) -> list[Finding]:
     if not is_group(mechanism_path(store)):
         return []
     run = MechanismRun(mechanism_path(store))
-    return [mechanism_text(run.dataset(), run.settings)] if run.complete() else []
+    return [mechanism_text(run.load(), run.settings)] if run.complete() else []
 
 
 def _published(store: Store) -> dict[str, Any] | None:
     """The newest run by the published procedure that has a finished checkpoint."""
     for name in reversed(store.patch_names("published")):
-        run = finished(store.patch(name).dataset())
+        run = finished(store.patch(name).load())
         if run.sizes["checkpoint"]:
             return {"name": name, "table": success_table(run, store.study), "texts": examples(run)}
     return None

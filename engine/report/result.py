@@ -91,7 +91,7 @@ def read_result(store: Store, name: str) -> Result:
     Raises `UserError` where it has no finished checkpoint.
     """
     patch = store.patch(name)
-    run, direction = finished(patch.dataset()), patch.settings.direction
+    run, direction = finished(patch.load()), patch.settings.direction
     finite, means, rates, rows = [], [], [], []
     for checkpoint in each_checkpoint(run):
         raw_values = [checkpoint[raw].values for raw in ("logit_diff", "clean_logit_diff", "corrupt_logit_diff")]

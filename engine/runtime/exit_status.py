@@ -1,16 +1,12 @@
 """How a command ends: what the user can change is reported in one line with an exit status, never as a traceback."""
 
-import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
 
-from .errors import UserError, VerificationError
+from .errors import UserError, VerificationError, unwritable
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def print_problems(problems: Mapping[str, str]) -> None:
@@ -42,12 +38,10 @@ def exit_status_of(main: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
-        if error.errno not in _DISK_FULL + _NOT_WRITABLE:
+        text = unwritable(error)
+        if text is None:
             raise
-        path = f" {error.filename}" if error.filename else ""
-        full = error.errno in _DISK_FULL
-        remedy = "make room and run it again; finished work is kept" if full else "choose another place"
-        print(f"error: cannot write{path}: {error.strerror}; {remedy}", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command continues from there", file=sys.stderr)

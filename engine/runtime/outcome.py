@@ -1,6 +1,13 @@
 """How one checkpoint of a series ended."""
 
+import errno
+import logging
 from dataclasses import dataclass
+
+from .errors import UserError, VerificationError, unwritable
+from .format import one_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -14,3 +21,25 @@ class Outcome:
 
     notes: tuple[str, ...] = ()
     """Remarks for the user, where it succeeded too."""
+
+    by_input: bool = True
+    """Whether a problem lies with what the user gave, and not with the machine, or with headlapse."""
+
+
+def failed(label: str, error: Exception, notes: tuple[str, ...] = ()) -> Outcome:
+    """The outcome of a checkpoint that ended in an exception, whatever it is: the other checkpoints go on."""
+    logger.debug("%s", label, exc_info=error)
+    return Outcome(label, describe(error), notes, by_input=isinstance(error, UserError))
+
+
+def describe(error: Exception) -> str:
+    """An exception in one line: what happened, and what to do where that is known."""
+    if isinstance(error, UserError | VerificationError):
+        return str(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"memory ran out ({one_line(error)}); give less --memory, or a smaller --dtype"
+    if isinstance(error, OSError):
+        if error.errno == errno.EMFILE:
+            return "too many files are open; raise the limit (ulimit -n) and run it again"
+        return unwritable(error) or f"{error.filename or 'a file'} cannot be used: {one_line(error)}"
+    return f"{type(error).__name__}: {one_line(error)}"

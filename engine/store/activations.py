@@ -12,6 +12,10 @@ KINDS = ("z", "key", "value", "resid_pre")
 """What is captured of every layer; all but `z` serve replay alone."""
 
 
+NUMPY_DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+"""The study's dtype -> what zarr stores: it lacks bfloat16, of which the raw 16 bits are kept."""
+
+
 @runtime_checkable
 class Activations(Protocol):
     """Captured tensors of one checkpoint, from memory or from a store."""

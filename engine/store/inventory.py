@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
-from . import zarr_group
-from .zarr_group import CheckpointArrays, dims_of
+from .checkpoint_arrays import CheckpointArrays
+from .disk import is_group, recover
+from .disk import last_write_ns as group_last_write_ns
+from .zarr_group import dims_of
 
 MAKE = "headlapse cache makes one"
 
@@ -64,8 +66,9 @@ class StoreSummary:
 
 
 def is_store(path: Path) -> bool:
-    """Whether `path` is a store of any format."""
-    return zarr_group.is_group(path) and "headlapse_format" in zarr_group.attributes(path)
+    """Whether `path` is a store of any format, damaged or not."""
+    recover(path)
+    return is_group(path) and any((path / name / "zarr.json").is_file() for name in ("tokens", "z"))
 
 
 def require_store(path: Path) -> None:
@@ -79,7 +82,7 @@ def require_store(path: Path) -> None:
 
 def stores_in(folder: Path) -> list[Path]:
     """Every store in a folder, the one written to last at the end."""
-    folders = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    folders = [path for path in visible(folder) if path.is_dir()]
     return sorted(filter(is_store, folders), key=last_write_ns)
 
 
@@ -94,13 +97,17 @@ def find_store(folder: Path) -> Path:
 def patch_paths(store: Path) -> list[Path]:
     """Groups of the patched runs of a store, the one written to last at the end."""
     folder = store / "patches"
-    groups = filter(zarr_group.is_group, folder.iterdir()) if folder.is_dir() else ()
-    return sorted(groups, key=zarr_group.last_write_ns)
+    return sorted(filter(is_group, visible(folder)), key=group_last_write_ns)
+
+
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, but for what is hidden."""
+    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
 
 
 def last_write_ns(store: Path) -> int:
     """When a store or one of its patched runs was written to last, in nanoseconds."""
-    return max(map(zarr_group.last_write_ns, [store, *patch_paths(store)]))
+    return max(map(group_last_write_ns, [store, *patch_paths(store)]))
 
 
 def summarize(path: Path) -> StoreSummary:
@@ -115,9 +122,9 @@ def summarize(path: Path) -> StoreSummary:
         format=int(attributes["headlapse_format"]),
         complete=complete,
         missing=tuple(row.label for row in arrays.rows() if row.label not in complete),
-        problems=dict(attributes.get("problems", {})),
+        problems=problems_of(arrays),
         runs=tuple(_summarize_run(run, "patch") for run in patch_paths(path)),
-        mechanism=_summarize_run(mechanism, "mechanism") if zarr_group.is_group(mechanism) else None,
+        mechanism=_summarize_run(mechanism, "mechanism") if is_group(mechanism) else None,
         n_trials=int(arrays.array("tokens").shape[1]),
         n_bytes=_bytes_on_disk(path),
         last_write_ns=last_write_ns(path),
@@ -129,14 +136,30 @@ def arrays_of(path: Path) -> list[ArraySummary]:
     """The arrays of a store, the largest first."""
     arrays = [
         ArraySummary(name, dims_of(array), tuple(array.shape), str(array.dtype), int(array.nbytes))
-        for name, array in CheckpointArrays(path).group.arrays()
+        for name, array in _arrays(CheckpointArrays(path)).items()
     ]
     return sorted(arrays, key=lambda array: (-array.n_bytes, array.name))
+
+
+def problems_of(arrays: CheckpointArrays) -> dict[str, str]:
+    """Label -> why a checkpoint that is missing could not be captured, as far as it was recorded."""
+    if "problem" not in arrays.array_names:  # format 1
+        return dict(arrays.attrs.get("problems", {}))
+    texts, complete = arrays.values("problem"), arrays.complete()
+    return {
+        row.label: str(text)
+        for row, text in zip(arrays.rows(), texts, strict=True)
+        if text and row.label not in complete
+    }
 
 
 def _summarize_run(path: Path, kind: str) -> RunSummary:
     arrays = CheckpointArrays(path)
     return RunSummary(path.name, arrays.attrs[kind], len(arrays.complete()), len(arrays.rows()))
+
+
+def _arrays(arrays: CheckpointArrays) -> dict[str, Any]:
+    return {name: arrays.array(name) for name in arrays.array_names}
 
 
 def _bytes_on_disk(path: Path) -> int:

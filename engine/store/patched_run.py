@@ -6,6 +6,7 @@ The names and dimensions of the arrays are specified in docs/store.md.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -14,7 +15,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from ..study.patch_settings import PatchSettings
 from ..study.study import RUNS, Measure
 from . import zarr_group
-from .zarr_group import CheckpointArrays, CheckpointRow
+from .checkpoint_arrays import CheckpointArrays, CheckpointWriter
+from .zarr_group import CheckpointRow
 
 
 @dataclass(frozen=True)
@@ -65,51 +67,63 @@ class AnyRun(CheckpointArrays):
     def settings(self) -> PatchSettings:
         return PatchSettings.from_attributes(self.attrs["patch"])
 
+    def devices(self) -> list[str]:
+        """Where its checkpoints were computed."""
+        records = self.records().values()
+        return sorted({record["device"] for record in records} or {self.attrs.get("device", "")} - {""})
+
 
 class PatchedRun(AnyRun):
     """Logit differences, and further measures and texts where they were asked for."""
 
-    def write_layers(
+    def write(self, label: str) -> "PatchWriter":
+        """Begin to write one checkpoint."""
+        return PatchWriter(self.writer(label))
+
+
+@dataclass(frozen=True)
+class PatchWriter:
+    """Writes one checkpoint of a `PatchedRun`."""
+
+    writer: CheckpointWriter
+
+    def put_layers(
         self,
-        label: str,
         first: int,
         logit_diff: Float[np.ndarray, "layer subset trial"],
         **further: Float[np.ndarray, "layer subset trial"],
     ) -> None:
-        """Write one checkpoint's patched runs from the `first` layer of the run on; `further` measures by name."""
+        """The patched runs from the `first` layer of the run on; `further` measures by name."""
         for name, values in {"logit_diff": logit_diff, **further}.items():
-            self.array(name)[self.index(label), first : first + len(values)] = values
+            self.writer.put(name, values, first)
 
-    def write_further(
-        self, label: str, unpatched: Mapping[str, Float[np.ndarray, "run trial"]], self_check: Mapping[str, float]
+    def put_measures(
+        self, unpatched: Mapping[str, Float[np.ndarray, "run trial"]], self_check: Mapping[str, float]
     ) -> None:
-        """Write the further measures of one checkpoint's unpatched runs, and the largest difference that the self-check
-        found, both by measure."""
-        index = self.index(label)
+        """The further measures of the unpatched runs, and the largest difference that the self-check saw, both by
+        measure."""
         for name, values in unpatched.items():
             for run in RUNS:
-                self.array(f"{run}_{name}")[index] = values[RUNS.index(run)]
+                self.writer.put(f"{run}_{name}", values[RUNS.index(run)])
         for name, difference in self_check.items():
-            self.array(f"self_check_{name}")[index] = difference
+            self.writer.put(f"self_check_{name}", np.float32(difference))
 
-    def write_answers(self, label: str, answers: Answers) -> None:
-        """Write one checkpoint's texts."""
-        index = self.index(label)
+    def put_answers(self, answers: Answers) -> None:
+        """The texts."""
         for name in ("text", "token", "success"):
-            self.array(name)[index] = getattr(answers, name)
+            self.writer.put(name, getattr(answers, name))
         for number, run in enumerate(RUNS):
-            self.array(f"{run}_text")[index] = answers.plain_text[number]
-            self.array(f"{run}_success")[index] = answers.plain_success[number]
-        self.array("n_near")[index] = answers.n_near
+            self.writer.put(f"{run}_text", answers.plain_text[number])
+            self.writer.put(f"{run}_success", answers.plain_success[number])
+        self.writer.put("n_near", np.int32(answers.n_near))
 
-    def finish(self, label: str, answer_logits: Float[np.ndarray, "run trial answer"], self_check: float) -> None:
-        """Write one checkpoint's unpatched logit differences and self-check (nats), the completion mark last."""
-        index = self.index(label)
+    def finish(self, answer_logits: Float[np.ndarray, "run trial answer"], self_check: float, **fields: Any) -> None:
+        """The unpatched logit differences and the self-check (nats), then the record, with `fields` in it."""
         logit_diff = answer_logits[..., 0] - answer_logits[..., 1]
-        self.array("clean_logit_diff")[index] = logit_diff[RUNS.index("clean")]
-        self.array("corrupt_logit_diff")[index] = logit_diff[RUNS.index("corrupt")]
-        self.array("self_check")[index] = self_check
-        self.array("complete")[index] = True
+        for run in RUNS:
+            self.writer.put(f"{run}_logit_diff", logit_diff[RUNS.index(run)])
+        self.writer.put("self_check", np.float32(self_check))
+        self.writer.finish(**fields)
 
 
 class TextRun(AnyRun):
@@ -122,14 +136,13 @@ class TextRun(AnyRun):
         token: Int[np.ndarray, "layer subset trial token"],
         success: Bool[np.ndarray, "layer subset trial"],
         n_near: int,
+        **fields: Any,
     ) -> None:
-        """Write one checkpoint's texts, the completion mark last."""
-        index = self.index(label)
-        self.array("text")[index] = text
-        self.array("token")[index] = token
-        self.array("success")[index] = success
-        self.array("n_near")[index] = n_near
-        self.array("complete")[index] = True
+        """Write one checkpoint's texts, then its record, with `fields` in it."""
+        writer = self.writer(label)
+        for name, values in {"text": text, "token": token, "success": success, "n_near": np.int32(n_near)}.items():
+            writer.put(name, values)
+        writer.finish(**fields)
 
 
 def create_patched_run(
@@ -153,14 +166,14 @@ def create_patched_run(
         for run in RUNS:
             for name, dtype in (("text", str), ("success", bool)):
                 zarr_group.put_empty(group, f"{run}_{name}", *unpatched, dtype, ("checkpoint", "trial"))
-    _describe(group, settings, ["mask", *self_checks, *(["n_near"] if n_tokens else [])])
+    _describe(group, path, settings, axes, ["mask", *self_checks, *(["n_near"] if n_tokens else [])])
 
 
 def create_text_run(path: Path, settings: PatchSettings, axes: RunAxes, n_tokens: int) -> None:
     """A group with room for texts of at most `n_tokens` tokens."""
     group = _start(path, axes)
     _put_texts(group, axes.shape, n_tokens)
-    _describe(group, settings, ["mask", "n_near"])
+    _describe(group, path, settings, axes, ["mask", "n_near"])
 
 
 def _start(path: Path, axes: RunAxes) -> zarr.Group:
@@ -180,10 +193,13 @@ def _put_texts(group: zarr.Group, shape: tuple[int, ...], n_tokens: int) -> None
     zarr_group.put_empty(group, "n_near", shape[:1], (1,), "int32", ("checkpoint",))
 
 
-def _describe(group: zarr.Group, settings: PatchSettings, coordinates: Sequence[str]) -> None:
+def _describe(
+    group: zarr.Group, path: Path, settings: PatchSettings, axes: RunAxes, coordinates: Sequence[str]
+) -> None:
     """The attributes.  xarray takes the names in `coordinates` for coordinates, the others for data."""
-    group.attrs.update(
-        patch=settings.to_attributes(),
-        versions=zarr_group.package_versions(),
-        coordinates=" ".join(["step", "complete", *coordinates]),
-    )
+    attributes = {
+        "patch": settings.to_attributes(),
+        "versions": zarr_group.package_versions(),
+        "coordinates": " ".join(["step", "complete", *coordinates]),
+    }
+    zarr_group.finish_group(group, path, axes.checkpoints, attributes)

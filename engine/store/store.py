@@ -4,6 +4,8 @@ docs/store.md specifies the layout.  A checkpoint counts once its `complete` mar
 before that is written again.
 """
 
+import functools
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import xarray as xr
+import zarr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -20,15 +23,22 @@ from ..study.prompts import Trials
 from ..study.study import RUNS, Measure
 from ..study.tasks.contrast import Contrast
 from . import zarr_group
-from .activations import Capture, to_numpy, to_tensor
+from .activations import NUMPY_DTYPES, Capture, to_numpy, to_tensor
+from .checkpoint_arrays import CheckpointArrays
+from .disk import atomic_write, replacement_of
+from .integrity import verified_attributes
 from .inventory import patch_paths, require_store
+from .locks import layout_lock
 from .patched_run import AnyRun, PatchedRun, RunAxes, TextRun, create_patched_run, create_text_run
-from .zarr_group import CheckpointArrays, CheckpointRow
+from .zarr_group import CheckpointRow
 
 Run = TypeVar("Run", bound=AnyRun)
 
-FORMAT = 1
-"""Version of the layout; stores of another are refused."""
+FORMAT = 2
+"""Version of the layout that is written."""
+
+READABLE = (1, 2)
+"""Versions that are read; format 1 has no checksums, and gets no more checkpoints."""
 
 ANSWERS = ("right", "wrong")
 """Order of the `answer` axis."""
@@ -49,9 +59,10 @@ class Store(CheckpointArrays):
         require_store(path)
         super().__init__(path)
         store_format = self.attrs.get("headlapse_format")
-        if store_format != FORMAT:
+        if store_format not in READABLE:
             raise UserError(
-                f"{path} has store format {store_format}, this headlapse reads {FORMAT}; make it anew with --overwrite"
+                f"{path} has store format {store_format}, this headlapse reads {' and '.join(map(str, READABLE))}; "
+                "make it anew with --overwrite"
             )
 
     @property
@@ -82,25 +93,29 @@ class Store(CheckpointArrays):
 
     def provenance(self, label: str) -> dict[str, Any]:
         """Where a complete checkpoint's weights came from: location, commit, sha256 of each file."""
-        return dict(self.attrs["checkpoints"][label])
+        return dict(self.record(label)["provenance"])
 
-    def answer_logits(self, index: int) -> Float[np.ndarray, "run trial answer"]:
-        """Of the unpatched runs of the checkpoint at `index` of the axis."""
-        return np.asarray(self.array("answer_logits")[index])
+    def answer_logits(self, label: str) -> Float[np.ndarray, "run trial answer"]:
+        """Of the unpatched runs of a complete checkpoint."""
+        return self.read("answer_logits", label)
 
-    def activations(self, index: int) -> "StoredActivations":
-        """One checkpoint's captured tensors; each is read from disk once, when it is first needed."""
-        return StoredActivations(self, index)
+    def activations(self, label: str) -> "StoredActivations":
+        """One complete checkpoint's captured tensors; each is read from disk once, when it is first needed."""
+        return StoredActivations(self, label)
 
     def write(self, label: str, captured: Capture, provenance: Mapping[str, Any]) -> None:
         """Write one checkpoint, its completion mark last.  Raises `UserError` for other shapes than the store's."""
         self._check_shapes(label, captured)
-        index = self.index(label)
+        writer = self.writer(label)
         for kind in self.kinds():
-            self.array(kind)[index] = to_numpy(torch.stack([captured.read(kind, layer) for layer in self.layers]))
-        self.array("answer_logits")[index] = captured.answer_logits.numpy()
-        self.group.attrs["checkpoints"] = {**self.attrs["checkpoints"], label: dict(provenance)}
-        self.array("complete")[index] = True
+            writer.put(kind, to_numpy(torch.stack([captured.read(kind, layer) for layer in self.layers])))
+        writer.put("answer_logits", captured.answer_logits.numpy())
+        writer.finish(provenance=dict(provenance))
+        self.array("problem")[self.index(label)] = ""
+
+    def write_problem(self, label: str, problem: str) -> None:
+        """Keep why a checkpoint could not be captured."""
+        self.array("problem")[self.index(label)] = problem
 
     def _check_shapes(self, label: str, captured: Capture) -> None:
         n_layers = self.layers[-1] + 1
@@ -118,7 +133,7 @@ class Store(CheckpointArrays):
         """Names of the patched runs, the last written to last; all of them, or those of one protocol."""
         paths = patch_paths(self.path)
         if protocol is not None:
-            paths = [path for path in paths if zarr_group.attributes(path)["patch"].get("protocol") == protocol]
+            paths = [path for path in paths if verified_attributes(path)["patch"].get("protocol") == protocol]
         return [path.name for path in paths]
 
     def patch(self, name: str) -> PatchedRun:
@@ -126,11 +141,11 @@ class Store(CheckpointArrays):
         if name not in self.patch_names():
             names = ", ".join(self.patch_names()) or "none"
             raise UserError(f"{self.path} has no patched run {name}; it has {names}; make one with: headlapse patch")
-        return PatchedRun(self.path / "patches" / name)
+        return PatchedRun(self.path / "patches" / name, self.path)
 
     def patch_dataset(self, name: str) -> xr.Dataset:
-        """A patched run, lazily, with labelled dimensions."""
-        return self.patch(name).dataset()
+        """A patched run in memory, with labelled dimensions."""
+        return self.patch(name).load()
 
     def open_patch(
         self,
@@ -141,17 +156,19 @@ class Store(CheckpointArrays):
         mask: Bool[np.ndarray, "subset head"],
         measures: Sequence[Measure] = (),
         n_tokens: int = 0,
+        overwrite: bool = False,
     ) -> PatchedRun:
         """The patched run `name`, created where it does not exist, extended where the store has more checkpoints.
 
         It has room for `measures` beside the logit difference and, with `n_tokens`, for texts of at most so many
-        tokens.  Raises `UserError` where it exists with other settings, naming the difference.
+        tokens.  With `overwrite`, what is to replace it once it is whole.
+        Raises `UserError` where it exists with other settings, naming the difference.
         """
         axes = self._run_axes(layers, labels, mask)
-        path = self._run_path(
-            name, settings, lambda partial: create_patched_run(partial, settings, axes, measures, n_tokens)
+        create = functools.partial(
+            create_patched_run, settings=settings, axes=axes, measures=measures, n_tokens=n_tokens
         )
-        return self._extended(PatchedRun(path))
+        return self._extended(PatchedRun(self._run_path(name, settings, create, overwrite), self.path))
 
     def open_texts(
         self,
@@ -161,25 +178,20 @@ class Store(CheckpointArrays):
         labels: Sequence[str],
         mask: Bool[np.ndarray, "subset head"],
         n_tokens: int,
+        overwrite: bool = False,
     ) -> TextRun:
         """The patched run `name` of the published protocol: texts of at most `n_tokens` tokens.  As `open_patch`."""
         axes = self._run_axes(layers, labels, mask)
-        path = self._run_path(name, settings, lambda partial: create_text_run(partial, settings, axes, n_tokens))
-        return self._extended(TextRun(path))
+        create = functools.partial(create_text_run, settings=settings, axes=axes, n_tokens=n_tokens)
+        return self._extended(TextRun(self._run_path(name, settings, create, overwrite), self.path))
 
     def _run_axes(self, layers: Sequence[int], labels: Sequence[str], mask: Bool[np.ndarray, "subset head"]) -> RunAxes:
         return RunAxes(self.rows(), layers, labels, mask, n_trials=self.array("tokens").shape[1])
 
-    def _run_path(self, name: str, settings: PatchSettings, create: Callable[[Path], None]) -> Path:
+    def _run_path(self, name: str, settings: PatchSettings, create: Callable[[Path], None], overwrite: bool) -> Path:
         """The path of a patched run, created where it does not exist, refused where it has other settings."""
-        path = self.path / "patches" / name
-        if not path.exists():
-            self.group.require_group("patches")
-            with zarr_group.atomic_write(path) as partial:
-                create(partial)
         remedy = "give this run another --name, or replace it with --overwrite"
-        zarr_group.refuse_difference(path, zarr_group.attributes(path)["patch"], settings.to_attributes(), remedy)
-        return path
+        return open_group(self.path, f"patches/{name}", {"patch": settings.to_attributes()}, create, overwrite, remedy)
 
     def _extended(self, run: Run) -> Run:
         run.add(self.rows())
@@ -187,10 +199,14 @@ class Store(CheckpointArrays):
 
 
 class StoredActivations:
-    """The activations of one checkpoint of a store, read when they are needed and kept in memory."""
+    """The activations of one checkpoint of a store, read when they are needed and kept in memory.
 
-    def __init__(self, store: Store, index: int) -> None:
-        self._store, self._index, self._dtype = store, index, store.study["dtype"]
+    Raises `DamageError` for what is not as it was written.
+    """
+
+    def __init__(self, store: Store, label: str) -> None:
+        self._store, self._label, self._dtype = store, label, store.study["dtype"]
+        self._record = store.record(label)
         self._position = {layer: position for position, layer in enumerate(store.layers)}
         """Stored layer -> index along the `layer` axis."""
 
@@ -200,16 +216,40 @@ class StoredActivations:
         """Read every kind from layer `first` on at once, which takes less time than layer by layer."""
         start = self._position[first]
         for kind in self._store.kinds():
-            raw = np.asarray(self._store.array(kind)[self._index, start:])
+            raw = self._store.read(kind, self._label, start, record=self._record)
             for layer, values in zip(self._store.layers[start:], raw, strict=True):
                 self._tensors[kind, layer] = to_tensor(values, self._dtype)
 
     def read(self, kind: str, layer: int) -> Tensor:
         """(run, trial, position, ...), as in `Capture`."""
         if (kind, layer) not in self._tensors:
-            raw = np.asarray(self._store.array(kind)[self._index, self._position[layer]])
+            [raw] = self._store.read(kind, self._label, self._position[layer], 1, self._record)
             self._tensors[kind, layer] = to_tensor(raw, self._dtype)
         return self._tensors[kind, layer]
+
+
+def open_group(
+    store: Path, name: str, settings: Mapping[str, Any], create: Callable[[Path], None], overwrite: bool, remedy: str
+) -> Path:
+    """The path of a group of a store, made by `create` where it is not there.
+
+    With `overwrite` the group that is to replace it, begun anew where the one begun before has other settings.
+    Raises `UserError`, which ends in `remedy`, where it is there with other `settings`, a part of its attributes.
+    """
+    path = store / name
+    with layout_lock(store):
+        if overwrite and path.exists():
+            path = replacement_of(path)
+            if path.exists() and {key: verified_attributes(path)[key] for key in settings} != settings:
+                shutil.rmtree(path)
+        if not path.exists():
+            zarr.open_group(store, mode="r+").require_group(name.rpartition("/")[0]) if "/" in name else None
+            with atomic_write(path, store) as partial:
+                create(partial)
+    attributes = verified_attributes(path)
+    for key, requested in settings.items():
+        zarr_group.refuse_difference(path, attributes[key], requested, remedy)
+    return path
 
 
 def create_store(
@@ -217,51 +257,59 @@ def create_store(
     study: Mapping[str, Any],
     rows: Sequence[CheckpointRow],
     layers: Sequence[int],
-    kinds: Sequence[str],
     trials: Trials,
-    captured: Capture,
+    widths: Mapping[str, tuple[int, ...]],
+    store: Path | None = None,
 ) -> Store:
-    """A new store whose arrays have the shapes of a first capture; it appears at `path` only when complete."""
-    with zarr_group.atomic_write(path) as partial:
+    """A new store with room for the checkpoints `rows`; it appears at `path` only when it is laid out.
+
+    `widths` has the shape of what is kept at one position, by kind; `store` is the store that this one is to replace.
+    """
+    with atomic_write(path, store or path) as partial:
         group = zarr_group.start(partial, rows)
-        zarr_group.put_axis(group, "run", RUNS)
-        zarr_group.put_axis(group, "answer", ANSWERS)
+        _put_trials(group, trials)
         zarr_group.put_axis(group, "layer", np.array(layers))
-        zarr_group.put(group, "tokens", trials.tokens, ("run", "trial", "position"))
-        zarr_group.put(group, "token_text", trials.token_text, ("run", "trial", "position"))
-        zarr_group.put(group, "length", trials.length, ("run", "trial"))
-        zarr_group.put(group, "answer_tokens", trials.answer_tokens, ("trial", "answer"))
-        if trials.continuation is not None:
-            zarr_group.put(group, "continuation", trials.continuation, ("trial", "answer", "token"))
-        zarr_group.put(group, "repeats", np.array([contrast.repeats for contrast in trials.contrasts]), ("trial",))
-        shape: tuple[int, ...] = (len(rows), *captured.answer_logits.shape)
+        n_runs, n_trials, n_positions = trials.tokens.shape
+        shape: tuple[int, ...] = (len(rows), n_runs, n_trials, len(ANSWERS))
         dims: tuple[str, ...] = ("checkpoint", "run", "trial", "answer")
         zarr_group.put_empty(group, "answer_logits", shape, (1, *shape[1:]), "float32", dims)
-        for kind in kinds:
-            example = to_numpy(captured.read(kind, layers[0]))
-            shape = (len(rows), len(layers), *example.shape)
+        zarr_group.put_empty(group, "problem", (len(rows),), (1,), str, ("checkpoint",))
+        for kind, width in widths.items():
+            at_layer = (n_runs, n_trials, n_positions, *width)
+            shape = (len(rows), len(layers), *at_layer)
             dims = ("checkpoint", "layer", "run", "trial", "position", *DIMS[kind])
             # One file (shard) a checkpoint, so that checkpoints are written independently; one chunk a layer within it.
-            zarr_group.put_empty(
-                group, kind, shape, (1, 1, *example.shape), example.dtype, dims, shards=(1, *shape[1:])
-            )
-        group.attrs.update(
-            headlapse_format=FORMAT,
-            study=dict(study),
-            contrasts=[vars(contrast) for contrast in trials.contrasts],
-            checkpoints={},
-            versions=zarr_group.package_versions(),
-            coordinates="step complete length repeats answer_tokens token_text",
-        )
+            dtype = NUMPY_DTYPES[study["dtype"]]
+            zarr_group.put_empty(group, kind, shape, (1, 1, *at_layer), dtype, dims, shards=(1, *shape[1:]))
+        attributes = {
+            "headlapse_format": FORMAT,
+            "study": dict(study),
+            "contrasts": [vars(contrast) for contrast in trials.contrasts],
+            "versions": zarr_group.package_versions(),
+            "coordinates": "step complete length repeats answer_tokens token_text problem",
+        }
+        zarr_group.finish_group(group, partial, rows, attributes)
     return Store(path)
+
+
+def _put_trials(group: zarr.Group, trials: Trials) -> None:
+    zarr_group.put_axis(group, "run", RUNS)
+    zarr_group.put_axis(group, "answer", ANSWERS)
+    zarr_group.put(group, "tokens", trials.tokens, ("run", "trial", "position"))
+    zarr_group.put(group, "token_text", trials.token_text, ("run", "trial", "position"))
+    zarr_group.put(group, "length", trials.length, ("run", "trial"))
+    zarr_group.put(group, "answer_tokens", trials.answer_tokens, ("trial", "answer"))
+    if trials.continuation is not None:
+        zarr_group.put(group, "continuation", trials.continuation, ("trial", "answer", "token"))
+    zarr_group.put(group, "repeats", np.array([contrast.repeats for contrast in trials.contrasts]), ("trial",))
 
 
 def duplicate_weights(store: Store) -> list[str]:
     """Warnings about checkpoints of different steps whose weight files are identical."""
     steps = {row.label: row.step for row in store.rows()}
     by_hash: dict[str, list[str]] = {}
-    for label in store.complete():
-        hashes = store.provenance(label)["sha256"]
+    for label, record in store.records().items():
+        hashes = record["provenance"]["sha256"]
         by_hash.setdefault(" ".join(sorted(hashes.values())), []).append(label)
     return [
         f"{', '.join(labels)} serve the same weights (sha256 {digest[:12]}): at most one is what its name says"

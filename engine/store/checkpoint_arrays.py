@@ -1,0 +1,321 @@
+"""A group along a checkpoint axis: laid out at once, written checkpoint by checkpoint, compared with its checksums.
+
+Any number of processes write different checkpoints of one group at once, while others read it.  Knows nothing of models
+or studies.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+import zarr
+
+from ..runtime.errors import DamageError, UserError
+from ..runtime.format import one_line
+from . import integrity
+from .disk import sync
+from .integrity import AXIS, SEAL, damaged
+from .locks import layout_lock
+from .zarr_group import CHECKSUMMED, CheckpointRow, axis_dtype, axis_values, dims_of, package_versions, write_attributes
+
+
+class CheckpointArrays:
+    """An open group whose arrays share a `checkpoint` axis, with its `step`, `complete` marks and `record`s.
+
+    What is read is compared with its checksums.  Raises `UserError` where there is no group, `DamageError` where it is
+    not as it was written.
+    """
+
+    def __init__(self, path: Path, store: Path | None = None) -> None:
+        self.path = path
+        self._store = store or path
+        """The store that the group belongs to, whose layout lock it takes."""
+
+        self._open()
+
+    def _open(self) -> None:
+        self._attributes = integrity.verified_attributes(self.path)
+        try:
+            self.group = zarr.open_group(self.path, mode="r+")
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path} cannot be read as a zarr store: {one_line(error)}") from error
+        names = self._attributes[SEAL]["metadata"] if self.is_sealed else self.group.array_keys()
+        self._arrays: dict[str, zarr.Array[Any]] = {name: self._open_array(name) for name in names}
+        self._rows = self._read_rows()
+        self._index = {row.label: index for index, row in enumerate(self._rows)}
+
+    def _open_array(self, name: str) -> zarr.Array[Any]:
+        array = self.group[name]
+        assert isinstance(array, zarr.Array)
+        return array
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """A copy of the group's attributes, as they were when it was opened."""
+        return dict(self._attributes)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the group carries checksums; groups of format 1 do not, and are only read."""
+        return SEAL in self._attributes
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """The array of that name, on disk."""
+        return self._arrays[name]
+
+    @property
+    def array_names(self) -> list[str]:
+        """Names of all arrays."""
+        return list(self._arrays)
+
+    def values(self, name: str) -> np.ndarray:
+        """A whole array in memory, along the checkpoint axis as far as it is laid out; for small ones."""
+        values = self._read(name, ...)
+        if self._has_axis(name):
+            values = values[: self._n_checkpoints(len(values))]
+        expected = self._attributes.get(SEAL, {}).get("values", {})
+        if name in expected and integrity.checksum(values) != expected[name]:
+            raise damaged(self.path / name, "its values do not match their checksum")
+        return values
+
+    def rows(self) -> list[CheckpointRow]:
+        """Every checkpoint of the axis, complete or not, in its order."""
+        return list(self._rows)
+
+    def complete(self) -> dict[str, int]:
+        """Label -> index of every complete checkpoint, in order of training; an unknown step (-1) comes last."""
+        marks = self.values("complete")
+        complete = [(row.step < 0, row.step, i, row.label) for i, row in enumerate(self._rows) if marks[i]]
+        return {label: index for _, _, index, label in sorted(complete)}
+
+    def index(self, label: str) -> int:
+        """Where a checkpoint is on the axis."""
+        return self._index[label]
+
+    def record(self, label: str) -> dict[str, Any]:
+        """What was recorded of a complete checkpoint: `provenance`, `versions`, checksums and more.
+
+        Raises `DamageError` where there is none, or another's.
+        """
+        if not self.is_sealed:
+            return {"label": label, "provenance": self._attributes.get("checkpoints", {}).get(label, {})}
+        return self._parse_record(label, self._read("record", self.index(label)).item())
+
+    def _parse_record(self, label: str, text: str) -> dict[str, Any]:
+        record = json.loads(text) if text else {}
+        if record.get("label") != label:
+            raise damaged(self._place("record", label), f"it is not the record of {label}")
+        return dict(record)
+
+    def read(
+        self,
+        name: str,
+        label: str,
+        first: int = 0,
+        count: int | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> np.ndarray:
+        """A complete checkpoint's values of one array: all, or `count` from the index `first` of its next axis on.
+
+        Where each index of that axis has a chunk of its own, only those are read.  `record` spares reading it again.
+        Raises `DamageError` where the values are not what was written.
+        """
+        rows = slice(first, None if count is None else first + count)
+        values = self._read(name, (self.index(label), rows) if self._by_row(name) else self.index(label))
+        record = self.record(label) if record is None else record
+        self._compare(name, label, values, rows if self._by_row(name) else slice(None), record)
+        return values if self._by_row(name) or values.ndim == 0 else values[rows]
+
+    def _compare(self, name: str, label: str, values: np.ndarray, rows: slice, record: Mapping[str, Any]) -> None:
+        if not self.is_sealed:
+            return
+        expected = record["crc32c"].get(name)
+        if expected is None or integrity.checksums(values, self._by_row(name)) != expected[rows]:
+            raise damaged(self._place(name, label), "its values do not match their checksums, or are missing")
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """The record of every complete checkpoint, by label; empty in groups of format 1."""
+        if not self.is_sealed:
+            return {}
+        texts = self.values("record")
+        return {label: self._parse_record(label, texts[index]) for label, index in self.complete().items()}
+
+    def load(self) -> xr.Dataset:
+        """Every array in memory, with labelled dimensions; for results, which are small beside activations.
+
+        Every complete checkpoint is compared with its checksums; one that is being written counts as incomplete.
+        """
+        records = self.records()
+        variables = {name: (dims_of(array), self.values(name)) for name, array in self._arrays.items()}
+        if self.is_sealed:
+            whole = [label for label, record in records.items() if self._is_whole(label, record, variables)]
+            marks = np.array([row.label in whole for row in self._rows], dtype=bool)
+            variables["complete"] = ((AXIS,), marks)
+        return self._labelled(xr.Dataset({name: variables[name] for name in variables}))
+
+    def _is_whole(self, label: str, record: Mapping[str, Any], variables: Mapping[str, Any]) -> bool:
+        """Whether what was read of a checkpoint is what its record says; not so while it is being written anew."""
+        try:
+            for name in record["crc32c"]:
+                values = np.asarray(variables[name][1][self.index(label)])
+                self._compare(name, label, values, slice(None), record)
+        except DamageError:
+            if label in self.complete() and self.record(label) == record:
+                raise
+            return False
+        return True
+
+    def _labelled(self, dataset: xr.Dataset) -> xr.Dataset:
+        coordinates = [name for name in self._attributes["coordinates"].split() if name in dataset.variables]
+        dataset = dataset.drop_vars("record", errors="ignore").set_coords(coordinates)
+        dataset.attrs = {name: value for name, value in self._attributes.items() if name not in (SEAL, "coordinates")}
+        return dataset
+
+    def dataset(self) -> xr.Dataset:
+        """Every array, lazily, with labelled dimensions.  zarr compares each chunk with its own checksum on reading.
+
+        Raises `UserError` while checkpoints are being added, or where that was cut off.
+        """
+        lengths = {array.shape[0] for name, array in self._arrays.items() if self._has_axis(name)}
+        if len(lengths) > 1:
+            raise UserError(f"{self.path} was cut off while checkpoints were added; run that command again")
+        dataset: xr.Dataset = xr.open_zarr(self.path, consolidated=False, mask_and_scale=False)
+        return self._labelled(dataset.isel({AXIS: slice(len(self._rows))}))
+
+    def add(self, rows: Sequence[CheckpointRow]) -> None:
+        """Lay out room for the checkpoints that are not on the axis yet, at its end, incomplete.
+
+        Raises `UserError` when a label is on the axis with another step, or the group is of format 1.
+        """
+        if all(row in self._rows for row in rows):
+            return
+        with layout_lock(self._store):
+            self._open()  # another process may have grown it
+            steps = {row.label: row.step for row in self._rows}
+            new = [row for row in rows if row not in self._rows]
+            if clash := [row for row in new if row.label in steps]:
+                label, step = clash[0].label, clash[0].step
+                raise UserError(
+                    f"{self.path} holds {label} as step {steps[label]}, now it is step {step}; use another --store"
+                )
+            if new:
+                self._grow([*self._rows, *new])
+        self._open()
+
+    def _grow(self, rows: Sequence[CheckpointRow]) -> None:
+        """Room for `rows`.  Readers go by the seal, which is written last: until then nothing has changed for them."""
+        self._refuse_old()
+        for name in self._arrays:
+            if self._has_axis(name) and name not in (AXIS, "step"):
+                self.array(name).resize((len(rows), *self.array(name).shape[1:]))
+        self._extend_axis("step", np.array([row.step for row in rows]))
+        self._extend_axis(AXIS, np.array([row.label for row in rows], dtype=object))
+        for name in self._arrays:
+            sync(self.path / name / "zarr.json")
+        fixed = {name: self.values(name) for name in self._arrays if not self._has_axis(name)}
+        write_attributes(self.group, self.path, self._attributes, {**fixed, **axis_values(rows)}, len(rows))
+
+    def _extend_axis(self, name: str, values: np.ndarray) -> None:
+        """Write the values, and then the length: a kill in between leaves no empty label."""
+        beside = self._store.with_name(f".{self._store.name}.{name}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        array = self.array(name)
+        twin = zarr.create_array(
+            beside, shape=values.shape, chunks=array.chunks, dtype=axis_dtype(values), fill_value=array.fill_value,
+            compressors=CHECKSUMMED,
+        )  # fmt: skip
+        twin[:] = values
+        for chunk in sorted((beside / "c").iterdir()):
+            sync(chunk)
+            os.replace(chunk, self.path / name / "c" / chunk.name)
+        shutil.rmtree(beside)
+        array.resize(values.shape)
+
+    def writer(self, label: str) -> "CheckpointWriter":
+        """Begin to write one checkpoint, which counts as incomplete until it is finished.
+
+        Raises `UserError` for a group of format 1.
+        """
+        self._refuse_old()
+        return CheckpointWriter(self, label)
+
+    def _refuse_old(self) -> None:
+        if not self.is_sealed:
+            raise UserError(
+                f"{self.path} has store format 1, which this headlapse reads and does not add to; "
+                "use another --store or --name, or replace it with --overwrite"
+            )
+
+    def _read(self, name: str, selection: Any) -> np.ndarray:
+        try:
+            return np.asarray(self.array(name)[selection])
+        except KeyError:
+            raise damaged(self.path / name, "the array is missing") from None
+        except Exception as error:  # zarr and its codecs raise many kinds for bytes that are not what they wrote
+            raise damaged(self.path / name, one_line(error)) from error
+
+    def _read_rows(self) -> list[CheckpointRow]:
+        labels, steps = self.values(AXIS), self.values("step")
+        return [CheckpointRow(str(label), int(step)) for label, step in zip(labels, steps, strict=False)]
+
+    def _n_checkpoints(self, length: int) -> int:
+        return int(self._attributes[SEAL]["checkpoints"]) if self.is_sealed else length
+
+    def _has_axis(self, name: str) -> bool:
+        return dims_of(self.array(name))[:1] == (AXIS,)
+
+    def _by_row(self, name: str) -> bool:
+        """Whether each index along the first axis of a checkpoint's values is a chunk, with a checksum of its own."""
+        array = self.array(name)
+        return array.ndim > 1 and array.chunks[1] == 1
+
+    def _place(self, name: str, label: str) -> str:
+        return f"{self.path / name / 'c' / str(self.index(label))} ({label})"
+
+
+class CheckpointWriter:
+    """Writes one checkpoint of a group: its arrays in any order and parts, then its record and mark."""
+
+    def __init__(self, arrays: CheckpointArrays, label: str) -> None:
+        self._arrays, self._label, self._index = arrays, label, arrays.index(label)
+        self._checksums: dict[str, dict[int, int]] = {}
+        for name in arrays.array_names:
+            chunks = arrays.path / name / "c"
+            for partial in [*chunks.glob(f"{self._index}.*.partial"), *chunks.glob(f"{self._index}/**/*.partial")]:
+                partial.unlink()
+        arrays.array("complete")[self._index] = False
+
+    def put(self, name: str, values: Any, first: int = 0) -> None:
+        """Write an array's values, or some of them, from the index `first` of its next axis on."""
+        array = self._arrays.array(name)
+        values = np.asarray(values, dtype=object if isinstance(values, str) else None)
+        by_row = self._arrays._by_row(name)
+        stored = values if values.dtype.kind in "OUT" else values.astype(array.dtype, copy=False)
+        selection = (self._index, slice(first, first + len(values))) if by_row else self._index
+        array[selection] = stored.astype(object) if stored.dtype.kind == "U" else stored
+        kept = self._checksums.setdefault(name, {})
+        kept |= {first + row: crc for row, crc in enumerate(integrity.checksums(stored, by_row))}
+
+    def finish(self, **fields: Any) -> None:
+        """Make what was written last, then write the record, with `fields` in it, and the mark.
+
+        After a power cut the mark is there only if everything else is.
+        """
+        arrays = self._arrays
+        for name in self._checksums:
+            sync(_within(arrays.path / name / "c", self._index))
+        crc32c = {name: [kept[row] for row in sorted(kept)] for name, kept in self._checksums.items()}
+        record = {"label": self._label, **fields, "versions": package_versions(), "crc32c": crc32c}
+        for name, value in {"record": json.dumps(record), "complete": True}.items():
+            arrays.array(name)[self._index] = value
+            sync(_within(arrays.path / name / "c", self._index))
+
+
+def _within(chunks: Path, index: int) -> Path:
+    """The file or folder of one checkpoint among an array's chunks."""
+    return chunks / str(index)

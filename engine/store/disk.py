@@ -1,0 +1,147 @@
+"""Groups as folders on a disk: written whole or not at all, made durable, replaced and removed without leaving halves.
+
+What stands beside a store under a name that starts with a dot is on its way in or out, or a lock; `sweep` removes what
+a killed process left there.
+"""
+
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..runtime.errors import UserError
+from .locks import layout_lock, remove_stale
+
+
+def is_group(path: Path) -> bool:
+    """Whether `path` is a zarr group that was created completely."""
+    return (path / "zarr.json").is_file()
+
+
+def last_write_ns(path: Path) -> int:
+    """When a group was created or a checkpoint of it completed, whichever was later, in nanoseconds."""
+    marks = [path / "zarr.json", path / "complete" / "c"]
+    return max((mark.stat().st_mtime_ns for mark in marks if mark.exists()), default=0)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk, under its name."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _fsync(Path(folder) / name)
+        _fsync(Path(folder))
+    if path.is_file():
+        _fsync(path)
+    if path.parent.is_dir():
+        _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_write(path: Path, store: Path) -> Iterator[Path]:
+    """A folder to write a new group of `store` into; it is renamed to `path` once the body has ended without an error.
+
+    The layout lock has to be held.  Readers of the store do not see the folder: it lies beside the store.
+    """
+    partial = _beside(store, f"{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    yield partial
+    sync(partial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(partial, path)
+    _fsync(path.parent)
+
+
+def replacement_of(path: Path) -> Path:
+    """Where the group that is to replace the one at `path` is built."""
+    return path.with_name(f".{path.name}.new")
+
+
+def put_in_place(path: Path, store: Path) -> None:
+    """Replace the group at `path` by the one that was built to replace it."""
+    with layout_lock(store):
+        old = _old(path)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        replacement_of(path).rename(path)
+        _fsync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(path: Path) -> None:
+    """Finish a replacement that was cut off between its two renames."""
+    if not path.exists() and _old(path).exists() and is_group(replacement_of(path)):
+        replacement_of(path).rename(path)
+
+
+def sweep(store: Path) -> list[str]:
+    """Finish or remove what killed processes left beside a store and in its metadata; names of what was there.
+
+    The layout lock has to be held: nothing of this is in use then.
+    """
+    groups = [
+        store,
+        store / "mechanism",
+        *(store / "patches").glob("*"),
+        *map(_replaced, (store / "patches").glob(".*")),
+    ]
+    for group in groups:
+        recover(group)
+    leftovers = [Path(path) for path in glob.glob(glob.escape(str(_beside(store, ""))) + "*.partial")]
+    leftovers += [path for group in groups for path in (_old(group), _removed(group)) if path.exists()]
+    leftovers += [path for group in groups for path in [*group.glob("zarr.*.partial"), *group.glob("*/zarr.*.partial")]]
+    for path in dict.fromkeys(leftovers):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in dict.fromkeys(leftovers)] + remove_stale(store)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise `UserError` where `path` is something other than a store, hidden, or has no name."""
+    if not path.name or path.name.startswith("."):
+        raise UserError(f"--store {path}: give a store's own folder, with a name that does not start with a dot")
+    if path.exists() and not is_group(path):
+        raise UserError(f"{path} is there, is no store and is left alone; choose another --store")
+
+
+def remove(path: Path) -> None:
+    """Delete a store or group.  Raises `UserError` for anything else."""
+    if path.exists() and not is_group(path):
+        raise UserError(f"{path} is there, is no store and is left alone")
+    shutil.rmtree(replacement_of(path), ignore_errors=True)
+    if not path.exists():
+        return
+    # Renamed first: if deleting is interrupted, no half of a store is left under its name.
+    shutil.rmtree(_removed(path), ignore_errors=True)
+    path.rename(_removed(path))
+    shutil.rmtree(_removed(path))
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _removed(path: Path) -> Path:
+    return path.with_name(f".{path.name}.gone")
+
+
+def _replaced(hidden: Path) -> Path:
+    """The group that a hidden folder beside it belongs to."""
+    return hidden.with_name(hidden.name.removeprefix(".").rpartition(".")[0] or hidden.name)
+
+
+def _beside(store: Path, name: str) -> Path:
+    return store.with_name(f".{store.name}.{name}")
