@@ -187,7 +187,7 @@ def cache(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generated(cache: Path, sweep: PatchRequest, name: str, labels: list[str] = LABELS) -> PatchedRun:
     store = Store(cache / "s.zarr")
     plan = make_plan(sweep, store)
-    run = open_run(store, plan, name, "cpu")
+    run = open_run(store, plan, name)
     outcomes = list(patch_series(store, plan, run, labels, cache, Machine(), lambda _n: None))
     assert [outcome.problem for outcome in outcomes] == [None] * len(labels)
     return run
@@ -228,7 +228,7 @@ def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: A
 
 
 def test_a_text_that_begins_with_the_right_token_has_it_ahead(cache: Path) -> None:
-    run = generated(cache, PatchRequest(("even", "odd", "all", "each"), generate=1), "first").dataset().load()
+    run = generated(cache, PatchRequest(("even", "odd", "all", "each"), generate=1), "first").load()
     trials = Store(cache / "s.zarr").trials()
     first = run.token.isel(token=0)
     right, wrong = (xr.DataArray(trials.answer_tokens[:, answer], dims="trial") for answer in (0, 1))

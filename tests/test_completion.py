@@ -29,8 +29,9 @@ def write_patched(store: Store) -> tuple[CheckpointArrays, Callable[[], None]]:
     run = store.open_patch("r", PatchSettings(), [0], SUBSETS.labels, SUBSETS.mask)
 
     def write() -> None:
-        run.write_layers(LABEL, 0, np.ones(SHAPE, dtype="float32"))
-        run.finish(LABEL, np.ones((2, TRIALS, 2), dtype="float32"), 0.0)
+        writer = run.write(LABEL)
+        writer.put_layers(0, np.ones(SHAPE, dtype="float32"))
+        writer.finish(np.ones((2, TRIALS, 2), dtype="float32"), 0.0)
 
     return run, write
 

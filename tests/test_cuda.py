@@ -41,7 +41,7 @@ def test_whole_commands_run_on_the_device_and_say_so(tmp_path: Path, dtype: str)
     patched = run("patch", path, "--device", "cuda", "--dtype", dtype, "--verbose", cache=tmp_path)
     assert patched.returncode == 0 and "self-check" in patched.stdout
     [name] = Store(path).patch_names()
-    attributes = Store(path).patch(name).group.attrs
-    assert attributes["device"] == "cuda" and attributes["kernels"] == "triton"
+    for record in Store(path).patch(name).records().values():
+        assert record["device"] == "cuda" and record["kernels"] == "triton"
     measured = run("mechanism", path, "--device", "cuda", "--dtype", dtype, cache=tmp_path)
     assert measured.returncode == 0 and "(cuda, " in measured.stdout

@@ -75,7 +75,7 @@ def test_it_is_patched_again_to_the_same_numbers(store: Store, tmp_path: Path) -
     zarr.open_group(store.path, mode="r+").attrs["checkpoints"] = checkpoints
     store = Store(store.path)
     plan = CORRECTED.make_plan(CORRECTED.default, store)
-    run = CORRECTED.open_run(store, plan, "again", "cpu")
+    run = CORRECTED.open_run(store, plan, "again", False)
     outcomes = list(CORRECTED.patch_series(store, plan, run, list(LABELS), tmp_path, Machine(), lambda _runs: None))
     assert [outcome.problem for outcome in outcomes] == [None, None]
     again, before = (store.patch(name).dataset().logit_diff.values for name in ("again", "default"))

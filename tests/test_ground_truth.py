@@ -66,7 +66,7 @@ def cached_and_patched(
     outcomes = list(cache_series(study, resolve(study.model, (), directory), path, directory, Machine()))
     store = Store(path)
     plan = make_plan(PatchRequest(tuple(words), tuple(layers)), store)
-    patch = open_run(store, plan, "r", "cpu")
+    patch = open_run(store, plan, "r")
     outcomes += patch_series(store, plan, patch, list(store.complete()), directory, Machine(), lambda _n: None)
     assert all(outcome.problem is None for outcome in outcomes)
     return finished(patch.dataset()).load()

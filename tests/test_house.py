@@ -134,7 +134,7 @@ def test_what_needs_no_torch_imports_without_it() -> None:
     free = [
         *(name_of(path) for path in ENGINE if path.parts[1] in ("study", "measures", "statistics")),
         *("engine.runtime.errors", "engine.runtime.exit_status", "engine.runtime.format", "engine.runtime.outcome"),
-        "engine.store.zarr_group",
+        "engine.store.checkpoint_arrays",
     ]
     code = (
         "import importlib, sys\n"

@@ -50,7 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def generated(store: Store, sweep: PatchRequest, labels: list[str] = LABELS, name: str = "r") -> TextRun:
     plan = make_plan(sweep, store)
-    run = open_run(store, plan, name, "cpu")
+    run = open_run(store, plan, name)
     outcomes = list(patch_series(store, plan, run, labels, store.path.parent, Machine(), lambda _n: None))
     assert [outcome.problem for outcome in outcomes] == [None] * len(labels)
     return run

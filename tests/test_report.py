@@ -30,6 +30,7 @@ from headlapse.engine.study.patch_settings import Direction, PatchSettings
 from headlapse.engine.study.prompts import Trials
 from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
+from tests.test_store import replace_values
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 TRIALS, LAYERS, HEADS, POSITIONS = 3, 3, 4, 6
@@ -51,7 +52,7 @@ def some_store(path: Path, steps: Sequence[int] = STEPS, same_weights: bool = Fa
     captured = Capture(tensors={"z": z}, answer_logits=torch.zeros(2, TRIALS, 2))
     study = {"model": "org/tiny", "task": "mine.jsonl", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
     rows = [CheckpointRow(f"step{step}" if step >= 0 else "main", step) for step in steps]
-    store = create_store(path, study, rows, range(LAYERS), ["z"], some_trials(), captured)
+    store = create_store(path, study, rows, range(LAYERS), some_trials(), {"z": (HEADS, 1)})
     for row in rows if cached else ():
         digest = "f" * 64 if same_weights else f"{row.step % 16:x}" * 64
         store.write(row.label, captured, {"commit": f"commit-{row.label}", "sha256": {"model.safetensors": digest}})
@@ -68,13 +69,13 @@ def some_run(
     settings = PatchSettings("corrected", direction, positions, tuple(layers), joint, tuple(words))
     sites = [layers[0]] if joint else list(layers)
     run = store.open_patch(name, settings, sites, subsets.labels, subsets.mask)
-    run.group.attrs["device"] = "cuda:3"
     for row in store.rows():
         patched = rng.normal(size=(len(sites), len(subsets), TRIALS)).astype("float32")
         answers = rng.normal(size=(2, TRIALS, 2)).astype("float32")
         if done(row.label):
-            run.write_layers(row.label, 0, values(patched))
-            run.finish(row.label, answers, 2.5e-6)
+            writer = run.write(row.label)
+            writer.put_layers(0, values(patched))
+            writer.finish(answers, 2.5e-6, device="cuda:3")
     return run
 
 
@@ -202,8 +203,9 @@ def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_p
     patched = np.full((3, 3, TRIALS), -2, dtype="float32")
     patched[1] = [[1.5, -1.5, 0.75], [-1, -1, -1], [3, 3, 3]]
     answers = np.array([[[4, 0]] * 3, [[0, 2]] * 3], dtype="float32")
-    run.write_layers("step10", 0, patched)
-    run.finish("step10", answers, 0.0)
+    writer = run.write("step10")
+    writer.put_layers(0, patched)
+    writer.finish(answers, 0.0, device="cpu")
     text = text_of(write_report(store, tmp_path / "out"))
     assert "step10 +4.00 100% −2.00 0% +0.25 67% −1.00 0% +3.00 100% +0.67 1" in text
     assert "At the last checkpoint, step 10: clean, unpatched 100% +4.00 nats corrupt, unpatched 0% −2.00 nats" in text
@@ -344,8 +346,9 @@ def test_it_gives_a_readable_page(case: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_path: Path) -> None:
     some_run(store, values=lambda values: values)
-    index = [row.label for row in store.rows()].index("step10")
-    store.patch("run").array("logit_diff")[index, 0, 0, 0] = np.nan
+    replace_values(
+        store.patch("run"), "logit_diff", lambda values, label: values * (np.nan if label == "step10" else 1)
+    )
     text = text_of(write_report(store, tmp_path / "out"))
     assert "left out because not all of their numbers are finite: step10" in text
     assert "step10" not in pd.read_csv(tmp_path / "out" / "patched.csv").checkpoint.unique()
@@ -514,8 +517,9 @@ def test_every_threat_says_the_numbers_it_rests_on(store: Store) -> None:
 
 def test_a_baseline_that_succeeds_already_is_named(store: Store) -> None:
     run = some_run(store)
-    run.array("clean_logit_diff")[:] = np.array([[3], [3], [3], [0.2], [3]])
-    run.array("corrupt_logit_diff")[:] = np.array([[-3], [3], [-3], [-0.2], [-3]])
+    labels, corrupt = [row.label for row in store.rows()], [-3, 3, -3, -0.2, -3]
+    replace_values(run, "clean_logit_diff", lambda values, label: 0 * values + (0.2 if label == labels[3] else 3))
+    replace_values(run, "corrupt_logit_diff", lambda values, label: 0 * values + corrupt[labels.index(label)])
     assert said(store)["Baseline"] == (
         "The unpatched corrupt run already succeeds on half of the prompts or more at step1: a success there restores "
         "nothing; clean and corrupt runs are less than 0.5 nats apart at step1, step100: no share of so small a gap "
@@ -526,8 +530,8 @@ def test_a_baseline_that_succeeds_already_is_named(store: Store) -> None:
 def test_what_the_data_do_not_threaten_is_not_said(tmp_path: Path) -> None:
     store = some_store(tmp_path / "tiny.zarr", steps=[0, 5, 10])
     run = some_run(store, ["each"], layers=[1])
-    run.array("clean_logit_diff")[:] = 3.0
-    run.array("corrupt_logit_diff")[:] = -3.0
+    replace_values(run, "clean_logit_diff", lambda values, _label: 0 * values + 3)
+    replace_values(run, "corrupt_logit_diff", lambda values, _label: 0 * values - 3)
     found = said(store)
     assert not {"Baseline", "Even and odd", "Choice"} & set(found)
     assert "sudden or gradual" in found["Checkpoints"], "half of the training lies between two checkpoints"

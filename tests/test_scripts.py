@@ -437,8 +437,8 @@ def test_revisions_of_a_hub_are_captured_by_name_and_read_once(series: Path, cac
         commits = {label: hub.commit(REPO, label) for label in FORM_OF}
     store = xr.open_zarr(the_store(tmp_path), consolidated=False)
     for label, commit in commits.items():
-        assert store.attrs["checkpoints"][label]["commit"] == commit
-        assert all(len(digest) == 64 for digest in store.attrs["checkpoints"][label]["sha256"].values())
+        assert store.provenance(label)["commit"] == commit
+        assert all(len(digest) == 64 for digest in store.provenance(label)["sha256"].values())
     ours, theirs = (xr.open_zarr(the_store(c), group="patches/parity", consolidated=False) for c in (tmp_path, cached))
     assert (ours.logit_diff.values == theirs.logit_diff.values).all()
 

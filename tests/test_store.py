@@ -1,5 +1,7 @@
 """Laws of the store: what is written comes back, a checkpoint counts once it is complete, names appear whole."""
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 import xarray as xr
 
 from headlapse.engine.runtime.errors import UserError
-from headlapse.engine.store import zarr_group
+from headlapse.engine.store import disk, integrity, locks, zarr_group
 from headlapse.engine.store.activations import KINDS, Capture, to_numpy, to_tensor
+from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
 from headlapse.engine.store.inventory import find_store
 from headlapse.engine.store.store import Store, create_store
 from headlapse.engine.store.zarr_group import CheckpointRow
@@ -22,6 +25,7 @@ from headlapse.engine.study.tasks.contrast import Contrast
 
 LAYERS, TRIALS, POSITIONS, HEADS, KV_HEADS, WIDTH = 3, 4, 5, 6, 2, 8
 STUDY = {"model": "m", "task": "decimal", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
+WIDTHS = {"z": (HEADS, WIDTH), "key": (KV_HEADS, WIDTH), "value": (KV_HEADS, WIDTH), "resid_pre": (HEADS * WIDTH,)}
 ROWS = [CheckpointRow("step0", 0), CheckpointRow("step10", 10), CheckpointRow("main", -1)]
 
 
@@ -40,18 +44,16 @@ def some_trials() -> Trials:
 
 def some_capture(seed: int, dtype: torch.dtype = torch.float32, n_layers: int = LAYERS) -> Capture:
     draw = torch.Generator().manual_seed(seed)
-    tails = {"z": (HEADS, WIDTH), "key": (KV_HEADS, WIDTH), "value": (KV_HEADS, WIDTH), "resid_pre": (HEADS * WIDTH,)}
     tensors = {
         kind: [torch.randn(2, TRIALS, POSITIONS, *tail, generator=draw).to(dtype) for _ in range(n_layers)]
-        for kind, tail in tails.items()
+        for kind, tail in WIDTHS.items()
     }
     return Capture(tensors=tensors, answer_logits=torch.randn(2, TRIALS, 2, generator=draw))
 
 
 def some_store(path: Path, **changes: Any) -> Store:
     fields: dict[str, Any] = {
-        "study": STUDY, "rows": ROWS, "layers": range(LAYERS), "kinds": KINDS,
-        "trials": some_trials(), "captured": some_capture(0),
+        "study": STUDY, "rows": ROWS, "layers": range(LAYERS), "trials": some_trials(), "widths": WIDTHS,
     }  # fmt: skip
     return create_store(path, **{**fields, **changes})
 
@@ -59,6 +61,16 @@ def some_store(path: Path, **changes: Any) -> Store:
 def everything(path: Path) -> dict[str, bytes]:
     """Every file of every array, by its path."""
     return {str(f.relative_to(path)): f.read_bytes() for f in sorted(path.rglob("*")) if f.is_file()}
+
+
+def replace_values(arrays: CheckpointArrays, name: str, change: Callable[[np.ndarray, str], np.ndarray]) -> None:
+    """Change what every complete checkpoint of a group holds, with the checksums that go with it."""
+    for label, record in arrays.records().items():
+        values = change(arrays.read(name, label), label).astype(arrays.array(name).dtype)
+        arrays.array(name)[arrays.index(label)] = values
+        by_row = len(record["crc32c"][name]) > 1 or (values.ndim > 1 and len(values) == 1)
+        record["crc32c"][name] = integrity.checksums(values, by_row)
+        arrays.array("record")[arrays.index(label)] = json.dumps(record)
 
 
 @pytest.fixture
@@ -71,6 +83,7 @@ def test_the_layout_on_disk_is_the_specified_one(store: Store) -> None:
     body = ("checkpoint", "layer", "run", "trial", "position")
     assert dims == {
         "checkpoint": ("checkpoint",), "step": ("checkpoint",), "complete": ("checkpoint",),
+        "record": ("checkpoint",), "problem": ("checkpoint",),
         "run": ("run",), "answer": ("answer",), "layer": ("layer",),
         "tokens": ("run", "trial", "position"), "token_text": ("run", "trial", "position"),
         "length": ("run", "trial"), "answer_tokens": ("trial", "answer"), "repeats": ("trial",),
@@ -93,15 +106,15 @@ def test_a_checkpoint_is_one_file_per_kind(store: Store) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_what_is_written_comes_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     captured = some_capture(1, getattr(torch, dtype))
-    store = some_store(tmp_path / "s.zarr", captured=captured, study={**STUDY, "dtype": dtype})
+    store = some_store(tmp_path / "s.zarr", study={**STUDY, "dtype": dtype})
     store.write("step10", captured, {"commit": "abc"})
     held = Store(store.path)
     for kind in KINDS:
         for layer in range(LAYERS):
-            back = held.activations(1).read(kind, layer)
+            back = held.activations("step10").read(kind, layer)
             assert back.dtype == captured.read(kind, layer).dtype
             assert torch.equal(back, captured.read(kind, layer))
-    assert (held.answer_logits(1) == captured.answer_logits.numpy()).all()
+    assert (held.answer_logits("step10") == captured.answer_logits.numpy()).all()
     assert held.provenance("step10") == {"commit": "abc"}
     assert held.study["dtype"] == dtype
 
@@ -140,14 +153,14 @@ def test_a_checkpoint_counts_only_once_its_mark_is_written(store: Store) -> None
 
 def test_adding_checkpoints_leaves_the_others_as_they_are(store: Store) -> None:
     store.write("step0", some_capture(0), {})
-    before = store.activations(0).read("z", 1)
+    before = store.activations("step0").read("z", 1)
     store.add([CheckpointRow("step0", 0), CheckpointRow("step20", 20)])
     assert [row.label for row in store.rows()] == ["step0", "step10", "main", "step20"]
     assert store.complete() == {"step0": 0}
     store.write("step20", some_capture(3), {})
     held = Store(store.path)
-    assert torch.equal(held.activations(0).read("z", 1), before)
-    assert torch.equal(held.activations(3).read("z", 1), some_capture(3).read("z", 1))
+    assert torch.equal(held.activations("step0").read("z", 1), before)
+    assert torch.equal(held.activations("step20").read("z", 1), some_capture(3).read("z", 1))
 
 
 def test_a_growth_cut_off_halfway_is_done_again(store: Store) -> None:
@@ -175,12 +188,12 @@ def test_only_the_layers_from_the_first_patched_one_on_are_kept(tmp_path: Path) 
     captured = some_capture(5)
     store.write("step0", captured, {})
     assert store.layers == [1, 2]
-    assert torch.equal(store.activations(0).read("key", 2), captured.read("key", 2))
+    assert torch.equal(store.activations("step0").read("key", 2), captured.read("key", 2))
 
 
 def test_a_store_appears_only_when_whole(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    with pytest.raises(RuntimeError), zarr_group.atomic_write(path) as partial:
+    with pytest.raises(RuntimeError), disk.atomic_write(path, path) as partial:
         zarr_group.start(partial, ROWS)
         raise RuntimeError("killed")
     assert not path.exists()
@@ -195,12 +208,15 @@ def test_writing_the_same_again_gives_the_same_files(tmp_path: Path) -> None:
     assert everything(tmp_path / "a") == everything(tmp_path / "b")
 
 
-def test_a_second_writer_is_refused_while_the_first_holds_the_store(tmp_path: Path) -> None:
+def test_no_two_processes_write_the_same_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "s.zarr"
-    with zarr_group.locked(path), pytest.raises(UserError, match="another run is writing"), zarr_group.locked(path):
+    with locks.claimed(path, "cache", ["a", "b"]) as mine, locks.claimed(path, "cache", ["b", "c"]) as other:
+        assert mine == ["a", "b"] and other == ["c"]
+        with pytest.raises(UserError, match="another process is writing"), locks.alone(path):
+            pass
+    with locks.alone(path):
         pass
-    with zarr_group.locked(tmp_path / "s.zarr"):
-        pass
+    assert list(tmp_path.iterdir()) == [], "no lock file is left"
 
 
 def test_another_question_is_refused_with_the_difference() -> None:
@@ -215,12 +231,12 @@ def test_what_is_no_store_is_refused_and_never_removed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no store"):
         Store(tmp_path / "thesis")
     with pytest.raises(UserError, match="left alone"):
-        zarr_group.remove(tmp_path / "thesis")
+        disk.refuse_foreign(tmp_path / "thesis")
     assert (tmp_path / "thesis" / "chapter1").exists()
 
 
 def test_another_format_is_refused(store: Store) -> None:
-    store.group.attrs["headlapse_format"] = 99
+    zarr_group.write_attributes(store.group, store.path, {**store.attrs, "headlapse_format": 99}, {}, 3)
     with pytest.raises(UserError, match="store format 99"):
         Store(store.path)
 
@@ -244,9 +260,10 @@ def test_a_patched_run_reads_back_by_label(store: Store) -> None:
     run = store.open_patch("parity", SETTINGS, [0, 2], SUBSETS.labels, SUBSETS.mask)
     values = np.random.default_rng(0).normal(size=(2, 3, TRIALS)).astype("float32")
     answers = np.random.default_rng(1).normal(size=(2, TRIALS, 2)).astype("float32")
-    run.write_layers("step10", 0, values[:1])
-    run.write_layers("step10", 1, values[1:])
-    run.finish("step10", answers, 1e-6)
+    writer = run.write("step10")
+    writer.put_layers(0, values[:1])
+    writer.put_layers(1, values[1:])
+    writer.finish(answers, 1e-6)
     data = Store(store.path).patch_dataset("parity")
     assert data.logit_diff.dims == ("checkpoint", "layer", "subset", "trial")
     assert data.logit_diff.dtype == "float32"
@@ -262,8 +279,9 @@ def test_a_patched_run_reads_back_by_label(store: Store) -> None:
 def test_a_patched_run_grows_with_its_store_and_keeps_what_it_has(store: Store) -> None:
     run = store.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     values = np.ones((1, 3, TRIALS), dtype="float32")
-    run.write_layers("step0", 0, values)
-    run.finish("step0", np.zeros((2, TRIALS, 2), dtype="float32"), 0.0)
+    writer = run.write("step0")
+    writer.put_layers(0, values)
+    writer.finish(np.zeros((2, TRIALS, 2), dtype="float32"), 0.0)
     store.add([CheckpointRow("step20", 20)])
     grown = Store(store.path).open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     assert [row.label for row in grown.rows()] == ["step0", "step10", "main", "step20"]

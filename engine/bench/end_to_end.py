@@ -88,7 +88,7 @@ def _run(study: Study, checkpoints: Sequence[Checkpoint], scratch: Path, machine
     outcomes = list(cache_series(study, checkpoints, path, scratch, machine))
     store = Store(path)
     plan = make_plan(PatchRequest(SUBSETS), store)
-    run = open_run(store, plan, "pace", machine.device)
+    run = open_run(store, plan, "pace")
     labels = [checkpoint.label for checkpoint in checkpoints]
     outcomes += patch_series(store, plan, run, labels, scratch, machine, lambda _runs: None)
     assert not any(outcome.problem for outcome in outcomes)
@@ -99,10 +99,10 @@ def _reading(study: Study, checkpoints: Sequence[Checkpoint], store: Store, scra
     """Seconds to read once more, with nothing beside it, all that `_run` had to read."""
     started = time.perf_counter()
     buffers: Weights = {}
-    for index, checkpoint in enumerate(checkpoints):
+    for checkpoint in checkpoints:
         read_weights(fetch(checkpoint, scratch), TORCH_DTYPES[study.dtype], device, buffers)
         read_weights(
             fetch(checkpoint, scratch, store.provenance(checkpoint.label)), TORCH_DTYPES[study.dtype], device, buffers
         )
-        store.activations(index).read_all(0)
+        store.activations(checkpoint.label).read_all(0)
     return time.perf_counter() - started

@@ -29,7 +29,7 @@ class Outcome:
 def failed(label: str, error: Exception, notes: tuple[str, ...] = ()) -> Outcome:
     """The outcome of a checkpoint that ended in an exception, whatever it is: the other checkpoints go on."""
     logger.debug("%s", label, exc_info=error)
-    return Outcome(label, describe(error), notes, by_input=isinstance(error, UserError))
+    return Outcome(label, describe(error).removeprefix(f"{label}: "), notes, by_input=isinstance(error, UserError))
 
 
 def describe(error: Exception) -> str:

@@ -171,8 +171,8 @@ class CheckpointArrays:
         return True
 
     def _labelled(self, dataset: xr.Dataset) -> xr.Dataset:
-        coordinates = [name for name in self._attributes["coordinates"].split() if name in dataset.variables]
-        dataset = dataset.drop_vars("record", errors="ignore").set_coords(coordinates)
+        dataset = dataset.drop_vars("record", errors="ignore")
+        dataset = dataset.set_coords([name for name in self._attributes["coordinates"].split() if name in dataset])
         dataset.attrs = {name: value for name, value in self._attributes.items() if name not in (SEAL, "coordinates")}
         return dataset
 

@@ -110,8 +110,8 @@ class Store(CheckpointArrays):
         for kind in self.kinds():
             writer.put(kind, to_numpy(torch.stack([captured.read(kind, layer) for layer in self.layers])))
         writer.put("answer_logits", captured.answer_logits.numpy())
+        self.write_problem(label, "")
         writer.finish(provenance=dict(provenance))
-        self.array("problem")[self.index(label)] = ""
 
     def write_problem(self, label: str, problem: str) -> None:
         """Keep why a checkpoint could not be captured."""

@@ -49,6 +49,7 @@ def finish_group(group: zarr.Group, path: Path, rows: Sequence[CheckpointRow], a
     """The last step of creating a group: its attributes and its seal."""
     arrays = dict(group.arrays())
     fixed = {name: np.asarray(array[...]) for name, array in arrays.items() if dims_of(array)[:1] != (AXIS,)}
+    attributes = {**attributes, "coordinates": f"{attributes['coordinates']} record"}  # xarray takes the rest for data
     write_attributes(group, path, attributes, {**fixed, **axis_values(rows)}, len(rows))
 
 
