@@ -42,6 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("slow")
 
 
+SEED = 7
+"""Of the runs that are verified, in tests: so that whole stores can be compared."""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def same_seed() -> Iterator[None]:
+    """Every patched run that a test makes verifies the same runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("headlapse.engine.store.patched_run.new_seed", lambda: SEED)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def offline() -> Iterator[None]:
     """Tests talk to this machine only: whatever else a test tries to reach fails at once, whoever swallows errors."""

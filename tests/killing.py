@@ -7,6 +7,8 @@ import sys
 
 import zarr.storage._local as local
 
+from headlapse.engine.store import patched_run
+
 left = int(sys.argv[1])
 write = local._put
 
@@ -20,5 +22,6 @@ def put_or_die(*args, **kwargs):
 
 
 local._put = put_or_die
+patched_run.new_seed = lambda: 7
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")

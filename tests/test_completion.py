@@ -31,7 +31,7 @@ def write_patched(store: Store) -> tuple[CheckpointArrays, Callable[[], None]]:
     def write() -> None:
         writer = run.write(LABEL)
         writer.put_layers(0, np.ones(SHAPE, dtype="float32"))
-        writer.finish(np.ones((2, TRIALS, 2), dtype="float32"), 0.0)
+        writer.finish(np.ones((2, TRIALS, 2), dtype="float32"), 0.0, 1e-4)
 
     return run, write
 

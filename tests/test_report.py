@@ -75,7 +75,7 @@ def some_run(
         if done(row.label):
             writer = run.write(row.label)
             writer.put_layers(0, values(patched))
-            writer.finish(answers, 2.5e-6, device="cuda:3")
+            writer.finish(answers, 2.5e-6, 1e-4, device="cuda:3")
     return run
 
 
@@ -205,7 +205,7 @@ def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_p
     answers = np.array([[[4, 0]] * 3, [[0, 2]] * 3], dtype="float32")
     writer = run.write("step10")
     writer.put_layers(0, patched)
-    writer.finish(answers, 0.0, device="cpu")
+    writer.finish(answers, 0.0, 1e-4, device="cpu")
     text = text_of(write_report(store, tmp_path / "out"))
     assert "step10 +4.00 100% −2.00 0% +0.25 67% −1.00 0% +3.00 100% +0.67 1" in text
     assert "At the last checkpoint, step 10: clean, unpatched 100% +4.00 nats corrupt, unpatched 0% −2.00 nats" in text

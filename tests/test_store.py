@@ -263,7 +263,7 @@ def test_a_patched_run_reads_back_by_label(store: Store) -> None:
     writer = run.write("step10")
     writer.put_layers(0, values[:1])
     writer.put_layers(1, values[1:])
-    writer.finish(answers, 1e-6)
+    writer.finish(answers, 1e-6, 1e-4)
     data = Store(store.path).patch_dataset("parity")
     assert data.logit_diff.dims == ("checkpoint", "layer", "subset", "trial")
     assert data.logit_diff.dtype == "float32"
@@ -281,7 +281,7 @@ def test_a_patched_run_grows_with_its_store_and_keeps_what_it_has(store: Store) 
     values = np.ones((1, 3, TRIALS), dtype="float32")
     writer = run.write("step0")
     writer.put_layers(0, values)
-    writer.finish(np.zeros((2, TRIALS, 2), dtype="float32"), 0.0)
+    writer.finish(np.zeros((2, TRIALS, 2), dtype="float32"), 0.0, 1e-4)
     store.add([CheckpointRow("step20", 20)])
     grown = Store(store.path).open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     assert [row.label for row in grown.rows()] == ["step0", "step10", "main", "step20"]

@@ -18,13 +18,14 @@ from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.replay import run as room
 from headlapse.engine.replay.reference import choose_pairs
 from headlapse.engine.replay.run import VERIFIED_PAIRS, SweepPlan, make_plan, name_of, open_run, patch_series
-from headlapse.engine.runtime.errors import UserError, VerificationError
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.format import format_time
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.patched_run import PatchedRun
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchRequest
 from headlapse.engine.study.study import Study, tolerance
+from tests.conftest import SEED
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_scripts import messages, run, store_files
 
@@ -71,6 +72,12 @@ def patched(
     outcomes = list(patch_series(store, plan, patch, missing, store.path.parent, where, finished.append))
     assert [(outcome.label, outcome.problem) for outcome in outcomes] == [(label, None) for label in missing]
     return finished
+
+
+def problems_of(store: Store, plan: SweepPlan, patch: PatchedRun, missing: Sequence[str]) -> list[str | None]:
+    """Why each checkpoint was not finished."""
+    outcomes = patch_series(store, plan, patch, missing, store.path.parent, Machine(), lambda _n: None)
+    return [outcome.problem for outcome in outcomes]
 
 
 @pytest.fixture
@@ -200,7 +207,7 @@ def test_results_written_layer_by_layer_are_those_written_at_once(
     plan, at_once = opened(store)
     patched(store, plan, at_once, LABELS)
     monkeypatch.setattr(room, "BLOCK_BYTES", 1)
-    assert len(list(room._blocks(plan, "step0"))) == len(plan.sites) > 1
+    assert len(list(room._blocks(plan, "step0", SEED))) == len(plan.sites) > 1
     plan, streamed = opened(store, name="streamed")
     patched(store, plan, streamed, LABELS)
     np.testing.assert_allclose(streamed.values("logit_diff"), at_once.values("logit_diff"), rtol=0, atol=1e-5)
@@ -220,9 +227,9 @@ def test_streaming_changes_no_bit_where_every_run_goes_alone(
     plan, at_once = opened(store, sweep)
     finished = patched(store, plan, at_once, LABELS, barely)
     assert set(finished) - {0} == {plan.trials.n_trials}, "each alone"
-    assert len(list(room._blocks(plan, "step0"))) == 1
+    assert len(list(room._blocks(plan, "step0", SEED))) == 1
     monkeypatch.setattr(room, "BLOCK_BYTES", n_sites * len(plan.subsets) * plan.trials.n_trials * 4)
-    assert len(list(room._blocks(plan, "step0"))) == -(-len(plan.sites) // n_sites)
+    assert len(list(room._blocks(plan, "step0", SEED))) == -(-len(plan.sites) // n_sites)
     plan, streamed = opened(store, sweep, name="streamed")
     patched(store, plan, streamed, LABELS, barely)
     assert store_files(streamed.path) == store_files(at_once.path)
@@ -232,16 +239,15 @@ def test_streaming_changes_no_bit_where_every_run_goes_alone(
 def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "BLOCK_BYTES", 1)
     plan, patch = opened(store)
-    verified = {site for site, _ in choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS)}
+    verified = {site for site, _ in choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS, SEED)}
     exact = room.replay
 
     def off(*given: Any, **named: Any) -> np.ndarray:
         return exact(*given, **named) + np.float32(named["sites"] == (plan.sites[max(verified)],))
 
     monkeypatch.setattr(room, "replay", off)
-    with pytest.raises(VerificationError, match=r"^step0: replay differs"):
-        patched(store, plan, patch, ["step0"])
-    assert not patch.complete()
+    [problem] = problems_of(store, plan, patch, ["step0"])
+    assert problem and "replay differs" in problem and not patch.complete()
 
 
 def test_more_subsets_than_anyone_waits_for_are_refused_with_the_time_and_what_to_take(
@@ -343,16 +349,16 @@ def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
 ) -> None:
     plan, patch = opened(store)
     shifted += [0.0, shift, 0.0]
-    with pytest.raises(VerificationError, match=r"^step10: replay differs from a full hooked forward"):
-        patched(store, plan, patch, LABELS)
-    assert shifted == [0.0], "nothing after it was replayed"
-    assert patch.complete() == {"step0": 0}
-    assert np.isnan(patch.values("logit_diff")[1:]).all() and np.isnan(patch.values("self_check")[1:]).all()
+    first, second, third = problems_of(store, plan, patch, LABELS)
+    assert first is third is None and second and "replay differs from a full hooked forward" in second
+    assert shifted == [], "the others go on"
+    assert patch.complete() == {"step0": 0, "step20": 2}
+    assert np.isnan(patch.values("logit_diff")[1]).all() and np.isnan(patch.values("self_check")[1]).all()
 
 
 def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, patch = opened(store)
-    exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS)[-1]
+    exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS, SEED)[-1]
 
     def off(*given: Any, **named: Any) -> np.ndarray:
         logit_diff = exact(*given, **named)
@@ -360,8 +366,8 @@ def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypat
         return logit_diff
 
     monkeypatch.setattr(room, "replay", off)
-    with pytest.raises(VerificationError, match=r"^step0: .* by nan"):
-        patched(store, plan, patch, ["step0"])
+    [problem] = problems_of(store, plan, patch, ["step0"])
+    assert problem and "by nan" in problem
 
 
 def test_a_drift_within_the_tolerance_is_kept_as_the_self_check(store: Store, shifted: list[float]) -> None:
@@ -385,13 +391,13 @@ def test_the_printed_largest_difference_is_the_stored_one(model: Path, tmp_path:
 
 def test_after_a_drift_the_same_command_does_what_is_missing(model: Path, tmp_path: Path, shifted: list[float]) -> None:
     assert run("cache", "--model", model, "--trials", 3, cache=tmp_path).returncode == 0
-    shifted += [0.0, float("nan")]
+    shifted += [0.0, float("nan"), 0.0]
     failed = run("patch", "--subsets", "all", "--name", "r", cache=tmp_path)
-    assert failed.returncode == 1 and not failed.stdout
+    assert failed.returncode == 1
     [line] = messages(failed)
-    assert line.startswith("error: step10: replay differs")
-    shifted += [0.0, 0.0, 9.0]
+    assert line.startswith("error: step10: ") and "replay differs" in line
+    shifted += [0.0, 9.0]
     done = run("patch", "--subsets", "all", "--name", "r", "--verbose", cache=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert shifted == [9.0], "step0 was not replayed again"
+    assert shifted == [9.0], "the others were not replayed again"
     assert [row.split()[0] for row in done.stdout.splitlines()[2:5]] == LABELS

@@ -8,6 +8,7 @@ from headlapse.engine.capture.forward import capture
 from headlapse.engine.replay.reference import choose_pairs, hooked_logit_diff, require_exact
 from headlapse.engine.replay.replay import replay
 from headlapse.engine.runtime.errors import VerificationError
+from headlapse.engine.store.patched_run import new_seed
 from headlapse.engine.study.alignment import align
 from headlapse.engine.study.study import tolerance
 from tests.models import MAIN, random_subsets, random_trials, tiny
@@ -49,9 +50,11 @@ def test_the_tolerance_grows_with_the_coarsest_rounding_only() -> None:
 
 def test_the_pairs_are_random_over_checkpoints_and_the_same_for_the_same_checkpoint() -> None:
     sites = [(layer,) for layer in range(12)]
-    assert choose_pairs("step1", sites, 4096, 2) == choose_pairs("step1", sites, 4096, 2)
-    assert len({tuple(choose_pairs(f"step{i}", sites, 4096, 2)) for i in range(20)}) == 20
-    assert choose_pairs("step1", sites[:1], 1, 2) == [(0, 0)]
+    assert choose_pairs("step1", sites, 4096, 2, 7) == choose_pairs("step1", sites, 4096, 2, 7)
+    assert len({tuple(choose_pairs(f"step{i}", sites, 4096, 2, 7)) for i in range(20)}) == 20
+    assert len({tuple(choose_pairs("step1", sites, 4096, 2, seed)) for seed in range(20)}) == 20
+    assert new_seed() != new_seed(), "other runs are verified in every run that is made"
+    assert choose_pairs("step1", sites[:1], 1, 2, 7) == [(0, 0)]
 
 
 def test_stock_attention_is_gone_after_the_check() -> None:

@@ -82,10 +82,11 @@ def answers(
     mask: Bool[np.ndarray, "subset head"],
     n_tokens: int,
     label: str,
+    seed: int = 0,
 ) -> Answers:
     """`n_tokens` greedy tokens of every patched run and of both unpatched ones.
 
-    Raises `VerificationError` where one of the few that the reference generates again is another.
+    Raises `VerificationError` where one of the few that the reference generates again, chosen by `seed`, is another.
     """
     prompts = _prompts(trials)
     run_and_trial = [(run, trial) for run in range(len(RUNS)) for trial in range(trials.n_trials)]
@@ -93,7 +94,7 @@ def answers(
     patched = list(_patched_generations(prompts, alignment, direction, sites, mask))
     generations = unpatched + patched
     texts = _generate_all(resident, generations, n_tokens)
-    for place, _ in choose_pairs(label, [(index,) for index in range(len(generations))], 1, VERIFIED_TEXTS):
+    for place, _ in choose_pairs(label, [(index,) for index in range(len(generations))], 1, VERIFIED_TEXTS, seed):
         require_same_text(texts.tokens[place], reference_generate(resident, generations[place], n_tokens), label)
 
     target = source_and_target(direction)[1]

@@ -129,7 +129,7 @@ def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedChec
     tokenizer = load_tokenizer(checkpoint.files.config.parent)
     patches = _slice_patches(plan, tokenizer)
     texts = _generate_all(checkpoint, patches)
-    _require_same(checkpoint, patches, texts, label)
+    _require_same(checkpoint, patches, texts, label, run.seed)
     shape = (len(plan.layers), len(plan.subsets), len(plan.contrasts))
     decoded = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in texts.tokens]
     contrasts = plan.contrasts * (shape[0] * shape[1])
@@ -176,8 +176,8 @@ def _generate_all(checkpoint: LoadedCheckpoint, patches: Sequence[SlicePatch]) -
 
 
 def _require_same(
-    checkpoint: LoadedCheckpoint, patches: Sequence[SlicePatch], texts: GeneratedTexts, label: str
+    checkpoint: LoadedCheckpoint, patches: Sequence[SlicePatch], texts: GeneratedTexts, label: str, seed: int
 ) -> None:
     """Generate one random text again by the reference.  Raises `VerificationError` when it is another."""
-    [(place, _)] = choose_pairs(label, [(index,) for index in range(len(patches))], 1, 1)
+    [(place, _)] = choose_pairs(label, [(index,) for index in range(len(patches))], 1, 1, seed)
     require_same_text(texts.tokens[place], reference_generate(checkpoint.resident, patches[place], N_TOKENS), label)

@@ -16,16 +16,16 @@ from ..study.prompts import Trials
 from .patch_inputs import Site, source_and_target
 
 
-def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int) -> list[tuple[int, int]]:
-    """Random (site, subset) indices to verify; always the same ones for the same checkpoint."""
-    draw = np.random.default_rng([*label.encode(), len(sites), n_subsets])
+def choose_pairs(label: str, sites: Sequence[Site], n_subsets: int, n_pairs: int, seed: int) -> list[tuple[int, int]]:
+    """Random (site, subset) indices to verify: the same ones for the same checkpoint and seed."""
+    draw = np.random.default_rng([seed, *label.encode(), len(sites), n_subsets])
     places = draw.choice(len(sites) * n_subsets, size=min(n_pairs, len(sites) * n_subsets), replace=False)
     return [divmod(int(place), n_subsets) for place in sorted(places)]
 
 
-def choose_trials(label: str, n_trials: int, n_chosen: int) -> list[int]:
-    """Random trials to verify on, ascending, at most `n_chosen`; always the same ones for the same checkpoint."""
-    draw = np.random.default_rng([*label.encode(), n_trials])
+def choose_trials(label: str, n_trials: int, n_chosen: int, seed: int) -> list[int]:
+    """Random trials to verify on, ascending, at most `n_chosen`: the same ones for the same checkpoint and seed."""
+    draw = np.random.default_rng([seed, *label.encode(), n_trials])
     return sorted(draw.choice(n_trials, size=min(n_chosen, n_trials), replace=False).tolist())
 
 

@@ -23,13 +23,14 @@ from ..store.store import Store, StoredActivations
 from ..study.alignment import Alignment, align
 from ..study.patch_settings import Direction, PatchRequest, PatchSettings
 from ..study.prompts import Trials
-from ..study.study import MEASURES, Arithmetic, Measure, tolerance
+from ..study.study import MEASURES, Arithmetic, Measure
 from ..study.subsets import Subsets, parse_layers, parse_subsets
 from .cached_checkpoints import LoadedCheckpoint, each_outcome, load_each
-from .patch_inputs import Site
+from .patch_inputs import Site, source_and_target
 from .patched_generation import answers, refuse_too_many
 from .reference import choose_pairs, choose_trials, hooked_logit_diff, require_exact
 from .replay import replay, runs_at_once
+from .rounding import RoundingError
 from .vocabulary_measures import Hooked, VocabularyMeasures, hooked_measures, known_tokens
 
 BLOCK_BYTES = 2**28
@@ -148,8 +149,10 @@ def patch_series(
     be had, or whose replay differs from stock transformers, is an `Outcome` with a problem.
     """
 
+    rounding = RoundingError(plan.dtype, store.study["dtype"])
+
     def patch(label: str, checkpoint: LoadedCheckpoint) -> None:
-        _patch(_CheckpointPatch.prepare(store, plan, label, checkpoint), run, machine, progress)
+        _patch(_CheckpointPatch.prepare(store, plan, label, checkpoint, run.seed, rounding), run, machine, progress)
 
     first_layer = min(site[0] for site in plan.sites)
     yield from each_outcome(load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer), patch)
@@ -170,16 +173,32 @@ class _CheckpointPatch:
     answer_logits: Float[np.ndarray, "run trial answer"]
     """Of the unpatched runs, as captured."""
 
-    tolerance: float
-    """Largest difference allowed of a logit difference, in nats."""
+    seed: int
+    """Of the patched runs that are verified."""
+
+    allowed: float
+    """Largest difference of a logit difference that rounding explains, in nats."""
 
     @classmethod
-    def prepare(cls, store: Store, plan: SweepPlan, label: str, checkpoint: LoadedCheckpoint) -> "_CheckpointPatch":
+    def prepare(
+        cls, store: Store, plan: SweepPlan, label: str, checkpoint: LoadedCheckpoint, seed: int, rounding: RoundingError
+    ) -> "_CheckpointPatch":
         assert checkpoint.activations is not None, "read with the weights"
         measures = _vocabulary_measures(plan, checkpoint, checkpoint.activations) if plan.measures else None
         answer_logits = store.answer_logits(label)
-        allowed = tolerance(plan.dtype, store.study["dtype"])
-        return cls(plan, label, checkpoint, checkpoint.activations, measures, answer_logits, allowed)
+        pairs = choose_pairs(label, plan.sites, len(plan.subsets), VERIFIED_PAIRS, seed)
+        patches = [(plan.sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
+        nothing = (plan.sites[0], np.zeros_like(plan.subsets.mask[0]))
+        chosen = choose_trials(label, plan.trials.n_trials, VERIFIED_TRIALS, seed)
+        runs = (plan.trials.only(chosen), plan.alignment.only(chosen), plan.direction, [*patches, nothing])
+        allowed = rounding.allowed(checkpoint.resident, *runs)
+        return cls(plan, label, checkpoint, checkpoint.activations, measures, answer_logits, seed, allowed)
+
+    @property
+    def target_logit_diff(self) -> Float[np.ndarray, " trial"]:
+        """Of the unpatched run that is patched, as captured."""
+        right, wrong = np.moveaxis(self.answer_logits[source_and_target(self.plan.direction)[1]], -1, 0)
+        return np.asarray(right - wrong)
 
 
 @dataclass(frozen=True)
@@ -203,9 +222,10 @@ def _patch(patch: _CheckpointPatch, run: PatchedRun, machine: Machine, progress:
     """Replay, verify and write one checkpoint, a block of sites at a time; its completion mark comes last."""
     writer = run.write(patch.label)
     self_check = dict.fromkeys(("logit_diff", *patch.plan.measures), 0.0)
-    for block in _blocks(patch.plan, patch.label):
-        values = _replay(patch, block, progress)
-        for name, difference in _verify(patch, block, values).items():
+    for block in _blocks(patch.plan, patch.label, patch.seed):
+        values, unpatched = _replay(patch, block, progress)
+        differences = [_verify_unpatched(patch, unpatched), _verify(patch, block, values)]
+        for name, difference in (pair for each in differences for pair in each.items()):
             self_check[name] = float(np.maximum(self_check[name], difference))  # keeps NaN, Python's max does not
         writer.put_layers(block.first, **values)
     largest_difference = self_check.pop("logit_diff")
@@ -214,18 +234,46 @@ def _patch(patch: _CheckpointPatch, run: PatchedRun, machine: Machine, progress:
     if patch.plan.n_tokens:
         writer.put_answers(_generate_answers(patch))
     kernels = kernel_for(torch.device(machine.device))
-    writer.finish(patch.answer_logits, largest_difference, device=machine.device, kernels=kernels)
+    writer.finish(patch.answer_logits, largest_difference, patch.allowed, device=machine.device, kernels=kernels)
 
 
-def _replay(patch: _CheckpointPatch, block: _Block, progress: Callable[[int], object]) -> Values:
-    """Every measure of the block's patched runs."""
-    plan, mask = patch.plan, patch.plan.subsets.mask
+def _replay(
+    patch: _CheckpointPatch, block: _Block, progress: Callable[[int], object]
+) -> tuple[Values, Float[np.ndarray, "site trial"]]:
+    """Every measure of the block's patched runs, and the logit differences of replay where nothing is patched."""
+    plan = patch.plan
+    mask = np.concatenate([plan.subsets.mask, np.zeros_like(plan.subsets.mask[:1])])
+    counted = _at_most(len(block.sites) * len(plan.subsets) * plan.trials.n_trials, progress)
     if patch.vocabulary_measures is not None:
-        return patch.vocabulary_measures.patched(block.sites, mask, progress)
-    resident = patch.checkpoint.resident
-    runs = runs_at_once(resident, plan.alignment.valid.size, patch.checkpoint.memory)
-    inputs = (resident, patch.activations, plan.trials, plan.alignment, plan.direction)
-    return {"logit_diff": replay(*inputs, sites=block.sites, mask=mask, progress=progress, runs=runs)}
+        values = dict(patch.vocabulary_measures.patched(block.sites, mask, counted))
+    else:
+        resident = patch.checkpoint.resident
+        runs = runs_at_once(resident, plan.alignment.valid.size, patch.checkpoint.memory)
+        inputs = (resident, patch.activations, plan.trials, plan.alignment, plan.direction)
+        values = {"logit_diff": replay(*inputs, sites=block.sites, mask=mask, progress=counted, runs=runs)}
+    return {name: results[:, :-1] for name, results in values.items()}, values["logit_diff"][:, -1]
+
+
+def _at_most(total: int, progress: Callable[[int], object]) -> Callable[[int], object]:
+    """`progress`, called for no more than `total` runs: what the self-check adds was not asked for."""
+    left = total
+
+    def count(n_runs: int) -> None:
+        nonlocal left
+        counted, left = min(n_runs, left), left - min(n_runs, left)
+        progress(counted)
+
+    return count
+
+
+def _verify_unpatched(patch: _CheckpointPatch, unpatched: Float[np.ndarray, "site trial"]) -> dict[str, float]:
+    """Largest difference between replay that patches nothing and the captured target run.
+
+    Raises `VerificationError` beyond what rounding explains: weights and activations do not belong together.
+    """
+    difference = float(np.abs(unpatched - patch.target_logit_diff).max())
+    require_exact(difference, patch.allowed, f"{patch.label}, nothing patched")
+    return {"logit_diff": difference}
 
 
 def _verify(patch: _CheckpointPatch, block: _Block, values: Values) -> dict[str, float]:
@@ -235,8 +283,8 @@ def _verify(patch: _CheckpointPatch, block: _Block, values: Values) -> dict[str,
     """
     if not block.pairs:
         return {}
-    plan, label, allowed = patch.plan, patch.label, patch.tolerance
-    chosen = choose_trials(label, plan.trials.n_trials, VERIFIED_TRIALS)
+    plan, label, allowed = patch.plan, patch.label, patch.allowed
+    chosen = choose_trials(label, plan.trials.n_trials, VERIFIED_TRIALS, patch.seed)
     replayed = {
         name: np.stack([results[site, subset, chosen] for site, subset in block.pairs])
         for name, results in values.items()
@@ -268,7 +316,7 @@ def _unpatched(patch: _CheckpointPatch, measures: VocabularyMeasures) -> Mapping
     unpatched = measures.unpatched()
     captured = patch.answer_logits[..., 0] - patch.answer_logits[..., 1]
     difference = float(np.abs(unpatched.pop("logit_diff") - captured).max())
-    require_exact(difference, patch.tolerance, f"{patch.label}, unpatched")
+    require_exact(difference, patch.allowed, f"{patch.label}, unpatched")
     return unpatched
 
 
@@ -289,9 +337,9 @@ def _vocabulary_measures(
     )
 
 
-def _blocks(plan: SweepPlan, label: str) -> Iterator[_Block]:
+def _blocks(plan: SweepPlan, label: str, seed: int) -> Iterator[_Block]:
     """All sites in order, as many at a time as `BLOCK_BYTES` of results allow."""
-    pairs = choose_pairs(label, plan.sites, len(plan.subsets), VERIFIED_PAIRS)
+    pairs = choose_pairs(label, plan.sites, len(plan.subsets), VERIFIED_PAIRS, seed)
     per_site = (1 + len(plan.measures)) * len(plan.subsets) * plan.trials.n_trials * np.dtype(np.float32).itemsize
     size = max(1, BLOCK_BYTES // per_site)
     for first in range(0, len(plan.sites), size):

@@ -8,7 +8,8 @@ from ..measures.logit_diff import CLEAR_OF_ZERO
 from ..store.store import Store
 from ..study.alignment import align
 from ..study.prompts import Trials
-from ..study.study import RUNS, tolerance
+from ..study.study import RUNS
+from .findings.self_check import allowed_difference
 from .result import Result, listed
 
 GAP = 0.1
@@ -110,7 +111,7 @@ def _choice(result: Result) -> str:
 
 def _arithmetic(store: Store, result: Result) -> str:
     cached, patched = store.study["dtype"], result.settings.dtype
-    allowed = tolerance(patched, cached)
+    allowed = allowed_difference(result.run, patched, cached)
     return f"Cached in {cached}, patched in {patched}: differences up to {allowed:.1g} nats are rounding."
 
 

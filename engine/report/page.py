@@ -20,13 +20,14 @@ from ..store.disk import is_group
 from ..store.store import Store, duplicate_weights
 from ..study.alignment import align
 from ..study.prompts import Trials
-from ..study.study import RUNS, tolerance
+from ..study.study import RUNS
 from .caveats import threats
 from .figures import draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
 from .findings.mechanism import mechanism_text
 from .findings.published import examples, success_table
+from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
 from .plot_style import INK, PAPER, to_svg
 from .result import Result, heads_of, listed, ranges, read_result, signed
@@ -240,7 +241,7 @@ def _published(store: Store) -> dict[str, Any] | None:
 def _self_check(store: Store, result: Result) -> dict[str, Any]:
     """Largest difference between replay and full hooked forwards, where it was seen, and what was allowed."""
     differences = result.run.self_check.values
-    allowed = tolerance(result.settings.dtype, store.study["dtype"])
+    allowed = allowed_difference(result.run, result.settings.dtype, store.study["dtype"])
     if np.isnan(differences).all():
         return {"largest": None, "allowed": allowed}
     worst = int(np.nanargmax(differences))

@@ -311,7 +311,8 @@ class CheckpointWriter:
             sync(_within(arrays.path / name / "c", self._index))
         crc32c = {name: [kept[row] for row in sorted(kept)] for name, kept in self._checksums.items()}
         record = {"label": self._label, **fields, "versions": package_versions(), "crc32c": crc32c}
-        for name, value in {"record": json.dumps(record), "complete": True}.items():
+        last: dict[str, Any] = {"record": json.dumps(record), "complete": True}
+        for name, value in last.items():
             arrays.array(name)[self._index] = value
             sync(_within(arrays.path / name / "c", self._index))
 

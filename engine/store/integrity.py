@@ -124,8 +124,9 @@ def _lengths(path: Path, names: Sequence[str] | Mapping[str, Any]) -> dict[str, 
 
 def _grows(metadata: Mapping[str, Any]) -> bool:
     dims, shape = metadata.get("dimension_names"), metadata.get("shape")
-    is_list = isinstance(dims, list) and isinstance(shape, list)
-    return is_list and dims[:1] == [AXIS] and len(shape) == len(dims) and isinstance(shape[0], int)
+    if not (isinstance(dims, list) and isinstance(shape, list)):
+        return False
+    return dims[:1] == [AXIS] and len(shape) == len(dims) and isinstance(shape[0], int)
 
 
 def read_json(path: Path) -> dict[str, Any]:

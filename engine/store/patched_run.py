@@ -3,6 +3,7 @@
 The names and dimensions of the arrays are specified in docs/store.md.
 """
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,11 @@ class AnyRun(CheckpointArrays):
     def settings(self) -> PatchSettings:
         return PatchSettings.from_attributes(self.attrs["patch"])
 
+    @property
+    def seed(self) -> int:
+        """Of the random runs that are verified against stock transformers; another one for every run that is made."""
+        return int(self.attrs.get("self_check_seed", 0))
+
     def devices(self) -> list[str]:
         """Where its checkpoints were computed."""
         records = self.records().values()
@@ -117,12 +123,20 @@ class PatchWriter:
             self.writer.put(f"{run}_success", answers.plain_success[number])
         self.writer.put("n_near", np.int32(answers.n_near))
 
-    def finish(self, answer_logits: Float[np.ndarray, "run trial answer"], self_check: float, **fields: Any) -> None:
-        """The unpatched logit differences and the self-check (nats), then the record, with `fields` in it."""
+    def finish(
+        self,
+        answer_logits: Float[np.ndarray, "run trial answer"],
+        self_check: float,
+        self_check_bound: float,
+        **fields: Any,
+    ) -> None:
+        """The unpatched logit differences, the largest difference of the self-check and what it may be at most (nats),
+        then the record, with `fields` in it."""
         logit_diff = answer_logits[..., 0] - answer_logits[..., 1]
         for run in RUNS:
             self.writer.put(f"{run}_logit_diff", logit_diff[RUNS.index(run)])
         self.writer.put("self_check", np.float32(self_check))
+        self.writer.put("self_check_bound", np.float32(self_check_bound))
         self.writer.finish(**fields)
 
 
@@ -153,7 +167,7 @@ def create_patched_run(
     n_checkpoints = len(axes.checkpoints)
     dims = ("checkpoint", "layer", "subset", "trial")
     unpatched = (n_checkpoints, axes.n_trials), (1, axes.n_trials)
-    self_checks = ["self_check", *(f"self_check_{name}" for name in measures)]
+    self_checks = ["self_check", "self_check_bound", *(f"self_check_{name}" for name in measures)]
     for name in ("logit_diff", *measures):
         # One chunk a layer: layers are written one after another.
         zarr_group.put_empty(group, name, axes.shape, (1, 1, *axes.shape[2:]), "float32", dims)
@@ -193,12 +207,18 @@ def _put_texts(group: zarr.Group, shape: tuple[int, ...], n_tokens: int) -> None
     zarr_group.put_empty(group, "n_near", shape[:1], (1,), "int32", ("checkpoint",))
 
 
+def new_seed() -> int:
+    """A random seed: another one for every run that is made."""
+    return secrets.randbits(32)
+
+
 def _describe(
     group: zarr.Group, path: Path, settings: PatchSettings, axes: RunAxes, coordinates: Sequence[str]
 ) -> None:
     """The attributes.  xarray takes the names in `coordinates` for coordinates, the others for data."""
     attributes = {
         "patch": settings.to_attributes(),
+        "self_check_seed": new_seed(),
         "versions": zarr_group.package_versions(),
         "coordinates": " ".join(["step", "complete", *coordinates]),
     }
