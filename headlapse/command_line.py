@@ -75,7 +75,8 @@ def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) ->
         return DONE
     work = pipeline.cache(options, folder)
     if not work.n_missing:
-        print(f"nothing to do: {work.n_asked} of {work.n_asked} checkpoints are in {work.store} already")
+        there = f"{work.n_asked} of {work.n_asked} checkpoints are in {work.store}"
+        print(f"{there}, captured by {options.workers}" if options.workers else f"nothing to do: {there} already")
         return DONE
     _print_problems(work)
     if not work.n_finished:

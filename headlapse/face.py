@@ -58,6 +58,8 @@ def cache(
     device: str | None = None,
     dtype: Dtype = "float32",
     memory: str | None = None,
+    shard: str | None = None,
+    workers: str | None = None,
     overwrite: bool = False,
 ) -> "Store":
     """Capture every head's activations at every checkpoint, as `headlapse cache` does; what is there stays.
@@ -83,6 +85,8 @@ def cache(
         device=device,
         dtype=dtype,
         memory=memory,
+        shard=shard,
+        workers=workers,
         overwrite=overwrite,
     )
     work = pipeline.cache(options, cache_folder())
@@ -141,6 +145,9 @@ class Store:
         device: str | None = None,
         dtype: Arithmetic | None = None,
         memory: str | None = None,
+        weights: str | Path | None = None,
+        shard: str | None = None,
+        workers: str | None = None,
         overwrite: bool = False,
     ) -> "PatchedRun":
         """Patch heads between clean and corrupt runs at every checkpoint, as `headlapse patch` does.
@@ -164,6 +171,9 @@ class Store:
             device=device,
             dtype=dtype,
             memory=memory,
+            weights=None if weights is None else Path(weights),
+            shard=shard,
+            workers=workers,
             overwrite=overwrite,
         )
         work = pipeline.patch(options, cache_folder())
@@ -189,6 +199,9 @@ class Store:
         device: str | None = None,
         dtype: Arithmetic | None = None,
         memory: str | None = None,
+        weights: str | Path | None = None,
+        shard: str | None = None,
+        workers: str | None = None,
         overwrite: bool = False,
     ) -> xr.Dataset:
         """Measure what heads do and how their weights change, as `headlapse mechanism` does; what was measured."""
@@ -200,6 +213,9 @@ class Store:
             device=device,
             dtype=dtype,
             memory=memory,
+            weights=None if weights is None else Path(weights),
+            shard=shard,
+            workers=workers,
             overwrite=overwrite,
         )
         work = pipeline.mechanism(options, cache_folder())

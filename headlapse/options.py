@@ -45,6 +45,22 @@ class StoreOption:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WeightsOption:
+    """Where the weights of a store lie now."""
+
+    weights: Path | None = None
+    """where the weights lie now, if they were moved since they were cached: a folder with one for each checkpoint,
+    e.g. /data/pythia-160m (default: where they were)"""
+
+    def refuse_missing_weights(self) -> None:
+        """Raise `UserError` where there is no such folder."""
+        if self.weights is not None and not self.weights.is_dir():
+            raise UserError(
+                f"--weights {self.weights}: there is no such folder; name the one that holds the checkpoints"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
     """Where a command computes."""
 
@@ -53,6 +69,9 @@ class ComputeOptions:
 
     memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
+
+    workers: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """local:N starts N processes here that share the checkpoints, one GPU each where there are GPUs, e.g. local:4"""
 
     shard: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """this process's share of the checkpoints: I/N takes those whose place is I modulo N, from 0; N processes on one
@@ -63,6 +82,18 @@ class ComputeOptions:
         if self.memory:
             parse_bytes(self.memory)
         self.share([])
+        if self.n_workers > 1 and self.shard:
+            raise UserError("--workers starts the shards itself; leave --shard out")
+
+    @property
+    def n_workers(self) -> int:
+        """Processes to start.  Raises `UserError` where `--workers` cannot be read."""
+        if self.workers is None:
+            return 1
+        match = re.fullmatch(r"local:(\d{1,4})", self.workers, re.ASCII)
+        if match is None or int(match[1]) < 1:
+            raise UserError(f"--workers {self.workers}: write local:N, e.g. local:4")
+        return int(match[1])
 
     def share(self, labels: list[str]) -> list[str]:
         """The labels that `--shard` leaves to this process.  Raises `UserError` where it cannot be read."""
@@ -119,7 +150,7 @@ class CacheOptions(ComputeOptions):
 
 
 @dataclass(frozen=True)
-class PatchOptions(ComputeOptions, StoreOption):
+class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     """Options of `headlapse patch`."""
 
     _: KW_ONLY
@@ -181,6 +212,7 @@ class PatchOptions(ComputeOptions, StoreOption):
         from .engine.study.subsets import count_subsets, parse_layers
 
         super().refuse_impossible()
+        self.refuse_missing_weights()
         refuse_unknown("--measures", self.measures, MEASURES)
         refuse_unknown("--protocol", [self.protocol], get_args(Protocol))
         refuse_unknown("--correction", [self.correction], get_args(Correction))
@@ -198,7 +230,7 @@ class PatchOptions(ComputeOptions, StoreOption):
 
 
 @dataclass(frozen=True)
-class MechanismOptions(ComputeOptions, StoreOption):
+class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
     """Options of `headlapse mechanism`."""
 
     _: KW_ONLY
@@ -225,6 +257,7 @@ class MechanismOptions(ComputeOptions, StoreOption):
 
     def refuse_impossible(self) -> None:
         super().refuse_impossible()
+        self.refuse_missing_weights()
         refuse_unknown("--parts", self.parts, PARTS)
         refuse_unknown("--direction", [self.direction], get_args(Direction))
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)

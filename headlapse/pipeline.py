@@ -5,12 +5,13 @@ torch, which takes seconds; all raise `UserError` in one line, and `Verification
 """
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
@@ -24,8 +25,15 @@ from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.store.disk import put_in_place, recover, refuse_foreign, sweep
 from .engine.store.inventory import is_store
 from .engine.store.locks import claimed, layout_lock
+from .engine.store.zarr_group import package_versions
 from .engine.study.patch_settings import PatchSettings
 from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+from .workers import in_processes
+
+if TYPE_CHECKING:
+    from .engine.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,8 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     from .engine.runtime.resources import Machine
     from .engine.store.store import Store, duplicate_weights
 
+    if options.n_workers > 1:
+        in_processes("cache", options, folder)
     with quiet_libraries():
         machine = Machine.from_options(options.device, options.memory)
         recover(path)
@@ -144,15 +154,18 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     from .engine.runtime.resources import Machine
     from .engine.store.store import Store
 
+    if options.n_workers > 1:
+        in_processes("patch", options, folder)
     protocol = protocol_named(options.protocol)
     request = options.request(protocol.default)
     with quiet_libraries():
-        store = Store(path)
+        store = Store(path, options.weights)
         plan = protocol.make_plan(request, store)
         name = options.name or protocol.name_of(request)
         machine = Machine.from_options(options.device, options.memory, plan.dtype)
         run = protocol.open_run(store, plan, name, options.overwrite)
         missing = _missing(options.share(requested), run)
+        say_other_versions(store)
         series = Series(path, f"patches.{run.path.name}", missing, machine.device)
         still_missing = functools.partial(_missing, missing, run)
         with series.begun(still_missing) as mine, progress("patch", "run", plan.n_runs * len(mine)) as bar:
@@ -176,13 +189,16 @@ def mechanism(options: MechanismOptions, folder: Path) -> Work:
     from .engine.runtime.resources import Machine
     from .engine.store.store import Store
 
+    if options.n_workers > 1:
+        in_processes("mechanism", options, folder)
     with quiet_libraries():
-        store = Store(path)
+        store = Store(path, options.weights)
         plan = mechanism_run.make_plan(store, options.parts, options.direction, options.dtype)
         wanted = mechanism_run.wanted(store, requested)
         machine = Machine.from_options(options.device, options.memory, plan.dtype)
         run = mechanism_store.open_mechanism(store, plan.settings, options.overwrite)
         missing = options.share(run.missing(wanted))
+        say_other_versions(store)
         series = Series(path, run.path.name, missing, machine.device)
         with series.begun(lambda: run.missing(wanted)) as mine:
             todo = {label: wanted[label] for label in mine}
@@ -248,6 +264,15 @@ class Series:
             "dtype": dtype,
             "peak_memory": peak_memory(self.device),
         }
+
+
+def say_other_versions(store: "Store") -> None:
+    """Warn, in one line, where other library versions wrote the store: the last bits may differ."""
+    now = package_versions()
+    then = {name: version for name, version in store.attrs["versions"].items() if now.get(name) != version}
+    if then:
+        wrote = ", ".join(f"{name} {version}" for name, version in then.items())
+        logger.warning("%s was written by %s; now %s", store.path, wrote, ", ".join(f"{n} {now.get(n)}" for n in then))
 
 
 def _missing(labels: Sequence[str], run: CheckpointArrays) -> list[str]:

@@ -1,5 +1,6 @@
 """Capture a series of checkpoints into a store, through one resident model."""
 
+import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -102,8 +103,8 @@ def cache_series(
             except Exception as error:  # whatever is wrong with one checkpoint, the others go on
                 if recorder.task_failed:
                     raise
-                recorder.keep_problem(outcome := failed(checkpoint.label, error))
-                yield outcome, lambda: None
+                outcome = failed(checkpoint.label, error)
+                yield outcome, functools.partial(recorder.keep_problem, outcome)
 
     return _write_behind(captures())
 
@@ -142,6 +143,9 @@ class _Recorder:
         self.vocabularies: set[str] = set()
         """Digests of the tokenizers that were compared with the stored tokens."""
 
+        self._problems: dict[str, str] = {}
+        """Label -> problem, until there is a store to keep them in."""
+
         self.task_failed = False
         """Whether the task failed with the first tokenizer, and so would with every checkpoint."""
         if self.store:
@@ -164,8 +168,12 @@ class _Recorder:
 
     def keep_problem(self, outcome: Outcome) -> None:
         """Keep why a checkpoint is missing, for `headlapse info`."""
-        if self.store and outcome.problem:
-            self.store.write_problem(outcome.label, outcome.problem)
+        if outcome.problem:
+            self._problems[outcome.label] = outcome.problem
+        if self.store:
+            for label, problem in self._problems.items():
+                self.store.write_problem(label, problem)
+            self._problems.clear()
 
     def _laid_out(self, architecture: Architecture, trials: Trials) -> Store:
         """The store with room for every checkpoint: new, or the one that another process has just made."""

@@ -3,10 +3,12 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
+from ..runtime.file_lock import hold
 from ..runtime.format import format_names
 from . import files, hub
 from .files import Files
@@ -78,8 +80,11 @@ def files_beside_weights(revision: hub.Revision) -> list[str]:
 def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
     from .demo import train
 
-    # Even where this step is on disk: an interrupted training is completed before any of its checkpoints is used.
-    train(cache / DEMO)
+    cache.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:  # of several processes one trains, the others wait for it
+        hold(stack, cache / f".{DEMO}.lock", patience=-1)
+        # Even where this step is on disk: an interrupted training is completed before its checkpoints are used.
+        train(cache / DEMO)
     return cache / DEMO / checkpoint.label
 
 

@@ -37,7 +37,7 @@ def load_each(
     """
 
     def load(label: str) -> tuple[Loaded, StoredActivations | None]:
-        provenance = store.provenance(label)
+        provenance = store.whereabouts(label)
         files = fetch(_recorded(provenance), cache, provenance)
         _refuse_other_weights(provenance, files)
         activations = None if first_layer is None else store.activations(label)
@@ -82,7 +82,7 @@ def _refuse_other_weights(provenance: Mapping[str, Any], files: Files) -> None:
     if files.sha256 != cached:
         raise UserError(
             f"the weights in {files.directory} are not those that were cached (sha256 {_digests(files.sha256)} now, "
-            f"{_digests(cached)} then); put them back, or cache again with --overwrite"
+            f"{_digests(cached)} then); put them back, say --weights where they lie, or cache again with --overwrite"
         )
 
 

@@ -44,6 +44,9 @@ class CheckpointArrays:
             self.group = zarr.open_group(self.path, mode="r+")
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path} cannot be read as a zarr store: {one_line(error)}") from error
+        self._fixed: dict[str, np.ndarray] = {}
+        """Values that never change, as far as they have been read."""
+
         names = self._attributes[SEAL]["metadata"] if self.is_sealed else self.group.array_keys()
         self._arrays: dict[str, zarr.Array[Any]] = {name: self._open_array(name) for name in names}
         self._rows = self._read_rows()
@@ -75,12 +78,16 @@ class CheckpointArrays:
 
     def values(self, name: str) -> np.ndarray:
         """A whole array in memory, along the checkpoint axis as far as it is laid out; for small ones."""
+        if name in self._fixed:
+            return self._fixed[name]
         values = self._read(name, ...)
         if self._has_axis(name):
             values = values[: self._n_checkpoints(len(values))]
         expected = self._attributes.get(SEAL, {}).get("values", {})
         if name in expected and integrity.checksum(values) != expected[name]:
             raise damaged(self.path / name, "its values do not match their checksum")
+        if not self._has_axis(name):
+            self._fixed[name] = values
         return values
 
     def rows(self) -> list[CheckpointRow]:

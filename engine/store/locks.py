@@ -10,10 +10,11 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..runtime.errors import UserError
+from ..runtime.file_lock import hold
 
 PATIENCE = 60.0
 """Seconds to wait for another process that lays out a store; it takes milliseconds."""
@@ -48,7 +49,7 @@ def alone(store: Path) -> Iterator[None]:
     """Hold everything of a store.  Raises `UserError` where another process is writing any of it."""
     with layout_lock(store), ExitStack() as stack:
         for file in _files(store):
-            if not file.name.endswith(f"@{_LAYOUT}.lock") and not _hold(stack, file, 0):
+            if not file.name.endswith(f"@{_LAYOUT}.lock") and not hold(stack, file, 0):
                 raise UserError(f"another process is writing {store}; wait for it, or use another --store")
         yield
 
@@ -58,7 +59,7 @@ def remove_stale(store: Path) -> list[str]:
     removed = []
     for file in _files(store):
         with ExitStack() as stack:
-            if not file.name.endswith(f"@{_LAYOUT}.lock") and _hold(stack, file, 0):
+            if not file.name.endswith(f"@{_LAYOUT}.lock") and hold(stack, file, 0):
                 removed.append(file.name)
     return removed
 
@@ -79,25 +80,4 @@ def _acquire(stack: ExitStack, store: Path, key: str, patience: float) -> bool:
         name += "-" + hashlib.sha256(key.encode()).hexdigest()[:8]
     prefix = _prefix(store)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    return _hold(stack, prefix.with_name(f"{prefix.name}{name}.lock"), patience)
-
-
-def _hold(stack: ExitStack, file: Path, patience: float) -> bool:
-    """Whether the lock could be had.  It is held until the stack is closed, and its file is then removed."""
-    from filelock import FileLock, Timeout  # takes a while, and most commands only read
-
-    lock = FileLock(file, thread_local=False)
-    try:
-        lock.acquire(timeout=patience)
-    except Timeout:
-        return False
-    stack.callback(lock.release)
-    stack.callback(_remove_own, file)
-    return True
-
-
-def _remove_own(file: Path) -> None:
-    """Remove a lock's file while it is held: whoever opened it meanwhile sees that it is gone, and makes another."""
-    with suppress(FileNotFoundError):
-        if file.stat().st_size == 0:  # a marker with content is filelock's to remove
-            file.unlink()
+    return hold(stack, prefix.with_name(f"{prefix.name}{name}.lock"), patience)

@@ -53,11 +53,16 @@ DIMS = {
 
 
 class Store(CheckpointArrays):
-    """An open store.  Raises `UserError` where there is none, or one of another format."""
+    """An open store.  Raises `UserError` where there is none, or one of another format.
 
-    def __init__(self, path: Path) -> None:
+    `weights` is where the weights lie now, if no longer where they were: a folder with one for each checkpoint, by its
+    label, or that of the only checkpoint.
+    """
+
+    def __init__(self, path: Path, weights: Path | None = None) -> None:
         require_store(path)
         super().__init__(path)
+        self._weights = weights
         store_format = self.attrs.get("headlapse_format")
         if store_format not in READABLE:
             raise UserError(
@@ -94,6 +99,15 @@ class Store(CheckpointArrays):
     def provenance(self, label: str) -> dict[str, Any]:
         """Where a complete checkpoint's weights came from: location, commit, sha256 of each file."""
         return dict(self.record(label)["provenance"])
+
+    def whereabouts(self, label: str) -> dict[str, Any]:
+        """The provenance of a complete checkpoint, with the place where its weights lie now."""
+        provenance = self.provenance(label)
+        if self._weights is None:
+            return provenance
+        folder = self._weights / label if (self._weights / label).is_dir() else self._weights
+        moved = {"model": str(self._weights), "location": str(folder.absolute()), "stamps": {}}
+        return {**provenance, **moved}
 
     def answer_logits(self, label: str) -> Float[np.ndarray, "run trial answer"]:
         """Of the unpatched runs of a complete checkpoint."""

@@ -1,0 +1,80 @@
+"""Several processes on this machine that share one command's checkpoints: `--workers local:N`.
+
+`python -m headlapse.workers` is one of them; it takes its share as a pickle on standard input.
+"""
+
+import dataclasses
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO
+
+from .options import ComputeOptions
+
+
+def in_processes(command: str, options: ComputeOptions, folder: Path) -> None:
+    """Run a command in so many processes as the options say, each with its share, and wait for them.
+
+    What they could not finish is left for the process that calls this, which finds it missing.  Their progress appears
+    on stderr, each line with the number of its process.
+    """
+    processes = []
+    for number in range(options.n_workers):
+        share = dataclasses.replace(options, workers=None, shard=f"{number}/{options.n_workers}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=_environment(number, options.n_workers),
+        )
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(pickle.dumps((command, share, folder.absolute())))
+        process.stdin.close()
+        reader = threading.Thread(target=_forward, args=(process.stderr, f"[{number}/{options.n_workers}]"))
+        reader.start()
+        processes.append((process, reader))
+    try:
+        for process, reader in processes:
+            process.wait()
+            reader.join()
+    except BaseException:
+        for process, _ in processes:
+            process.terminate()
+        raise
+
+
+def _forward(lines: IO[bytes], prefix: str) -> None:
+    for line in lines:
+        print(prefix, line.decode(errors="replace").rstrip(), file=sys.stderr)
+
+
+def _environment(number: int, n_workers: int) -> dict[str, str]:
+    """One GPU each where there are GPUs, and an equal part of the cores."""
+    import torch
+
+    variables = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_workers))}
+    if n_devices := torch.cuda.device_count():
+        variables["CUDA_VISIBLE_DEVICES"] = str(number % n_devices)
+    return variables
+
+
+def main() -> int:
+    """Do the share that stands on standard input."""
+    from . import pipeline
+    from .engine.runtime.exit_status import DONE, exit_status_of
+
+    command, options, folder = pickle.load(sys.stdin.buffer)
+
+    def work() -> int:
+        getattr(pipeline, command)(options, folder)
+        return DONE
+
+    return exit_status_of(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
