@@ -55,7 +55,7 @@ def seal(
     content = {
         "attributes": {name: checksum_of_json(value) for name, value in covered.items()},
         "metadata": {name: checksum_of_json(metadata) for name, metadata in _metadata(path).items()},
-        "values": {name: checksum(values) for name, values in fixed.items()},
+        "values": {name: checksum(values) for name, values in sorted(fixed.items())},
         "checkpoints": n_checkpoints,
     }
     return {**content, "crc32c": checksum_of_json(content)}
