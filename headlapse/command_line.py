@@ -1,6 +1,7 @@
 """The command line: options in, one call of the pipeline, lines out.  Only here is anything printed."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 FLAT = Parameter(name="*")
 """The fields of a dataclass as options of their own."""
+
+LONGEST_WORD = 10_000
+"""Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
 
 _CACHE, _PATCH, _MECHANISM, _REPORT = CacheOptions(), PatchOptions(), MechanismOptions(), ReportOptions()
 
@@ -46,6 +50,7 @@ app.register_install_completion_command()
 
 def run(words: list[str], folder: str) -> int:
     """Run one command and return its exit status.  Raises `UserError`, of one line, for what it cannot do."""
+    _refuse_unreadable(words)
     try:
         command, bound, injected = app.parse_args(words, exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
@@ -224,6 +229,15 @@ def remove(store: Path, run_name: str | None = None, /, *, yes: bool = False) ->
         zarr_group.remove(target)
     print(f"removed {what}")
     return DONE
+
+
+def _refuse_unreadable(words: list[str]) -> None:
+    """Raise `UserError` for a word that no option can mean: too long, or with characters that nobody types."""
+    for word in words:
+        if len(word) > LONGEST_WORD:
+            raise UserError(f"{word[:40]}...: a word of {len(word):,} characters, no option takes one so long")
+        if control := re.search("[\x00-\x1f\x7f]", word):
+            raise UserError(f"{word}: it holds the control character {control[0]!r}; leave it out, or rename the file")
 
 
 def _confirmed(what: str) -> bool:
