@@ -14,6 +14,7 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from ..runtime.format import format_bytes, format_names, one_line, shorten
+from .hashing import Hashing
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -64,11 +65,19 @@ class Files:
     weights: tuple[Path, ...]
     config: Path
 
-    sha256: dict[str, str]
-    """Weight file name -> hex digest."""
+    hashing: Hashing
+    """On its way since the files were found."""
 
     commit: str | None
     """Of the hub's repository; None outside the hub."""
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Weight file name -> hex digest; waits until all files are hashed.
+
+        Raises `UserError` for a file that cannot be read or is not what the hub says.
+        """
+        return self.hashing.results()
 
 
 def config_file(directory: Path) -> Path:

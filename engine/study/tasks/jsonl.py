@@ -77,9 +77,8 @@ def _parse(line: str, source: str) -> Contrast:
     if missing := [name for name in FIELDS if name not in fields]:
         raise UserError(f"{source}: {', '.join(missing)} missing; write all of {', '.join(FIELDS)}")
     if unknown := [name for name in fields if name not in FIELDS]:
-        raise UserError(
-            f"{source}: unknown field {format_names([shorten(repr(name), 40) for name in unknown])}; known are {', '.join(FIELDS)}"
-        )
+        names = format_names([shorten(repr(name), 40) for name in unknown])
+        raise UserError(f"{source}: unknown field {names}; known are {', '.join(FIELDS)}")
     for name in FIELDS:
         # JSON can spell half a surrogate pair, which no tokenizer takes.
         if not isinstance(fields[name], str) or not fields[name] or re.search("[\ud800-\udfff]", fields[name]):
