@@ -4,7 +4,6 @@ No tensor is read.  Whatever is wrong with the files is a `UserError` of one lin
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
-from ..runtime.format import format_bytes, format_names, one_line, shorten
+from ..runtime.format import format_bytes, format_names, one_line, parse_json, shorten
 from .hashing import Hashing
 
 CONFIG = "config.json"
@@ -195,8 +194,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """A JSON object in a file.  Raises `UserError` for anything else."""
     refuse_large(path, LARGEST_JSON)
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path} is not JSON ({one_line(error)}); correct it, or fetch or copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no JSON object; correct it, or fetch or copy it again")

@@ -76,7 +76,10 @@ def open_resident_model(
     """
     config = read_config(files.config.parent)
     resident = current if current is not None and current.fits(config) else None
-    resident = resident or ResidentModel(config, TORCH_DTYPES[dtype], device)
+    try:
+        resident = resident or ResidentModel(config, TORCH_DTYPES[dtype], device)
+    except UserError as error:
+        raise UserError(f"{files.config}: {error}") from error
     resident.model.generation_config = _greedy_generation(files.config.parent, config)
     return resident
 

@@ -1,8 +1,10 @@
 """Amounts, counts, numbers and names as people write and read them.  One form for each, used everywhere."""
 
+import json
 import math
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from .errors import UserError
 
@@ -98,6 +100,20 @@ def shorten(text: str, limit: int) -> str:
 def parse_whole(text: str) -> int | None:
     """The whole number that `text` is, of at most 18 digits, so that it fits into a store; None where it is none."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What `text` says in JSON.  Raises `ValueError` where it is none, or has a number of hundreds of digits."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > 300:
+            raise ValueError(f"a number of {len(digits):,} digits")
+        return int(digits)
+
+    try:
+        return json.loads(text, parse_int=whole)
+    except RecursionError:
+        raise ValueError("brackets within brackets, thousands deep") from None
 
 
 def format_whole(number: int) -> str:

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from ...runtime.errors import UserError
-from ...runtime.format import format_bytes, format_names, shorten
+from ...runtime.format import format_bytes, format_names, parse_json, shorten
 from .contrast import FIELDS, FORM, Contrast
 from .registry import TASKS
 
@@ -68,8 +68,8 @@ def _parse(line: str, source: str) -> Contrast:
     if len(line) > LONGEST_LINE:
         raise UserError(f"{source}: {len(line):,} characters, the most are {LONGEST_LINE:,}; write shorter prompts")
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        fields = parse_json(line)
+    except ValueError as error:
         detail = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise UserError(f"{source}: not JSON ({detail}); write one {FORM} a line") from None
     if not isinstance(fields, dict):
