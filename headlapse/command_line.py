@@ -14,6 +14,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from .engine.runtime.errors import UserError
 from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
 from .engine.runtime.format import format_bytes, format_count
+from .engine.runtime.shortage import refuse_small_limits
 from .help_text import HelpText
 from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
 
@@ -58,6 +59,8 @@ def run(words: list[str], folder: str) -> int:
         raise UserError(f"{left}: more than this command takes; {_help(words)} shows what it does take") from None
     except CycloptsError as error:
         raise UserError(f"{' '.join(str(error).split())} ({_help(words)} shows what there is)") from None
+    if command in (cache, patch, mechanism, report):
+        refuse_small_limits()
     given = {"folder": Path(folder)} if "folder" in injected else {}
     with _own_log():
         status = command(*bound.args, **bound.kwargs, **given)

@@ -2,9 +2,14 @@
 
 import errno
 import re
+import resource
 from collections.abc import Iterator
 
-from .errors import printable
+from .errors import UserError, printable
+from .format import format_bytes
+
+LEAST_ADDRESS_SPACE, LEAST_OPEN_FILES = 2_000_000_000, 64
+"""Bytes and files; of memory that is addressed a third is used."""
 
 _MEMORY = re.compile(
     "can't allocate memory|cannot allocate memory|out of memory|failed to map segment|bad_alloc|alloc_cpu",
@@ -14,6 +19,24 @@ _FILES = re.compile("too many open files", re.IGNORECASE)
 _THREADS = re.compile("can't start new thread|pthread_create failed|Resource temporarily unavailable", re.IGNORECASE)
 
 _REMEDY = "finished work is kept, the same command continues from there"
+
+
+def refuse_small_limits() -> None:
+    """Raise `UserError` where this process may have less than numpy, scipy and torch take to be imported.
+
+    It is asked before they are: where memory ends while they are loaded, OpenBLAS waits for more for ever.
+    """
+    space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if space != resource.RLIM_INFINITY and space < LEAST_ADDRESS_SPACE:
+        raise UserError(
+            f"this process may address {format_bytes(space)} of memory (ulimit -v), the libraries alone need "
+            f"{format_bytes(LEAST_ADDRESS_SPACE)}; raise the limit"
+        )
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < LEAST_OPEN_FILES:
+        raise UserError(
+            f"this process may open {files} files (ulimit -n), at least {LEAST_OPEN_FILES} are needed; raise the limit"
+        )
 
 
 def shortage_of(error: BaseException) -> str | None:
