@@ -11,6 +11,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
@@ -275,6 +276,32 @@ def try_files(seeds: Sequence[int], folder: Path) -> dict[str, str]:
             (directory / path.name).write_bytes(path.read_bytes())
         how = damage(directory, draw)
         ends[f"{seed} {how}"] = run_files(directory, store)
+    return ends
+
+
+def try_stores(seeds: Sequence[int], folder: Path) -> dict[str, str]:
+    """Each store whose metadata are damaged → how a command that reads it ended."""
+    ends: dict[str, str] = {}
+    sound = folder / "sound.zarr"
+    write_model(folder / "model", "safetensors")
+    assert run_files(folder / "model", sound) == "accepted"
+    assert run_words(["patch", str(sound), "--subsets", "even", "--layers", "1", "--name", "one"]) == "accepted"
+    for seed in seeds:
+        draw = random.Random(f"stores {seed}")
+        store = folder / str(seed) / "a.zarr"
+        shutil.copytree(sound, store)
+        path = draw.choice(sorted(store.rglob("zarr.json")))
+        how = _damage_value(path, draw) if draw.random() < 0.8 else _damage_bytes(path, draw)
+        commands = (
+            ["info", str(store)],
+            ["ls", str(store.parent)],
+            ["patch", str(store), "--subsets", "odd", "--layers", "1", "--name", draw.choice(["one", "two"])],
+            ["report", str(store), "--out", str(store.with_name("page"))],
+            ["mechanism", str(store), "--parts", "attention"],
+        )
+        words = draw.choice(commands)
+        ends[f"{seed} {words[0]}, {path.relative_to(store)}: {how}"] = run_words(words)
+        shutil.rmtree(store.parent)
     return ends
 
 
