@@ -1,5 +1,6 @@
-"""The two errors that end a command with one line in place of a traceback."""
+"""The errors that end a command with one line in place of a traceback, and what others come to in one line."""
 
+import errno
 import re
 
 _LONGEST = 2000
@@ -7,6 +8,14 @@ _LONGEST = 2000
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """Control characters and line ends: names that a stranger chose move no cursor and add no line."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, of bounded length."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
@@ -28,9 +37,15 @@ class VerificationError(RuntimeError):
     """Replay and a full hooked forward differ by more than the tolerance: the numbers must not be used."""
 
 
-def printable(text: str) -> str:
-    """`text` on one line, of bounded length."""
-    if len(text) > _LONGEST:
-        half = _LONGEST // 2
-        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def unwritable(error: OSError) -> str | None:
+    """What to do about a full disk or a place that cannot be written to; None for anything else."""
+    if error.errno not in _DISK_FULL + _NOT_WRITABLE:
+        return None
+    path = f" {error.filename}" if error.filename else ""
+    full = error.errno in _DISK_FULL
+    remedy = "make room and run it again; finished work is kept" if full else "choose another place"
+    return f"cannot write{path}: {error.strerror}; {remedy}"

@@ -1,18 +1,14 @@
 """How a command ends: what the user can change is reported in one line with an exit status, never as a traceback."""
 
-import errno
 import io
 import os
 import sys
 from collections.abc import Callable, Mapping
 
-from .errors import UserError, VerificationError, printable
+from .errors import UserError, VerificationError, printable, unwritable
 from .shortage import shortage_of
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def print_problems(problems: Mapping[str, str]) -> None:
@@ -53,18 +49,9 @@ def exit_status_of(main: Callable[[], int]) -> int:
         # Not sys.exit: a daemon thread that is reading weights or training can crash the interpreter as it shuts down.
         os._exit(INTERRUPTED)
     except Exception as error:
-        problem = _disk_problem(error) or shortage_of(error)
+        problem = unwritable(error) if isinstance(error, OSError) else None
+        problem = problem or shortage_of(error)
         if problem is None:
             raise
-        print(f"error: {problem}", file=sys.stderr)
+        print(f"error: {printable(problem)}", file=sys.stderr)
         return FAILED
-
-
-def _disk_problem(error: Exception) -> str | None:
-    """What a disk refused, in one line; None for an error of any other kind."""
-    if not isinstance(error, OSError) or error.errno not in _DISK_FULL + _NOT_WRITABLE:
-        return None
-    path = f" {printable(str(error.filename))}" if error.filename else ""
-    full = error.errno in _DISK_FULL
-    remedy = "make room and run it again; finished work is kept" if full else "choose another place"
-    return f"cannot write{path}: {error.strerror}; {remedy}"
