@@ -1,9 +1,9 @@
 """Hostile input, seeded: option strings that nobody should type and files that nobody should publish.
 
-    python -m tests.hostile 10000 500
+    python -m tests.hostile 10000 500 200
 
-tries so many option strings and so many damaged checkpoints and tasks, and says how each ended.  It takes half an hour;
-tests/test_hostile.py tries a share of them.
+tries so many option strings, so many damaged checkpoints and tasks, and so many stores with damaged metadata, and says
+how each ended that did not end as it should.  It takes a quarter of an hour; tests/test_hostile.py tries a share.
 """
 
 import io
@@ -315,7 +315,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run_all(n_options: int, n_files: int) -> int:
+def run_all(n_options: int, n_files: int, n_stores: int = 0) -> int:
     """Try as many as are asked for; 0 where all of them ended as they should."""
     from headlapse.engine.capture import run  # torch and transformers are no part of what an input takes
 
@@ -324,6 +324,8 @@ def run_all(n_options: int, n_files: int) -> int:
         os.chdir(folder)
         started, before = time.monotonic(), peak_memory()
         ends = try_options(range(n_options)) | try_files(range(n_files), Path(folder) / "models")
+        if n_stores:
+            ends |= try_stores(range(n_stores), Path(folder) / "stores")
         added = peak_memory() - before
     counts = Counter(end if end in ("accepted", "refused") else "wrong" for end in ends.values())
     print(*wrong(ends), sep="\n")
@@ -332,4 +334,4 @@ def run_all(n_options: int, n_files: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_all(*map(int, sys.argv[1:3])))
+    sys.exit(run_all(*map(int, sys.argv[1:4])))
