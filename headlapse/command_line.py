@@ -1,6 +1,7 @@
 """The command line: options in, one call of the pipeline, lines out.  Only here is anything printed."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from .engine.runtime.errors import UserError
 from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
 from .engine.runtime.format import format_bytes, format_count
+from .engine.runtime.shortage import refuse_small_limits
 from .help_text import HelpText
 from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 FLAT = Parameter(name="*")
 """The fields of a dataclass as options of their own."""
+
+LONGEST_WORD = 10_000
+"""Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
 
 _CACHE, _PATCH, _MECHANISM, _REPORT = CacheOptions(), PatchOptions(), MechanismOptions(), ReportOptions()
 
@@ -46,6 +51,7 @@ app.register_install_completion_command()
 
 def run(words: list[str], folder: str) -> int:
     """Run one command and return its exit status.  Raises `UserError`, of one line, for what it cannot do."""
+    _refuse_unreadable(words)
     try:
         command, bound, injected = app.parse_args(words, exit_on_error=False, print_error=False)
     except UnusedCliTokensError as error:
@@ -53,6 +59,8 @@ def run(words: list[str], folder: str) -> int:
         raise UserError(f"{left}: more than this command takes; {_help(words)} shows what it does take") from None
     except CycloptsError as error:
         raise UserError(f"{' '.join(str(error).split())} ({_help(words)} shows what there is)") from None
+    if command in (cache, patch, mechanism, report):
+        refuse_small_limits()
     given = {"folder": Path(folder)} if "folder" in injected else {}
     with _own_log():
         status = command(*bound.args, **bound.kwargs, **given)
@@ -227,6 +235,15 @@ def remove_stored(store: Path, run_name: str | None = None, /, *, yes: bool = Fa
         remove(target)
     print(f"removed {what}")
     return DONE
+
+
+def _refuse_unreadable(words: list[str]) -> None:
+    """Raise `UserError` for a word that no option can mean: too long, or with characters that nobody types."""
+    for word in words:
+        if len(word) > LONGEST_WORD:
+            raise UserError(f"{word[:40]}...: a word of {len(word):,} characters, no option takes one so long")
+        if control := re.search("[\x00-\x1f\x7f]", word):
+            raise UserError(f"{word}: it holds the control character {control[0]!r}; leave it out, or rename the file")
 
 
 def _confirmed(what: str) -> bool:

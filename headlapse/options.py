@@ -4,6 +4,7 @@ The docstring beneath a field is its help.  A command takes one of these datacla
 whatever is wrong whatever the model and the store, before torch is imported.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -13,7 +14,7 @@ from typing import Annotated, Literal, get_args
 from cyclopts import Group, Parameter
 
 from .engine.runtime.errors import UserError
-from .engine.runtime.format import parse_bytes
+from .engine.runtime.format import format_whole, parse_bytes
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
 from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
@@ -26,6 +27,15 @@ COMPUTING = Group("Computing", sort_key=2)
 
 MOST_LAYERS = MOST_HEADS = 1024
 """No model has more: words that are wrong even then are wrong for every model."""
+
+LONGEST_TEXT = 100_000
+"""Greedy tokens of one patched run; more are refused."""
+
+LONGEST_NAME = 200
+"""Bytes of a folder's name, with room for what is added to it while it is written."""
+
+_TAKEN_NAMES = ("zarr.json",)
+"""Files that zarr keeps in the folder where a store's patched runs stand."""
 
 _TASK_HELP = "\n\n".join(
     [
@@ -146,6 +156,8 @@ class CacheOptions(ComputeOptions):
 
         super().refuse_impossible()
         refuse_unknown("--dtype", [self.dtype], DTYPES)
+        if self.store is not None:
+            refuse_bad_store(self.store)
         check_task(self.study.task)
 
 
@@ -220,8 +232,9 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
         if self.name is not None:
             refuse_bad_name(self.name)
-        if self.generate < 0:
-            raise UserError(f"--generate {self.generate}: a number of tokens is at least 0")
+        if not 0 <= self.generate <= LONGEST_TEXT:
+            bound = "at least 0" if self.generate < 0 else f"at most {LONGEST_TEXT:,}"
+            raise UserError(f"--generate {format_whole(self.generate)}: a number of tokens is {bound}")
         for word in self.subsets:
             count_subsets(word, MOST_HEADS)
         if self.layers:
@@ -285,5 +298,18 @@ def refuse_unknown(option: str, words: Sequence[str], known: Sequence[str]) -> N
 
 def refuse_bad_name(name: str) -> None:
     """Raise `UserError` for what cannot be the name of a patched run, which is a folder's."""
-    if not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", name):
+    if not re.fullmatch(r"[\w+=-][\w.+=-]{0,99}", name) or len(os.fsencode(name)) > LONGEST_NAME:
         raise UserError(f"--name {name!r}: a name is a word of letters, digits and . _ + = -, of 100 at most")
+    if name in _TAKEN_NAMES or name.startswith("__") or name.endswith((".partial", ".gone", ".lock")):
+        raise UserError(f"--name {name}: a store keeps files of its own under such names; choose another")
+
+
+def refuse_bad_store(store: Path) -> None:
+    """Raise `UserError` for what can be no store's path, whatever is on the disk."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(store)):
+        raise UserError(f"--store {store}: a store lies in a folder of this machine, not at a URL; give a path")
+    if "\0" in str(store) or len(os.fsencode(store.name)) > LONGEST_NAME:
+        raise UserError(f"--store {store}: no folder can have that name; give one of at most {LONGEST_NAME} bytes")
+    for folder in store.absolute().parents:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--store {store}: {folder} is a file, no folder; give another path")

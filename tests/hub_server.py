@@ -12,10 +12,11 @@ import json
 import os
 import socket
 import threading
+import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -87,6 +88,29 @@ class Cut:
     """How often; None is always."""
 
 
+@dataclass(frozen=True)
+class Lie:
+    """How a file is served otherwise than it is listed."""
+
+    content: bytes | None = None
+    """Other bytes than those that were listed."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """In place of the true ones of the same name, or beside them."""
+
+    location: str | None = None
+    """Where a redirect leads."""
+
+    endless: bool = False
+    """Zeros without end, in parts of unknown number."""
+
+    pause: float | None = None
+    """Seconds between single bytes."""
+
+    only: str | None = None
+    """The method that is lied to: HEAD or GET."""
+
+
 class HubServer:
     """Repositories served on a free port of 127.0.0.1 while the context lasts."""
 
@@ -110,8 +134,23 @@ class HubServer:
         self.cuts: dict[str, Cut] = {}
         """File name -> how its transfers break off."""
 
+        self.lies: dict[str, Lie] = {}
+        """File name -> how it is served."""
+
+        self.rewrite: Callable[[str, Any], Any] = lambda _path, listing: listing
+        """What becomes of the listing at a path before it is sent: other JSON, or bytes to be sent as they are."""
+
+        self.listing_headers: dict[str, str] = {}
+        """Sent along with every listing."""
+
+        self.gone: set[str] = set()
+        """Revisions that listings know and files do not: removed in between."""
+
         self.status: int | None = None
         """Answer everything with this status."""
+
+        self.headers: dict[str, str] = {}
+        """Sent along with `status`."""
 
         self.not_a_hub = False
         """Answer everything with a web page, as a hotel's login does."""
@@ -252,7 +291,7 @@ class _Handler(BaseHTTPRequestHandler):
                 hub.requests[self.command, unquote(path)] += 1
         posted = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if hub.status is not None:
-            self._refuse(hub.status, "", "out of order")
+            self._refuse(hub.status, "", "out of order", hub.headers)
         elif hub.not_a_hub:
             self._send(200, b"<html>Welcome to our hotel</html>", {"Content-Type": "text/html"})
         elif path.startswith(_MODELS):
@@ -293,6 +332,9 @@ class _Handler(BaseHTTPRequestHandler):
         commit, files = self._revision(repo, revision)
         if files is None:
             return
+        if self.server.hub.gone & {revision, *(r for r in self.server.hub.repos[repo] if self._is(repo, r, commit))}:
+            self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+            return
         if name not in files:
             self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
             return
@@ -303,9 +345,34 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.sha256}"'}
         if start:
             headers["Content-Range"] = f"bytes {start}-{blob.size - 1}/{blob.size}"
+        lie = self.server.hub.lies.get(name)
+        if lie is not None and lie.only in (None, self.command):
+            self._answer_falsely(lie, headers, blob)
+            return
         self._head(206 if start else 200, headers | {"Content-Length": str(blob.size - start)})
         if self.command == "GET":
             self._send_blocks(blob, start, self._cut(name))
+
+    def _answer_falsely(self, lie: Lie, headers: Mapping[str, str], blob: RemoteBlob) -> None:
+        body = lie.content if lie.content is not None else b"".join(blob.blocks(0))
+        if lie.location is not None:
+            self._head(302, {**headers, **lie.headers, "Location": lie.location, "Content-Length": "0"})
+            return
+        length = {"Transfer-Encoding": "chunked"} if lie.endless else {"Content-Length": str(len(body))}
+        self._head(200, {**headers, **length, **lie.headers})
+        if self.command == "HEAD":
+            return
+        while lie.endless:
+            self.wfile.write(b"%x\r\n%s\r\n" % (_BLOCK, bytes(_BLOCK)))
+        if lie.pause is None:
+            self.wfile.write(body)
+            return
+        for byte in body:
+            self.wfile.write(bytes([byte]))
+            time.sleep(lie.pause)
+
+    def _is(self, repo: str, revision: str, commit: str) -> bool:
+        return self.server.hub.commit(repo, revision) == commit
 
     def _send_blocks(self, blob: RemoteBlob, start: int, left: int | None) -> None:
         for block in blob.blocks(start):
@@ -364,7 +431,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps({"error": message}).encode(), {**told, **(headers or {})})
 
     def _send_json(self, value: Any) -> None:
-        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+        value = self.server.hub.rewrite(urlsplit(self.path).path, value)
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self._send(200, body, {"Content-Type": "application/json", **self.server.hub.listing_headers})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         self._head(status, {**headers, "Content-Length": str(len(body))})

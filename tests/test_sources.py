@@ -500,6 +500,9 @@ def test_a_file_that_cannot_be_read_is_refused(series: Path, cache: Path, monkey
 
     monkeypatch.setattr("hashlib.file_digest", fail)
     checkpoint = resolve(str(series), ["step0"], cache)[0]
+    assert "cannot be read: Input/output error" in refusal(lambda: fetch(checkpoint, cache).sha256)
+    monkeypatch.setattr(Path, "iterdir", fail)
+    monkeypatch.setattr(Path, "stat", fail)
     assert "step0 cannot be read: Input/output error" in refusal(fetch, checkpoint, cache)
 
 
@@ -686,6 +689,7 @@ def test_a_download_that_keeps_breaking_off_is_refused_and_finished_later(hub: H
 
 def test_a_file_of_the_wrong_size_is_refused_with_what_to_delete(hub: HubServer, cache: Path) -> None:
     files = fetch(on_hub("step1000"), cache)
+    assert files.sha256, "hashed before they are changed"
     blob = files.weights[0].resolve()
     blob.write_bytes(blob.read_bytes()[:-1])
     message = refusal(fetch, on_hub("step1000"), cache)

@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 from ..capture.forward import capture
 from ..checkpoints.architecture import inspect_architecture, read_config
-from ..checkpoints.files import Files, config_file, weight_files
+from ..checkpoints.files import Files, config_file, sha256, weight_files
+from ..checkpoints.hashing import Hashing
 from ..checkpoints.model import ResidentModel
 from ..checkpoints.weights import Weights, read_weights
 from ..replay.greedy_decoding import SlicePatch, generate_slice_patched
@@ -235,7 +236,7 @@ def _open_resident(directory: Path, dtype: torch.dtype, device: str) -> Resident
 
 
 def _files(directory: Path) -> Files:
-    return Files(directory, weight_files(directory), config_file(directory), sha256={}, commit=None)
+    return Files(directory, weight_files(directory), config_file(directory), Hashing((), sha256), commit=None)
 
 
 def _stock(directory: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:

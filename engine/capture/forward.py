@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..checkpoints.attention_hook import attending, causal_attention
 from ..checkpoints.hooks import hook_inputs
 from ..checkpoints.model import ResidentModel
+from ..runtime.errors import UserError
 from ..runtime.resources import as_many_as_fit
 from ..store.activations import KINDS, Capture
 from ..study.prompts import Trials
@@ -19,6 +20,12 @@ from ..study.prompts import Trials
 def capture(resident: ResidentModel, trials: Trials, memory: int) -> Capture:
     """Run every prompt of both runs once, right-padded, all in one forward unless `memory` (bytes) demands less."""
     n_runs, n_trials, n_positions = trials.tokens.shape
+    largest, n_vocabulary = max(trials.tokens.max(), trials.answer_tokens.max()), resident.architecture.n_vocabulary
+    if largest >= n_vocabulary:
+        raise UserError(
+            f"the tokenizer gives token {largest}, the model has an embedding for {n_vocabulary:,}; they do not belong "
+            "together: put the model's own tokenizer beside it"
+        )
     tokens = torch.from_numpy(trials.tokens.reshape(-1, n_positions)).to(resident.device)
     read = torch.from_numpy(trials.length.reshape(-1, 1) - 1).to(resident.device)
     answers = torch.from_numpy(np.tile(trials.answer_tokens, (n_runs, 1))).to(resident.device)

@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
 from .attention_hook import IMPLEMENTATION, attending, causal_attention
+from .files import CONFIG, read_object
 from .hooks import hook_inputs, hook_outputs
+from .plausible import refuse_impossible_numbers
 
 _PROBE_TOKENS = 2
 
@@ -52,6 +54,12 @@ class Architecture:
 
     n_parameters: int
 
+    n_vocabulary: int = 0
+    """Rows of the embedding: every token is below it."""
+
+    buffer_bytes: int = 0
+    """What the model computes once and keeps beside its parameters, such as masks and rotary tables."""
+
     def layer_of(self, parameter: str) -> int | None:
         """The layer that a parameter belongs to; None outside the layers."""
         for layer, path in enumerate(self.layers):
@@ -61,13 +69,22 @@ class Architecture:
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
-    """The checkpoint's own config.  Raises `UserError` when transformers does not know the model."""
+    """The checkpoint's own config.
+
+    Raises `UserError` when transformers does not know the model, and for numbers that no model has.  Python code that
+    the directory brings along is never run.
+    """
+    path = directory / CONFIG
+    fields = read_object(path)
+    refuse_impossible_numbers(path, fields)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(
-            f"{directory / 'config.json'} is no config of a model transformers knows: {one_line(error, 300)}"
-        ) from error
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # the constructor of whichever class the file names, on whatever values it holds
+        own_code = "; its auto_map names Python code, which is never run" if "auto_map" in fields else ""
+        reason = f"{one_line(error, 300)}" if "trust_remote_code" not in str(error) else "unknown model type"
+        raise UserError(f"{path} is no config of a model transformers knows: {reason}{own_code}") from error
     return config
 
 
@@ -84,9 +101,11 @@ def inspect_architecture(config: PreTrainedConfig) -> Architecture:
             model(torch.zeros(1, _PROBE_TOKENS, dtype=torch.long, device="meta"), use_cache=False)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the model's own code, on whatever values its config holds
         raise UserError(
-            f"{name} cannot be run through transformers' attention interface: {one_line(error, 300)}"
+            f"{name} cannot be run through transformers' attention interface: {_said(error)}; not supported"
         ) from error
     return dry_run.architecture(model, config)
 
@@ -154,6 +173,8 @@ class _DryRun:
             layer_returns_tuple=self.returns_tuple[layers[0]],
             context=int(config.max_position_embeddings),
             n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            n_vocabulary=int(embedding.weight.shape[0]),
+            buffer_bytes=sum(buffer.numel() * buffer.itemsize for buffer in model.buffers()),
         )
 
 
@@ -161,13 +182,21 @@ def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM  # untyped in transformers
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config, attn_implementation=IMPLEMENTATION).eval()
-    except (ValueError, KeyError, ImportError, AttributeError) as error:
+            model: PreTrainedModel = auto.from_config(
+                config, attn_implementation=IMPLEMENTATION, trust_remote_code=False
+            ).eval()
+    except MemoryError:
+        raise
+    except Exception as error:  # the model's own code, on whatever values its config holds
         raise UserError(
             f"model type {config.model_type!r} cannot be built on transformers' attention interface "
-            f"({one_line(error, 300)}); not supported"
+            f"({_said(error)}); not supported"
         ) from error
     return model
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error, 300)}"
 
 
 def _layer_path(module_path: str, layer: int) -> str:

@@ -1,8 +1,8 @@
-"""From a checkpoint to its files on disk, complete and hashed; what is not on disk is downloaded or trained."""
+"""From a checkpoint to its files on disk, complete and being hashed; what is not on disk is downloaded or trained."""
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from ..runtime.file_lock import hold
 from ..runtime.format import format_names
 from . import files, hub
 from .files import Files
+from .hashing import Hashing, require_content
 from .resolve import DEMO, Checkpoint
 from .revisions import unknown
 
@@ -19,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | None = None) -> Files:
-    """The checkpoint's files, complete and hashed.
+    """The checkpoint's files, complete; their hashes are being computed, on threads of their own.
 
     `recorded` is the provenance in a store: files whose size and time of last change are still the same are not
     hashed again.  The embedded series is trained in the folder `cache`.
     Raises `UserError` when the files cannot be had.
     """
     if checkpoint.model != DEMO and not os.path.isabs(checkpoint.location):
-        return _from_hub(checkpoint)
+        return _from_hub(checkpoint, recorded)
     directory = _trained(checkpoint, cache) if checkpoint.model == DEMO else Path(checkpoint.location)
-    return _from_directory(directory, known=_unchanged(directory, recorded))
+    return _from_directory(directory, recorded=recorded)
 
 
 def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
@@ -88,35 +89,43 @@ def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
     return cache / DEMO / checkpoint.label
 
 
-def _from_directory(directory: Path, commit: str | None = None, known: Mapping[str, str | None] | None = None) -> Files:
-    """The files in a directory; digests that are not `known` are computed."""
+def _from_directory(
+    directory: Path,
+    commit: str | None = None,
+    recorded: Mapping[str, Any] | None = None,
+    stated: Mapping[str, str] | None = None,
+) -> Files:
+    """The files in a directory; digests that are not `recorded` for files as they are now are being computed.
+
+    They are compared with what the hub has `stated` of them.
+    """
     try:
         config, weights = files.config_file(directory), files.weight_files(directory)
-        sha256 = {path.name: (known or {}).get(path.name) or files.sha256(path) for path in weights}
+        known = _unchanged(weights, recorded)
     except OSError as error:
         raise UserError(
             f"{error.filename or directory} cannot be read: {error.strerror}; make it readable and run again"
         ) from error
-    return Files(directory, weights, config, sha256, commit)
+    return Files(directory, weights, config, Hashing(weights, files.sha256, known, stated), commit)
 
 
-def _unchanged(directory: Path, recorded: Mapping[str, Any] | None) -> dict[str, str]:
+def _unchanged(weights: Sequence[Path], recorded: Mapping[str, Any] | None) -> dict[str, str]:
     """Recorded digests of the weight files that have not been changed since."""
-    if recorded is None or not directory.is_dir():
+    if recorded is None:
         return {}
     stamps = recorded.get("stamps", {})
-    same = {path.name for path in files.weight_files(directory) if files.stamp(path) == stamps.get(path.name)}
+    same = {path.name for path in weights if files.stamp(path) == stamps.get(path.name)}
     return {name: digest for name, digest in recorded["sha256"].items() if name in same}
 
 
-def _from_hub(checkpoint: Checkpoint) -> Files:
+def _from_hub(checkpoint: Checkpoint, recorded: Mapping[str, Any] | None) -> Files:
     repo, commit = checkpoint.location, checkpoint.commit
     # A commit never changes: where it is complete in the cache, the hub need not be asked.
     if commit and (directory := hub.cached(repo, commit)) and files.is_whole(directory):
-        return _from_hub_cache(directory)
+        return _from_hub_cache(directory, recorded)
     revision = find_revision(checkpoint)
     if isinstance(revision, Path):
-        return _from_hub_cache(revision)
+        return _from_hub_cache(revision, recorded)
     form = weight_form(revision)
     weights = [form]
     if files.is_index(form):
@@ -127,9 +136,12 @@ def _from_hub(checkpoint: Checkpoint) -> Files:
                 "which is not there; leave it out"
             )
     directory = hub.download(revision, {*weights, *files_beside_weights(revision)})
-    return _from_directory(directory, revision.commit, {file: revision.files[file].sha256 for file in weights})
+    stated = {file: blob for file in weights if (blob := revision.files[file].blob)}
+    return _from_directory(directory, revision.commit, recorded, stated)
 
 
-def _from_hub_cache(directory: Path) -> Files:
-    known = {path.name: hub.sha256_of_blob(path) for path in directory.iterdir()}
-    return _from_directory(directory, directory.name, known)
+def _from_hub_cache(directory: Path, recorded: Mapping[str, Any] | None) -> Files:
+    stated = {path.name: digest for path in directory.iterdir() if (digest := hub.digest_of_blob(path))}
+    for name in stated.keys() & set(files.BESIDE_WEIGHTS):
+        require_content(directory / name, stated[name], files.sha256(directory / name))
+    return _from_directory(directory, directory.name, recorded, stated)

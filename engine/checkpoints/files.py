@@ -4,7 +4,7 @@ No tensor is read.  Whatever is wrong with the files is a `UserError` of one lin
 """
 
 import hashlib
-import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import UserError
-from ..runtime.format import format_names
+from ..runtime.format import format_bytes, format_names, one_line, parse_json, shorten
+from .hashing import Hashing
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -42,6 +43,14 @@ BESIDE_WEIGHTS = (
 )
 """What is downloaded of a checkpoint besides its weights, as far as it exists."""
 
+LARGEST_JSON = 32_000_000
+"""Bytes of a config or an index; the largest known ones have a thousandth of it."""
+
+LARGEST_VOCABULARY = 64_000_000
+"""Bytes of one file of a tokenizer; the largest known ones have half of it."""
+
+_PLAIN_NAME = re.compile(r"\w[\w.+ -]{0,199}")
+
 _POINTER = b"version https://git-lfs"
 _POINTER_BYTES = 1024
 """No Git LFS pointer is longer."""
@@ -55,11 +64,19 @@ class Files:
     weights: tuple[Path, ...]
     config: Path
 
-    sha256: dict[str, str]
-    """Weight file name -> hex digest."""
+    hashing: Hashing
+    """On its way since the files were found."""
 
     commit: str | None
     """Of the hub's repository; None outside the hub."""
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """Weight file name -> hex digest; waits until all files are hashed.
+
+        Raises `UserError` for a file that cannot be read or is not what the hub says.
+        """
+        return self.hashing.results()
 
 
 def config_file(directory: Path) -> Path:
@@ -67,7 +84,7 @@ def config_file(directory: Path) -> Path:
     path = directory / CONFIG
     if not path.is_file():
         raise UserError(f"{directory} is no checkpoint: no {CONFIG} in it; {contents(directory)}")
-    _read_object(path)
+    read_object(path)
     return path
 
 
@@ -108,12 +125,13 @@ def shards(form: Path) -> list[str]:
     """
     if not is_index(form.name):
         return [form.name]
-    names = _read_object(form).get("weight_map")
+    names = read_object(form).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{form} has no weight_map that names shards; fetch or copy it again")
     shard_names = sorted({str(name) for name in names.values()})
-    if outside := [name for name in shard_names if Path(name).name != name]:
-        raise UserError(f"{form} names {outside[0]}, which is no file beside it; fetch or copy it again")
+    # Also no name that the hub's client would read as a pattern, such as `*`.
+    if outside := [name for name in shard_names if not _PLAIN_NAME.fullmatch(name)]:
+        raise UserError(f"{form} names {shorten(outside[0], 100)}, which is no file beside it; fetch or copy it again")
     return shard_names
 
 
@@ -156,6 +174,14 @@ def contents(directory: Path) -> str:
     return f"found there: {format_names(sorted(path.name for path in directory.iterdir()))}"
 
 
+def refuse_large(path: Path, most: int) -> None:
+    """Raise `UserError` for a file of more than `most` bytes, before it is read into memory."""
+    if (n_bytes := path.stat().st_size) > most:
+        raise UserError(
+            f"{path} has {format_bytes(n_bytes)}, the most are {format_bytes(most)}; fetch or copy it again"
+        )
+
+
 def _weight_file(path: Path, form: str) -> Path:
     if not path.is_file():
         raise UserError(f"{path.parent} lacks {path.name}, which {form} names; fetch or copy it again")
@@ -164,11 +190,13 @@ def _weight_file(path: Path, form: str) -> Path:
     return path
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.  Raises `UserError` for anything else."""
+    refuse_large(path, LARGEST_JSON)
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}); correct it, or fetch or copy it again") from error
+        content = parse_json(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({one_line(error)}); correct it, or fetch or copy it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no JSON object; correct it, or fetch or copy it again")
     return content

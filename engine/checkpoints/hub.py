@@ -6,6 +6,7 @@ The client reads HF_ENDPOINT, HF_HOME, HF_HUB_CACHE and HF_HUB_OFFLINE.  Its err
 import errno
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,15 @@ from typing import Any
 from tqdm import tqdm
 
 from ..runtime.errors import UserError
+from ..runtime.format import format_bytes
+from ..runtime.shortage import shortage_of
+from .files import sha256
+from .hashing import require_content
+from .hub_answers import DistrustedAnswer, guard_client, is_commit, require_revision
+
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_SLACK = 16_000_000
+"""Bytes beyond what is announced, for what the client counts in one piece."""
 
 _RUN_AGAIN = "run it again, files that are complete are kept"
 
@@ -61,6 +71,7 @@ def look_up(repo: str, name: str) -> Revision:
     """
     from huggingface_hub import HfApi, constants
 
+    require_revision(name)
     with _explaining(repo, name):
         info = HfApi().model_info(repo, revision=name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         files = {
@@ -80,7 +91,10 @@ def revisions(repo: str) -> list[str]:
 
     with _explaining(repo):
         refs = HfApi().list_repo_refs(repo)
-        return list(dict.fromkeys(ref.name for ref in [*refs.branches, *refs.tags]))
+        names = list(dict.fromkeys(str(ref.name) for ref in [*refs.branches, *refs.tags]))
+    for name in names:
+        require_revision(name)
+    return names
 
 
 def cached(repo: str, name: str) -> Path | None:
@@ -88,32 +102,60 @@ def cached(repo: str, name: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    require_revision(name)
     try:
         # Without patterns the client would refuse a folder that lacks files which we never download.
         folder = snapshot_download(repo, revision=name, allow_patterns=["config.json"], local_files_only=True)
     except LocalEntryNotFoundError:
         return None
-    return Path(folder)
+    # Whatever the cache has noted of the name: a commit's folder is called after it.
+    return Path(folder) if is_commit(Path(folder).name) else None
 
 
 def download(revision: Revision, names: Collection[str]) -> Path:
     """Download the named files into the client's cache, and return their folder.
 
     What is in the cache already is not downloaded again.  Raises `UserError` when the download breaks off, the disk is
-    full, or a file has another size than the hub says.
+    full, or a file is not what the hub says: by its size, and the small ones beside the weights by their hash, too.
     """
     from huggingface_hub import snapshot_download
 
     repo, name = revision.repo, revision.name
-    with _explaining(repo, name, downloading=True), _one_bar() as bar:
+    announced = _require_room(revision, names)
+    with _explaining(repo, name, downloading=True), _one_bar(announced) as bar:
         # By name, not by commit: the client then records in its cache which commit the name stands for, and finds the
         # name again without a network.
         directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=bar))
     if directory.name != revision.commit:
         raise UserError(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
     for file in names:
-        _require_size(directory / file, revision.files[file].size)
+        remote, path = revision.files[file], directory / file
+        _require_size(path, remote.size)
+        # Weights take long to hash: that is done while they are read.
+        if remote.blob and not file.endswith(_WEIGHT_SUFFIXES):
+            require_content(path, remote.blob, sha256(path))
     return directory
+
+
+def _require_room(revision: Revision, names: Collection[str]) -> int:
+    """The bytes that are announced of the files that are not here yet.
+
+    Raises `UserError` where the disk has no room for them, or where the hub does not say how large a file is.
+    """
+    from huggingface_hub import constants
+
+    sizes = missing(revision, names)
+    if unknown := [blob for blob, size in sizes.items() if size is None or size < 0]:
+        raise UserError(f"{revision.repo} revision {revision.name}: the hub does not say how large {unknown[0]} is")
+    announced = sum(size or 0 for size in sizes.values())
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
+    if announced > free:
+        raise UserError(
+            f"{revision.repo} revision {revision.name} takes {format_bytes(announced)}, {format_bytes(free)} are free "
+            f"in {cache}; make room, or set HF_HOME to a larger disk"
+        )
+    return announced
 
 
 def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]:
@@ -131,11 +173,12 @@ def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]
     return absent
 
 
-def sha256_of_blob(path: Path) -> str | None:
-    """The sha256 of a large file in the cache, which is its blob's name; None where the blob's name is none."""
+def digest_of_blob(path: Path) -> str | None:
+    """What a file in the cache was published as, which is its blob's name: the sha256 of a large file, git's hash of a
+    small one; None where the blob's name is neither."""
     # Follow one link only: a further one leads to a store whose names are other hashes.
     blob = _blob(path)
-    return blob.name if blob != path and re.fullmatch("[0-9a-f]{64}", blob.name) else None
+    return blob.name if blob != path and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name) else None
 
 
 def _blob(path: Path) -> Path:
@@ -161,13 +204,22 @@ def _explaining(repo: str, name: str | None = None, downloading: bool = False) -
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
+    guard_client()
     what = repo if name is None else f"{repo} revision {name}"
     failure = f"the download of {what} from {hub} broke off" if downloading else f"{hub} cannot be reached for {what}"
     remedy = _RUN_AGAIN if downloading else "check the network and HF_ENDPOINT, and run it again"
     try:
         yield
+    except DistrustedAnswer:
+        raise
     except errors.RevisionNotFoundError as error:
+        if downloading:
+            raise UserError(
+                f"{what} is gone from {hub} since it was looked up; run it again, or leave it out"
+            ) from error
         raise NoRevision(name) from error
+    except errors.EntryNotFoundError as error:
+        raise UserError(f"{what} lacks a file that {hub} lists; run it again, or leave it out") from error
     except errors.GatedRepoError as error:
         raise UserError(
             f"{repo} is gated: accept its terms at {hub}/{repo}, then let `hf auth login` store your token"
@@ -188,12 +240,18 @@ def _explaining(repo: str, name: str | None = None, downloading: bool = False) -
     except errors.OfflineModeIsEnabled as error:
         raise Unreachable(f"{what} is not looked up: HF_HUB_OFFLINE is set; unset it to use the network") from error
     except OSError as error:
+        if shortage_of(error):
+            raise
         disk_error = _disk_error(error, what, constants.HF_HUB_CACHE)
         raise disk_error or Unreachable(f"{failure} ({_cause(error)}); {remedy}") from error
-    except (httpx.HTTPError, httpx.InvalidURL, RuntimeError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, RuntimeError) as error:
+        if shortage_of(error):
+            raise
         # The client's Xet transfers raise RuntimeError for whatever goes wrong on the way.
         raise Unreachable(f"{failure} ({_cause(error)}); {remedy}") from error
-    except (ValueError, KeyError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # the client reads an answer as a hub's, whatever it is: KeyError, TypeError and so on
         raise Unreachable(
             f"{hub} does not answer {what} as a hub does ({_cause(error)}); check HF_ENDPOINT and the network"
         ) from error
@@ -231,11 +289,15 @@ def _cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _one_bar() -> Iterator[Any]:
+def _one_bar(announced: int) -> Iterator[Any]:
     """A progress bar class for the client's downloads: one bar of bytes, on a terminal only, removed at the end.
+
+    It ends a download that goes on and on: the client writes whatever comes, and compares sizes afterwards.
 
     By default the client shows three, leaves them open, and shows one of them even where stderr is no terminal.
     """
+    from huggingface_hub import constants
+
     bars: list[tqdm[Any]] = []
 
     class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs only
@@ -243,6 +305,16 @@ def _one_bar() -> Iterator[Any]:
             shown = str(kwargs.get("desc", "")).startswith("Downloading bytes")
             super().__init__(*args, **{**kwargs, "leave": False, "disable": None if shown else True})
             bars.append(self)
+            self.n_arrived = 0.0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.n_arrived += n or 0
+            if self.n_arrived > 2 * announced + _SLACK:  # twice: what broke off may be counted again
+                raise DistrustedAnswer(
+                    f"{constants.ENDPOINT} announced {format_bytes(announced)} and sends more and more; "
+                    "check HF_ENDPOINT and the network"
+                )
+            return super().update(n)
 
     try:
         yield Bar

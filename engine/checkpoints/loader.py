@@ -6,12 +6,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from ..runtime.errors import UserError
-from ..runtime.format import format_bytes
+from ..runtime.format import format_bytes, one_line, shorten
 from ..runtime.resources import Machine, allow_tf32
 from ..study.study import Arithmetic
 from .architecture import read_config
-from .files import GENERATION, Files
+from .files import CONFIG, GENERATION, LARGEST_JSON, Files, refuse_large
 from .model import ResidentModel
+from .plausible import refuse_implausible
 from .weights import TORCH_DTYPES, Weights, read_weights, weight_bytes
 
 Loaded = tuple[Files, Weights | None]
@@ -57,6 +58,7 @@ class ModelLoader:
                 f"the weights take {format_bytes(n_bytes)} in {self.dtype}, the {format_bytes(self.machine.memory)} "
                 "allowed do not hold more; give more --memory, or a smaller --dtype"
             )
+        refuse_implausible(files, read_config(files.config.parent), self.torch_dtype.itemsize, self.machine.memory)
         self._resident = open_resident_model(files, self.dtype, self.machine.device, self._resident)
         self._resident.load_weights(weights if weights is not None else self._read(files))
         return self._resident, self.machine.memory - n_bytes
@@ -74,19 +76,27 @@ def open_resident_model(
     """
     config = read_config(files.config.parent)
     resident = current if current is not None and current.fits(config) else None
-    resident = resident or ResidentModel(config, TORCH_DTYPES[dtype], device)
+    try:
+        resident = resident or ResidentModel(config, TORCH_DTYPES[dtype], device)
+    except UserError as error:
+        raise UserError(f"{files.config}: {error}") from error
     resident.model.generation_config = _greedy_generation(files.config.parent, config)
     return resident
 
 
 def _greedy_generation(directory: Path, config: PreTrainedConfig) -> GenerationConfig:
     """Plain greedy decoding: of the checkpoint's own generation settings only the tokens that end a text are used."""
-    end_tokens = config.eos_token_id
+    path, end_tokens = directory / CONFIG, config.eos_token_id
     if (directory / GENERATION).is_file():
+        path = directory / GENERATION
+        refuse_large(path, LARGEST_JSON)
         try:
             end_tokens = GenerationConfig.from_pretrained(directory).eos_token_id
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{directory / GENERATION}: it cannot be read ({error}); fetch it again, or remove it"
-            ) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # transformers' own checks, on whatever values the file holds
+            raise UserError(f"{path}: it cannot be read ({one_line(error)}); fetch it again, or remove it") from error
+    tokens = end_tokens if isinstance(end_tokens, list) else [] if end_tokens is None else [end_tokens]
+    if not all(type(token) is int and abs(token) < 2**31 for token in tokens):
+        raise UserError(f"{path}: eos_token_id is {shorten(str(end_tokens), 40)}, where a token is a whole number")
     return GenerationConfig(eos_token_id=end_tokens)  # type: ignore[no-untyped-call]  # transformers leaves it untyped

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..runtime.errors import UserError
-from ..runtime.format import format_count
+from ..runtime.format import format_bytes, format_count
+from ..runtime.resources import default_memory
 from .architecture import Architecture, inspect_architecture
 from .attention_hook import IMPLEMENTATION
 
@@ -43,10 +44,18 @@ class ResidentModel:
         self.heads_add_up: dict[int, bool] = {}
         """Layer -> whether its attention output is a sum over heads, as far as replay has tested it."""
 
+        allowed = default_memory("cpu")
+        if (n_bytes := self.architecture.buffer_bytes) > allowed:
+            raise UserError(
+                f"{self.architecture.name} as configured computes {format_bytes(n_bytes)} of masks and tables, three "
+                f"quarters of this machine's memory are {format_bytes(allowed)}; is max_position_embeddings right?"
+            )
         auto: Any = AutoModelForCausalLM  # untyped in transformers
         # Buffers (rotary frequencies) are computed; parameters are never allocated, they come with the weights.
         with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=torch.float32, attn_implementation=IMPLEMENTATION)
+            model = auto.from_config(
+                config, dtype=torch.float32, attn_implementation=IMPLEMENTATION, trust_remote_code=False
+            )
         self.model: PreTrainedModel = model.eval().requires_grad_(False)
         for name, buffer in list(model.named_buffers()):
             owner, _, leaf = name.rpartition(".")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from ..runtime.errors import UserError
+from ..runtime.format import shorten
 
 STUDY = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 80000, 100000, 120000, 143000)
 """Steps of the published study's checkpoints; it took the last one from `main`."""
@@ -16,8 +17,13 @@ PYTHIA = (0, *(2**k for k in range(10)), *range(1000, 143001, 1000))
 UNKNOWN = -1
 """The step of a checkpoint whose name contains none."""
 
-_STEP = re.compile(r"(?:step|checkpoint|ckpt)[-_]?([0-9]+)", re.IGNORECASE)
-_NUMBER = re.compile("[0-9]+")
+_STEP = re.compile(r"(?:step|checkpoint|ckpt)[-_]?([0-9]{1,18})(?![0-9])", re.IGNORECASE)
+"""A step is stored as an integer of 64 bits, which 18 digits fit into."""
+
+_NUMBER = re.compile("[0-9]{1,18}")
+LONGEST_LABEL = 200
+"""Characters of a checkpoint's label; longer words are refused."""
+
 _LONGEST_LIST = 12
 
 
@@ -39,6 +45,8 @@ class RevisionIndex:
 
 def select(index: RevisionIndex, word: str) -> Mapping[str, int]:
     """Label -> step of what one word of `--checkpoints` names.  Raises `UserError` for what the index lacks."""
+    if len(word) > LONGEST_LABEL:
+        raise UserError(f"--checkpoints {shorten(word, 40)}: {len(word):,} characters are no label, step or range")
     if word in _SETS:
         return _SETS[word](index)
     if ".." in word:

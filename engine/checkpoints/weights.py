@@ -4,16 +4,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..runtime.errors import UserError
-from ..runtime.format import one_line
+from ..runtime.format import format_bytes, one_line
+from ..runtime.shortage import shortage_of
 from ..study.study import DTYPES, Arithmetic
 from .files import Files
 
 TORCH_DTYPES: dict[Arithmetic, torch.dtype] = {dtype: getattr(torch, dtype) for dtype in DTYPES}
 TORCH_DTYPES["tf32"] = torch.float32
+
+_LONGEST_HEADER = 32_000_000
+"""Bytes; a tensor takes about a hundred."""
 
 Weights = dict[str, Tensor]
 """Tensors by their names in the files."""
@@ -49,17 +53,43 @@ def weight_bytes(files: Files, dtype: torch.dtype) -> int:
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         if path.suffix == ".safetensors":
+            _refuse_long_header(path)
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118, it is no mapping
                     yield name, file.get_tensor(name)
         else:
-            yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"{path} is cut off or no weight file ({one_line(error)}); delete it and fetch it again"
-        ) from error
+            for name, tensor in torch.load(path, map_location="cpu", weights_only=True, mmap=True).items():
+                _refuse_strange(path, name, tensor)
+                yield name, tensor
+    except (UserError, MemoryError):
+        raise
+    # Whatever the bytes are, safetensors, zipfile and unpickling read them, and raise anything: pickle's own errors
+    # share no base class but Exception, and a damaged pickle calls tensors' constructors with whatever it holds.
     except Exception as error:
-        # pickle's own errors share no base class but Exception.
-        if type(error).__module__ not in ("_pickle", "pickle"):
+        if shortage_of(error):
             raise
-        raise UserError(f"{path} holds more than tensors and is not unpickled ({one_line(error)})") from error
+        if type(error).__module__ in ("_pickle", "pickle"):
+            raise UserError(f"{path} holds more than tensors and is not unpickled ({one_line(error)})") from error
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{path} is cut off or no weight file ({said}); delete it and fetch it again") from error
+
+
+def _refuse_strange(path: Path, name: object, tensor: object) -> None:
+    """Raise `UserError` unless this is a named plain tensor of no more bytes than its file has."""
+    if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        raise UserError(f"{path} holds {name!r}, which is no plain tensor; only files of plain tensors are read")
+    if tensor.numel() * tensor.itemsize > path.stat().st_size:
+        raise UserError(
+            f"{path} is {format_bytes(path.stat().st_size)} and holds {name} of shape {list(tensor.shape)}, which "
+            "takes more; delete it and fetch it again"
+        )
+
+
+def _refuse_long_header(path: Path) -> None:
+    """Raise `UserError` for a header of safetensors that would take more memory to parse than any model's does."""
+    with open(path, "rb") as file:
+        n_bytes = int.from_bytes(file.read(8), "little")
+    if n_bytes > _LONGEST_HEADER:
+        raise UserError(
+            f"{path} is cut off or no weight file (a header of {n_bytes:,} bytes); delete it and fetch it again"
+        )

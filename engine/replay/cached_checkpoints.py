@@ -39,11 +39,12 @@ def load_each(
     def load(label: str) -> tuple[Loaded, StoredActivations | None]:
         provenance = store.whereabouts(label)
         files = fetch(_recorded(provenance), cache, provenance)
+        weights = loader.prefetch(files)  # hashed meanwhile, on other threads
         _refuse_other_weights(provenance, files)
         activations = None if first_layer is None else store.activations(label)
         if activations is not None and first_layer is not None:
             activations.read_all(first_layer)
-        return loader.prefetch(files), activations
+        return weights, activations
 
     for label, loaded in prefetch(labels, load):
         try:

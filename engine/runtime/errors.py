@@ -1,13 +1,36 @@
 """The errors that end a command with one line in place of a traceback, and what others come to in one line."""
 
 import errno
+import re
+
+_LONGEST = 2000
+"""Characters of a message: whatever a file, a hub or an option holds, it fills no screen."""
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and line ends: names that a stranger chose move no cursor and add no line."""
+
+
+def printable(text: str) -> str:
+    """`text` on one line, of bounded length."""
+    if len(text) > _LONGEST:
+        half = _LONGEST // 2
+        text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out) ... {text[-half:]}"
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
     """The user's input or files do not allow what was asked.
 
-    The message is one line: what was asked, what was found and what to do.
+    The message is one line: what was asked, what was found and what to do.  Control characters in it are written as
+    escapes, and of a very long one the middle is left out.  `table` may show the rows in question beneath it.
     """
+
+    def __init__(self, message: object, table: str = "") -> None:
+        super().__init__(message, table)
+        self.message, self.table = printable(str(message)), table
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.table}" if self.table else self.message
 
 
 class DamageError(UserError):

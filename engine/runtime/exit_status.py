@@ -1,10 +1,12 @@
 """How a command ends: what the user can change is reported in one line with an exit status, never as a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
 
-from .errors import UserError, VerificationError, unwritable
+from .errors import UserError, VerificationError, printable, unwritable
+from .shortage import shortage_of
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
@@ -19,9 +21,12 @@ def print_problems(problems: Mapping[str, str]) -> None:
 def exit_status_of(main: Callable[[], int]) -> int:
     """Run `main` and return its exit status.
 
-    2 for a `UserError`, 1 for a `VerificationError`, a full disk, a place that cannot be written to or a closed pipe,
-    130 for an interrupt.  Any other exception is a bug and passes through.
+    2 for a `UserError`, 1 for a `VerificationError`, a full disk, a place that cannot be written to, a lack of memory,
+    open files or threads, or a closed pipe, 130 for an interrupt.  Any other exception is a bug and passes through.
     """
+    # A name that the terminal's encoding lacks is shown with escapes, as on stderr, rather than ending the command.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Idle OpenMP threads then go to sleep soon instead of spinning: no slower alone, many times faster on a machine
     # that others use too.  The variable is read when torch is first imported, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -37,15 +42,16 @@ def exit_status_of(main: Callable[[], int]) -> int:
         # The reader of our output has gone (`| head`).  Python would print a second error when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except OSError as error:
-        text = unwritable(error)
-        if text is None:
-            raise
-        print(f"error: {text}", file=sys.stderr)
-        return FAILED
     except KeyboardInterrupt:
         print("interrupted; finished work is kept, the same command continues from there", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # Not sys.exit: a daemon thread that is reading weights or training can crash the interpreter as it shuts down.
         os._exit(INTERRUPTED)
+    except Exception as error:
+        problem = unwritable(error) if isinstance(error, OSError) else None
+        problem = problem or shortage_of(error)
+        if problem is None:
+            raise
+        print(f"error: {printable(problem)}", file=sys.stderr)
+        return FAILED

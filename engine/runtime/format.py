@@ -1,8 +1,10 @@
 """Amounts, counts, numbers and names as people write and read them.  One form for each, used everywhere."""
 
+import json
 import math
 import re
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from .errors import UserError
 
@@ -17,10 +19,11 @@ ABSENT = "–"
 
 def parse_bytes(text: str) -> int:
     """Bytes of `8GB`, `500MB`, `1.5G`, as `--memory` takes them.  Raises `UserError` for anything else."""
-    amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not amount or float(amount[1]) == 0:
+    amount = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    n_bytes = int(float(amount[1]) * _UNITS[amount[2].upper()]) if amount else 0
+    if n_bytes < 1:
         raise UserError(f"--memory {text}: not an amount of memory; write 8GB or 500MB")
-    return int(float(amount[1]) * _UNITS[amount[2].upper()])
+    return n_bytes
 
 
 def format_bytes(n_bytes: float) -> str:
@@ -92,6 +95,30 @@ def format_head(layer: int, head: int) -> str:
 def shorten(text: str, limit: int) -> str:
     """`text`, cut to `limit` characters with an ellipsis where it is longer."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def parse_whole(text: str) -> int | None:
+    """The whole number that `text` is, of at most 18 digits, so that it fits into a store; None where it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What `text` says in JSON.  Raises `ValueError` where it is none, or has a number of hundreds of digits."""
+
+    def whole(digits: str) -> int:
+        if len(digits) > 300:
+            raise ValueError(f"a number of {len(digits):,} digits")
+        return int(digits)
+
+    try:
+        return json.loads(text, parse_int=whole)
+    except RecursionError:
+        raise ValueError("brackets within brackets, thousands deep") from None
+
+
+def format_whole(number: int) -> str:
+    """A number that a user wrote: Python refuses to write out one of more than 4,300 digits."""
+    return str(number) if abs(number) < 10**100 else f"of about {number.bit_length() * 3 // 10:,} digits"
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

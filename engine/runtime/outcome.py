@@ -1,11 +1,11 @@
 """How one checkpoint of a series ended."""
 
-import errno
 import logging
 from dataclasses import dataclass
 
-from .errors import UserError, VerificationError, unwritable
+from .errors import UserError, VerificationError, printable, unwritable
 from .format import one_line
+from .shortage import shortage_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,8 @@ def describe(error: Exception) -> str:
     """An exception in one line: what happened, and what to do where that is known."""
     if isinstance(error, UserError | VerificationError):
         return str(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"memory ran out ({one_line(error)}); give less --memory, or a smaller --dtype"
+    if shortage := shortage_of(error):
+        return printable(shortage)
     if isinstance(error, OSError):
-        if error.errno == errno.EMFILE:
-            return "too many files are open; raise the limit (ulimit -n) and run it again"
-        return unwritable(error) or f"{error.filename or 'a file'} cannot be used: {one_line(error)}"
+        return printable(unwritable(error) or f"{error.filename or 'a file'} cannot be used: {one_line(error)}")
     return f"{type(error).__name__}: {one_line(error)}"

@@ -62,7 +62,7 @@ def align(trials: Trials, spec: str) -> Alignment:
     shortest = int(trials.length[:, trial].min())
     if shortest < k:
         problem = f"{trials.contrasts[trial].source} has only {shortest} tokens; take end:{shortest} or fewer"
-        raise UserError(f"--positions {spec}: {problem}\n{_token_rows(trials, trial, from_end=True)}")
+        raise UserError(f"--positions {spec}: {problem}", _token_rows(trials, trial, from_end=True))
     return Alignment(
         spec=spec,
         positions=trials.length[..., None] - k + np.arange(k),
@@ -78,7 +78,8 @@ def _align_all(trials: Trials) -> Alignment:
         lengths = f"{trials.contrasts[trial].source} has {clean[trial]} and {corrupt[trial]} tokens"
         raise UserError(
             f"--positions all: clean and corrupt must be equally long; {lengths}; take last or end:K, or write prompts "
-            f"of equal length\n{_token_rows(trials, trial, from_end=False)}"
+            "of equal length",
+            _token_rows(trials, trial, from_end=False),
         )
     position = np.arange(clean.max())
     return Alignment(

@@ -7,11 +7,13 @@ follow are compared.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
 
 from ..runtime.errors import UserError
+from ..runtime.format import one_line, shorten
 from .study import RUNS
 from .tasks.contrast import Contrast, Tokenizer
 from .tasks.jsonl import file_digest, read_contrasts
@@ -208,7 +210,7 @@ def _prompt_tokens(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Pr
     the other.
     """
     texts = [prompt + contrast.answer, prompt + contrast.wrong]
-    encoded = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    encoded = _encode(tokenizer, texts)
     right, wrong = encoded["input_ids"]
     answers = f"{contrast.answer!r} and {contrast.wrong!r}"
     split = next((i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b), None)
@@ -242,6 +244,17 @@ def _prompt_tokens(prompt: str, contrast: Contrast, tokenizer: Tokenizer) -> _Pr
         ),
         unknown=tuple(texts[0][a:b] for token, (a, b) in run if token == tokenizer.unk_token_id and a < b),
     )
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Mapping[str, Any]:
+    try:
+        encoded: Mapping[str, Any] = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a tokenizer of whatever files; tokenizers raises bare Exceptions
+        said = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"the model's tokenizer cannot split {shorten(repr(texts[0]), 60)} ({said})") from error
+    return encoded
 
 
 def _without_end(tokens: Sequence[int], spans: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from ..runtime.errors import UserError
+from ..runtime.format import format_whole
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -22,6 +23,9 @@ TOLERANCE = 1e-4
 Measure = Literal["probability", "rank", "kl", "sequence"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 """What can be stored of a patched run beside its logit difference; `engine/measures` defines them."""
+
+MOST_TRIALS = 100_000
+"""More prompt pairs of one task are refused: intervals are far below any effect long before."""
 
 RUNS = ("clean", "corrupt")
 """Order of every `run` axis."""
@@ -55,7 +59,8 @@ class Study:
     """Arithmetic of capture, and the stored precision."""
 
     def __post_init__(self) -> None:
-        if self.trials is not None and self.trials < 1:
-            raise UserError(f"--trials {self.trials}: at least one trial is needed")
-        if self.sites != ("z",) and not all(re.fullmatch(r"all|\d+(-\d+)?", word) for word in self.sites):
+        if self.trials is not None and not 1 <= self.trials <= MOST_TRIALS:
+            least = "at least one trial is needed" if self.trials < 1 else f"take at most {MOST_TRIALS:,}"
+            raise UserError(f"--trials {format_whole(self.trials)}: {least}")
+        if self.sites != ("z",) and not all(re.fullmatch("all|[0-9]{1,9}(-[0-9]{1,9})?", word) for word in self.sites):
             raise UserError(f"--sites {' '.join(self.sites)}: write all, layers such as 6 or 4-8, or z alone")

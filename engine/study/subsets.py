@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from ..runtime.errors import UserError
+from ..runtime.format import parse_whole
 
 LANGUAGE = (
     "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, splits:N, orders:N, or heads such as 0,2,4"
@@ -185,17 +186,17 @@ def _from_bits(bits: int, n_heads: int) -> frozenset[int]:
 
 
 def _heads(word: str, n_heads: int) -> frozenset[int]:
-    try:
-        heads = [int(part) for part in word.split(",")]
-    except ValueError:
-        raise UserError(f"--subsets {word}: not a subset; write {LANGUAGE}") from None
-    if not all(0 <= head < n_heads for head in heads):
+    heads = [parse_whole(part) for part in word.split(",")]
+    if None in heads:
+        raise UserError(f"--subsets {word}: not a subset; write {LANGUAGE}")
+    subset = frozenset(head for head in heads if head is not None)
+    if not all(head < n_heads for head in subset):
         raise UserError(f"--subsets {word}: this model's heads are 0 to {n_heads - 1}")
-    return frozenset(heads)
+    return subset
 
 
 def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
-    value = int(number) if number.isdecimal() else None
+    value = parse_whole(number)
     if value is None or value < low or (high is not None and value > high):
         bound = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise UserError(f"--subsets {word}: needs a whole number {bound} after the colon")
@@ -210,11 +211,13 @@ def parse_layers(words: Sequence[str], available: Sequence[int], flag: str = "--
     """
     layers: set[int] = set()
     for word in words:
-        first, dash, last = word.partition("-")
+        beginning, dash, end = word.partition("-")
+        first, last = parse_whole(beginning), parse_whole(end if dash else beginning)
         if word == "all":
             layers.update(available)
-        elif first.isdecimal() and (last.isdecimal() if dash else True):
-            layers.update(range(int(first), int(last or first) + 1))
+        elif first is not None and last is not None:
+            # At most one layer too many is listed, however far the range goes: it is refused below.
+            layers.update(range(first, min(last, max(first, available[-1] + 1)) + 1))
         else:
             raise UserError(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
     if absent := sorted(layers - set(available)):
