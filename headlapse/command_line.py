@@ -262,15 +262,15 @@ def _amount(work: "pipeline.Work", amount: str, speed: str = "") -> str:
 
 def _print_problems(work: "pipeline.Work") -> None:
     print_problems(work.problems)
-    if work.kept_old:
+    if work.kept_old and len(work.problems) < work.n_asked:
         print("note: the old one is kept until its replacement is whole; the same command goes on", file=sys.stderr)
 
 
 def _status(work: "pipeline.Work") -> int:
-    """2 where nothing is there and what was given is to blame, 1 for every other problem."""
+    """2 where every checkpoint failed and what was given is to blame, 1 for every other problem."""
     if not work.problems:
         return DONE
-    return REFUSED if work.by_input and not work.n_complete else FAILED
+    return REFUSED if work.by_input and len(work.problems) == work.n_asked else FAILED
 
 
 def _help(words: list[str]) -> str:

@@ -1,6 +1,5 @@
 """The command `headlapse`: help, refusals, lists of stores, and how it ends."""
 
-import json
 import os
 import re
 import signal
@@ -12,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from headlapse.__main__ import main
-from headlapse.engine.store.inventory import patch_paths
+from headlapse.engine.store.inventory import patch_paths, summarize
+from headlapse.engine.store.store import Store
 from headlapse.options import CacheOptions, MechanismOptions, PatchOptions
 from tests.models import save, tiny, tiny_tokenizer
 
@@ -265,8 +265,8 @@ def test_problems_are_forgotten_once_a_checkpoint_is_there(
     monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path / "cache"))
     words = ["cache", "--model", str(series), "--trials", "3"]
     assert main(words) == 1
-    attributes = store_in(tmp_path / "cache") / "zarr.json"
-    assert list(json.loads(attributes.read_text())["attributes"]["problems"]) == ["step10"]
+    store = store_in(tmp_path / "cache")
+    assert list(summarize(store).problems) == ["step10"]
     (series / "step10" / "model.safetensors").write_bytes(whole)
     assert main(words) == 0
-    assert json.loads(attributes.read_text())["attributes"]["problems"] == {}
+    assert summarize(store).problems == {} and not Store(store).values("problem").any()

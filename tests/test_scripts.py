@@ -435,7 +435,7 @@ def test_revisions_of_a_hub_are_captured_by_name_and_read_once(series: Path, cac
         assert patched.returncode == 0, patched.stderr
         assert len(hub.downloads()) == n_downloads
         commits = {label: hub.commit(REPO, label) for label in FORM_OF}
-    store = xr.open_zarr(the_store(tmp_path), consolidated=False)
+    store = Store(the_store(tmp_path))
     for label, commit in commits.items():
         assert store.provenance(label)["commit"] == commit
         assert all(len(digest) == 64 for digest in store.provenance(label)["sha256"].values())

@@ -30,7 +30,7 @@ class RoundingError:
 
     def __init__(self, *dtypes: Arithmetic) -> None:
         self.dtype = max(dtypes, key=ROUNDING.__getitem__)
-        self._twins: dict[Arithmetic, ResidentModel] = {}
+        self._copies: dict[Arithmetic, ResidentModel] = {}
 
     def allowed(
         self,
@@ -58,18 +58,18 @@ class RoundingError:
         patches: Sequence[tuple[Site, Bool[np.ndarray, " head"]]],
     ) -> Float[np.ndarray, "patch trial"]:
         with _arithmetic(dtype):
-            return hooked_logit_diff(self._twin(resident, dtype), trials, alignment, direction, patches)
+            return hooked_logit_diff(self._copy(resident, dtype), trials, alignment, direction, patches)
 
-    def _twin(self, resident: ResidentModel, dtype: Arithmetic) -> ResidentModel:
+    def _copy(self, resident: ResidentModel, dtype: Arithmetic) -> ResidentModel:
         """The same weights in another dtype."""
         torch_dtype = TORCH_DTYPES[dtype]
         if resident.dtype == torch_dtype:
             return resident
-        if dtype not in self._twins:
-            self._twins[dtype] = ResidentModel(resident.model.config, torch_dtype, resident.device)
+        if dtype not in self._copies:
+            self._copies[dtype] = ResidentModel(resident.model.config, torch_dtype, resident.device)
         weights = {name: tensor.to(torch_dtype) for name, tensor in resident.model.state_dict().items()}
-        self._twins[dtype].load_weights(weights)
-        return self._twins[dtype]
+        self._copies[dtype].load_weights(weights)
+        return self._copies[dtype]
 
 
 @contextmanager

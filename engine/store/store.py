@@ -93,7 +93,7 @@ class Store(CheckpointArrays):
         contrasts = tuple(Contrast(**fields) for fields in self.attrs["contrasts"])
         tokens, length, answers = (self.values(name) for name in ("tokens", "length", "answer_tokens"))
         text = np.array(self.values("token_text").tolist(), dtype=str)
-        continuation = self.values("continuation") if "continuation" in self.group else None
+        continuation = self.values("continuation") if "continuation" in self.array_names else None
         return Trials(tokens, length, answers, text, contrasts, notes=(), continuation=continuation)
 
     def provenance(self, label: str) -> dict[str, Any]:
