@@ -36,6 +36,7 @@ class CheckpointArrays:
         self._store = store or path
         """The store that the group belongs to, whose layout lock it takes."""
 
+        self._partials: dict[int, list[Path]] | None = None
         self._open()
 
     def _open(self) -> None:
@@ -251,6 +252,16 @@ class CheckpointArrays:
         self._refuse_old()
         return CheckpointWriter(self, label)
 
+    def partials(self) -> dict[int, list[Path]]:
+        """Index of a checkpoint -> files that killed processes left half written, as of the first time it is asked."""
+        if self._partials is None:
+            self._partials = {}
+            for name in self._arrays:
+                for path in (self.path / name / "c").glob("**/*.partial"):
+                    place = path.relative_to(self.path / name / "c").parts[0].partition(".")[0]
+                    self._partials.setdefault(int(place), []).append(path)
+        return self._partials
+
     def _refuse_old(self) -> None:
         if not self.is_sealed:
             raise UserError(
@@ -291,11 +302,10 @@ class CheckpointWriter:
     def __init__(self, arrays: CheckpointArrays, label: str) -> None:
         self._arrays, self._label, self._index = arrays, label, arrays.index(label)
         self._checksums: dict[str, dict[int, int]] = {}
-        for name in arrays.array_names:
-            chunks = arrays.path / name / "c"
-            for partial in [*chunks.glob(f"{self._index}.*.partial"), *chunks.glob(f"{self._index}/**/*.partial")]:
-                partial.unlink()
-        arrays.array("complete")[self._index] = False
+        for partial in arrays.partials().get(self._index, ()):
+            partial.unlink(missing_ok=True)
+        if _within(arrays.path / "complete" / "c", self._index).exists():
+            arrays.array("complete")[self._index] = False
 
     def put(self, name: str, values: Any, first: int = 0) -> None:
         """Write an array's values, or some of them, from the index `first` of its next axis on."""
