@@ -5,6 +5,7 @@
     python -m tests.mutants --share 0.33 --seed 0 replay   a random third of each module's mutants
     python -m tests.mutants --again statistics             those that survived once more, after tests were added
     python -m tests.mutants --list                         what is known so far, without running anything
+    python -m tests.mutants --list --share 0.33 replay     the same, of that sample
 
 mutmut makes the mutants and runs each in a fork of a process that has imported everything once, with those tests of
 the module's files that call the mutated function.  It mutates no decorated function (properties, class methods,
@@ -13,6 +14,7 @@ it was, and a function that is changed loses its verdicts.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -27,6 +29,7 @@ WORK = ROOT / "build" / "mutants"
 TESTS: dict[str, tuple[str, ...]] = {
     "statistics/bootstrap": ("rates", "splits", "onset"),
     "statistics/changepoint": ("shape",),
+    "statistics/head_effects": ("head_effects", "verdict"),
     "statistics/head_subsets": ("coalitions",),
     "statistics/hypotheses": ("onset", "ground_truth"),
     "statistics/multiple_testing": ("corrections",),
@@ -36,6 +39,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "statistics/shapley": ("games", "coalitions"),
     "measures/logit_diff": ("measures", "findings"),
     "store/activations": ("store", "replay"),
+    "store/inventory": ("store", "cli"),
+    "store/patched_run": ("completion", "sweep", "answers"),
     "store/store": ("store",),
     "store/zarr_group": ("store",),
     "replay/additive_layers": ("sums",),
@@ -44,6 +49,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "replay/layers": ("replay", "sums"),
     "replay/patch_inputs": ("replay", "sums"),
     "replay/patched_generation": ("answers",),
+    "replay/protocols": ("format1", "answers", "published"),
     "replay/published_protocol": ("published",),
     "replay/reference": ("reference", "verify", "sweep"),
     "replay/replay": ("replay",),
@@ -57,6 +63,9 @@ LINKED = ("headlapse", "kernels", "engine", "scripts", "README.md", "docs")
 
 VERDICTS = {0: "survived", 1: "killed", 3: "killed", 5: "no test", 33: "no test", 36: "timeout", None: "not run"}
 VERDICTS |= dict.fromkeys((-24, 24, 152, 255), "timeout")
+
+MISSED = ("survived", "no test")
+"""What no test noticed."""
 
 
 def workplace(module: str) -> Path:
@@ -94,6 +103,14 @@ def verdicts(module: str) -> dict[str, str]:
     return {name: VERDICTS.get(code, "crashed") for name, code in codes.items()}
 
 
+def first_verdicts(module: str) -> dict[str, str]:
+    """Mutant → what became of it before tests were written against it: what `--again` runs keeps its first verdict."""
+    path = WORK / module / "first.json"
+    first: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    return first
+
+
+@functools.cache
 def mutant_names(place: Path, module: str) -> list[str]:
     code = (
         "import sys; from pathlib import Path; from mutmut.mutation.file_mutation import mutate_file_contents; "
@@ -105,19 +122,16 @@ def mutant_names(place: Path, module: str) -> list[str]:
     return subprocess.run(words, cwd=place, check=True, capture_output=True, text=True).stdout.split()
 
 
-def chosen(place: Path, module: str, share: float, seed: int, again: bool) -> list[str]:
-    """The mutants to run by name; the sample of a share does not depend on what has been run."""
-    known = verdicts(module)
-    if again:
-        return [name for name, verdict in known.items() if verdict == "survived"]
-    names = mutant_names(place, module)
-    sample = random.Random(seed).sample(names, round(share * len(names)))
-    return [name for name in sample if known.get(name, "not run") == "not run"]
+def sample(module: str, share: float, seed: int) -> list[str]:
+    """The mutants of a share by name; it depends on nothing that has been run."""
+    names = mutant_names(workplace(module), module)
+    return random.Random(seed).sample(names, round(share * len(names)))
 
 
-def run(module: str, share: float, seed: int, again: bool, workers: int) -> None:
-    place = workplace(module)
-    names = chosen(place, module, share, seed, again)
+def run(module: str, names: list[str], again: bool, workers: int) -> None:
+    place, known = workplace(module), verdicts(module)
+    wanted = MISSED if again else ("not run",)
+    names = [name for name in names if known.get(name, "not run") in wanted]
     if not names:
         return
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -127,31 +141,42 @@ def run(module: str, share: float, seed: int, again: bool, workers: int) -> None
         ended = subprocess.run(words, cwd=place, env=variables, stdout=log, stderr=subprocess.STDOUT)
     if ended.returncode:
         print(f"{module}: mutmut ended with {ended.returncode}, see {place / 'log.txt'}", file=sys.stderr)
+    if not again:
+        known = verdicts(module)
+        first = first_verdicts(module) | {name: known[name] for name in names if name in known}
+        (place / "first.json").write_text(json.dumps(first, indent=0))
 
 
-def show(module: str) -> None:
-    """One line of counts, then each survivor with what it changes."""
-    known = verdicts(module)
-    counts = Counter(known.values())
-    n_run = len(known) - counts["not run"]
-    share = f"{counts['survived'] / n_run:.1%}" if n_run else "-"
-    cells = (
-        len(known),
-        n_run,
-        *(counts[name] for name in ("killed", "survived", "timeout", "no test", "crashed")),
-        share,
-    )
-    print("|", " | ".join((module, *map(str, cells))), "|")
+def counts_of(module: str, names: list[str]) -> Counter[str]:
+    """Of these mutants: how many there are of each verdict, `sampled`, and `at first` those that survived then."""
+    known, first = verdicts(module), first_verdicts(module)
+    counts = Counter(known.get(name, "not run") for name in names)
+    counts["sampled"] = len(names) - counts["not run"]
+    counts["at first"] = sum(first.get(name, known.get(name)) in MISSED for name in names)
+    return counts
 
 
-def show_survivors(module: str) -> None:
-    place = WORK / module
-    for name, verdict in verdicts(module).items():
-        if verdict not in ("survived", "no test"):
+def row(name: str, counts: Counter[str]) -> str:
+    """A line of the table.  The interval is Clopper and Pearson's, of a share drawn from very many mutants."""
+    from scipy.stats import binomtest
+
+    n, missed = counts["sampled"], sum(counts[verdict] for verdict in MISSED)
+    cells = [counts[key] for key in ("mutants", "sampled", "killed", "timeout", "crashed", "at first")] + [missed]
+    share = "-"
+    if n:
+        low, high = binomtest(missed, n).proportion_ci(0.95, method="exact")
+        share = f"{missed / n:.1%} ({low:.1%} to {high:.1%})"
+    return f"| {' | '.join(map(str, (name, *cells, share)))} |"
+
+
+def show_survivors(module: str, names: list[str]) -> None:
+    place, known = WORK / module, verdicts(module)
+    for name in names:
+        if known.get(name) not in MISSED:
             continue
         words = [sys.executable, "-m", "mutmut", "show", name]
         shown = subprocess.run(words, cwd=place, capture_output=True, text=True).stdout.splitlines()
-        print(f"{module}: {name.rpartition('.')[2]} ({verdict})")
+        print(f"{module}: {name.rpartition('.')[2]} ({known[name]})")
         print(*(line for line in shown if line[:1] in "+-" and line[:3] not in ("---", "+++")), sep="\n")
 
 
@@ -166,16 +191,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     modules = [module for module in TESTS if any(module.startswith(asked) for asked in options.modules)]
+    samples = {module: sample(module, options.share, options.seed) for module in modules}
     for module in modules:
         if not options.list:
-            run(module, options.share, options.seed, options.again, options.workers)
-    print("| module | mutants | run | killed | survived | timed out | no test | crashed | survivors |")
+            run(module, samples[module], options.again, options.workers)
+    print("| module | mutants | sampled | killed | timed out | crashed | survived at first | survive | share |")
     print("|-|-|-|-|-|-|-|-|-|")
+    rooms: dict[str, Counter[str]] = {}
     for module in modules:
-        show(module)
+        counts = counts_of(module, samples[module])
+        counts["mutants"] = len(mutant_names(WORK / module, module))
+        print(row(module, counts))
+        rooms.setdefault(module.partition("/")[0], Counter()).update(counts)
+    for room, counts in rooms.items():
+        print(row(f"**{room}**", counts))
     if options.survivors:
         for module in modules:
-            show_survivors(module)
+            show_survivors(module, samples[module])
 
 
 if __name__ == "__main__":
