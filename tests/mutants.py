@@ -14,7 +14,7 @@ it was, and a function that is changed loses its verdicts.
 """
 
 import argparse
-import functools
+import hashlib
 import json
 import os
 import random
@@ -110,16 +110,23 @@ def first_verdicts(module: str) -> dict[str, str]:
     return first
 
 
-@functools.cache
 def mutant_names(place: Path, module: str) -> list[str]:
+    """All mutants of a module as it is.  Kept beside the verdicts: making them takes up to half a minute."""
     code = (
         "import sys; from pathlib import Path; from mutmut.mutation.file_mutation import mutate_file_contents; "
         "from mutmut.utils.format_utils import get_mutant_name; path = sys.argv[1]; "
         "names = mutate_file_contents(path, Path(path).read_text()).mutant_names; "
         "print(*(get_mutant_name(Path(path), name) for name in names), sep='\\n')"
     )
-    words = [sys.executable, "-c", code, f"headlapse/engine/{module}.py"]
-    return subprocess.run(words, cwd=place, check=True, capture_output=True, text=True).stdout.split()
+    kept, source = place / "names.json", f"headlapse/engine/{module}.py"
+    digest = hashlib.sha256((ROOT / source).read_bytes()).hexdigest()
+    known: dict[str, list[str]] = json.loads(kept.read_text()) if kept.exists() else {}
+    if digest not in known:
+        words = [sys.executable, "-c", code, source]
+        printed = subprocess.run(words, cwd=place, check=True, capture_output=True, text=True).stdout
+        known = {digest: printed.split()}
+        kept.write_text(json.dumps(known))
+    return known[digest]
 
 
 def sample(module: str, share: float, seed: int) -> list[str]:

@@ -46,6 +46,14 @@ def test_resampled_means_are_means_of_prompts_drawn_with_replacement() -> None:
     assert np.allclose(counts, counts.round()) and np.allclose(counts.sum(0), 5)
 
 
+def test_layers_and_checkpoints_are_resampled_as_if_each_stood_alone() -> None:
+    values = np.random.default_rng(8).standard_normal((2, 3, 5))
+    for resample in (resampled_means, noise_of_means):
+        together = resample(values, 40)
+        assert together.shape == (2, 3, 40)
+        np.testing.assert_allclose(together[1, 2], resample(values[1, 2], 40), atol=1e-12)
+
+
 def test_noise_of_few_prompts_is_as_wide_as_the_standard_error_of_their_mean() -> None:
     """Of four prompts the plain bootstrap would be narrower by sqrt(3/4), 13 %."""
     values = np.random.default_rng(3).standard_normal((50, 4))
