@@ -58,6 +58,12 @@ TESTS: dict[str, tuple[str, ...]] = {
 }
 """Of each module under engine/, the test files that can kill its mutants."""
 
+LONG = (
+    "tests/test_head_effects.py::test_no_head_of_a_model_without_effects_is_significant_in_more_than_five_percent_of_models",
+    "tests/test_verdict.py::test_parity_is_said_to_be_there_in_at_most_five_percent_of_models_without_it",
+)
+"""Tests that are left out: each takes seconds, of every mutant that survives the others."""
+
 LINKED = ("headlapse", "kernels", "engine", "scripts", "README.md", "docs")
 """What tests read besides themselves."""
 
@@ -81,7 +87,8 @@ def workplace(module: str) -> Path:
         "also_copy": [name for name in LINKED if (ROOT / name).exists()],
         # jaxtyping's hook has to come before the first import, which mutmut's own processes are past; scipy is imported
         # where it is first used, which would be in every mutant.
-        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow", "-p", "scipy.stats"],
+        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow", "-p", "scipy.stats"]
+        + [f"--deselect={test}" for test in LONG],
         "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS[module]],
         # A parent that has only collected tests: what has run them keeps caches and threads.
         "process_isolation": "forkserver",

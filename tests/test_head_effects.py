@@ -51,6 +51,7 @@ def test_where_single_heads_were_not_patched_there_is_no_row() -> None:
     for options in ({"words": ("even", "odd", "all")}, {"joint": True}):
         frame = head_effects(*planted_run({}, **options))  # type: ignore[arg-type]
         assert frame.empty and list(frame) == ["effect", "low", "high", "p", "p_adjusted", "share"]
+        assert list(frame.index.names) == ["checkpoint", "layer", "head"]
     some = head_effects(*planted_run({}, words=("5", "2", "all"), steps=(0,)))
     assert some.index.unique("head").tolist() == [2, 5], "those that were, in their order"
 
