@@ -120,7 +120,7 @@ def test_what_differs_by_rounding_alone_is_not_significant() -> None:
 @pytest.mark.parametrize("n_heads", [8, 9])
 def test_among_n_random_splits_p_is_phipson_and_smyths(n_heads: int) -> None:
     """(k + 1) / (N + 1) by its definition; where halves are unequal, twice that of the smaller tail."""
-    effects = np.random.default_rng(n_heads).standard_normal(n_heads)
+    effects = np.random.default_rng(n_heads + 200).standard_normal(n_heads)
     frame = parity(run_of(effects[None, None], ("splits:19",)))
     assert frame is not None
     strength, *others = (2.0 * parse_subsets(("splits:19",), n_heads).mask[::2] - 1) @ effects
@@ -131,6 +131,7 @@ def test_among_n_random_splits_p_is_phipson_and_smyths(n_heads: int) -> None:
         error = np.sqrt(expected * (1 - expected) / (n + 1))
     else:
         tail = (min((others >= strength).sum(), (others <= strength).sum()) + 1) / (n + 1)
+        assert tail != 0.2, "there an error with four times the tail would be the same"
         expected, error = 2 * tail, 2 * np.sqrt(tail * (1 - tail) / (n + 1))
     assert expected < 1
     assert frame["p"].item() == pytest.approx(expected) and frame["p_error"].item() == pytest.approx(error)
