@@ -45,15 +45,15 @@ TESTS: dict[str, tuple[str, ...]] = {
     "store/zarr_group": ("store",),
     "replay/additive_layers": ("sums",),
     "replay/cached_checkpoints": ("sweep", "answers"),
-    "replay/greedy_decoding": ("generation",),
-    "replay/layers": ("replay", "sums"),
+    "replay/greedy_decoding": ("generation", "published", "answers"),
+    "replay/layers": ("replay", "sums", "further"),
     "replay/patch_inputs": ("replay", "sums"),
     "replay/patched_generation": ("answers",),
     "replay/protocols": ("format1", "answers", "published"),
     "replay/published_protocol": ("published",),
     "replay/reference": ("reference", "verify", "sweep"),
     "replay/replay": ("replay",),
-    "replay/run": ("sweep",),
+    "replay/run": ("sweep", "further", "answers"),
     "replay/vocabulary_measures": ("further",),
 }
 """Of each module under engine/, the test files that can kill its mutants."""
