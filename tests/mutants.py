@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -101,51 +102,63 @@ def workplace(module: str) -> Path:
     return place
 
 
-def verdicts(module: str) -> dict[str, str]:
-    """Mutant → what became of it; empty before the first run."""
-    path = WORK / module / "mutants" / "headlapse" / "engine" / f"{module}.py.meta"
-    if not path.exists():
-        return {}
-    codes: dict[str, int | None] = json.loads(path.read_text())["exit_code_by_key"]
-    return {name: VERDICTS.get(code, "crashed") for name, code in codes.items()}
+@dataclass
+class Record:
+    """What is known of the mutants of a module as it is.  mutmut forgets its verdicts when pyproject.toml changes."""
 
+    path: Path
+    source: str
+    """Digest of the module: another one has other mutants."""
 
-def first_verdicts(module: str) -> dict[str, str]:
-    """Mutant → what became of it before tests were written against it: what `--again` runs keeps its first verdict."""
-    path = WORK / module / "first.json"
-    first: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return first
+    names: list[str]
+    first: dict[str, str] = field(default_factory=dict)
+    """Mutant → its first verdict, before tests were written against it."""
+
+    now: dict[str, str] = field(default_factory=dict)
+    """Mutant → its last verdict."""
+
+    @classmethod
+    def of(cls, module: str) -> "Record":
+        """Kept beside mutmut's own files; what an interrupted run came to is taken over."""
+        place, path = workplace(module), WORK / module / "verdicts.json"
+        source = hashlib.sha256((place / "headlapse" / "engine" / f"{module}.py").read_bytes()).hexdigest()
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("source") != source:
+            kept = {"source": source, "names": mutant_names(place, module)}
+        record = cls(path, **kept)
+        record.update(module)
+        return record
+
+    def update(self, module: str) -> None:
+        """Take over what mutmut has found since."""
+        meta = self.path.parent / "mutants" / "headlapse" / "engine" / f"{module}.py.meta"
+        codes: dict[str, int | None] = json.loads(meta.read_text())["exit_code_by_key"] if meta.exists() else {}
+        found = {name: VERDICTS.get(codes.get(name), "crashed") for name in self.names}
+        self.now |= {name: verdict for name, verdict in found.items() if verdict != "not run"}
+        self.first = self.now | self.first
+        kept = {"source": self.source, "names": self.names, "first": self.first, "now": self.now}
+        self.path.write_text(json.dumps(kept, indent=0))
+
+    def sample(self, share: float, seed: int) -> list[str]:
+        """The mutants of a share by name; it depends on nothing that has been run."""
+        return random.Random(seed).sample(self.names, round(share * len(self.names)))
 
 
 def mutant_names(place: Path, module: str) -> list[str]:
-    """All mutants of a module as it is.  Kept beside the verdicts: making them takes up to half a minute."""
+    """All mutants of a module as it is; takes up to half a minute."""
     code = (
         "import sys; from pathlib import Path; from mutmut.mutation.file_mutation import mutate_file_contents; "
         "from mutmut.utils.format_utils import get_mutant_name; path = sys.argv[1]; "
         "names = mutate_file_contents(path, Path(path).read_text()).mutant_names; "
         "print(*(get_mutant_name(Path(path), name) for name in names), sep='\\n')"
     )
-    kept, source = place / "names.json", f"headlapse/engine/{module}.py"
-    digest = hashlib.sha256((ROOT / source).read_bytes()).hexdigest()
-    known: dict[str, list[str]] = json.loads(kept.read_text()) if kept.exists() else {}
-    if digest not in known:
-        words = [sys.executable, "-c", code, source]
-        printed = subprocess.run(words, cwd=place, check=True, capture_output=True, text=True).stdout
-        known = {digest: printed.split()}
-        kept.write_text(json.dumps(known))
-    return known[digest]
+    words = [sys.executable, "-c", code, f"headlapse/engine/{module}.py"]
+    return subprocess.run(words, cwd=place, check=True, capture_output=True, text=True).stdout.split()
 
 
-def sample(module: str, share: float, seed: int) -> list[str]:
-    """The mutants of a share by name; it depends on nothing that has been run."""
-    names = mutant_names(workplace(module), module)
-    return random.Random(seed).sample(names, round(share * len(names)))
-
-
-def run(module: str, names: list[str], again: bool, workers: int) -> None:
-    place, known = workplace(module), verdicts(module)
-    wanted = MISSED if again else ("not run",)
-    names = [name for name in names if known.get(name, "not run") in wanted]
+def run(module: str, record: Record, names: list[str], again: bool, workers: int) -> None:
+    place, wanted = WORK / module, MISSED if again else ("not run",)
+    names = [name for name in names if record.now.get(name, "not run") in wanted]
     if not names:
         return
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -155,18 +168,15 @@ def run(module: str, names: list[str], again: bool, workers: int) -> None:
         ended = subprocess.run(words, cwd=place, env=variables, stdout=log, stderr=subprocess.STDOUT)
     if ended.returncode:
         print(f"{module}: mutmut ended with {ended.returncode}, see {place / 'log.txt'}", file=sys.stderr)
-    if not again:
-        known = verdicts(module)
-        first = first_verdicts(module) | {name: known[name] for name in names if name in known}
-        (place / "first.json").write_text(json.dumps(first, indent=0))
+    record.update(module)
 
 
-def counts_of(module: str, names: list[str]) -> Counter[str]:
+def counts_of(record: Record, names: list[str]) -> Counter[str]:
     """Of these mutants: how many there are of each verdict, `sampled`, and `at first` those that survived then."""
-    known, first = verdicts(module), first_verdicts(module)
-    counts = Counter(known.get(name, "not run") for name in names)
-    counts["sampled"] = len(names) - counts["not run"]
-    counts["at first"] = sum(first.get(name, known.get(name)) in MISSED for name in names)
+    counts = Counter(record.now[name] for name in names if name in record.now)
+    counts["sampled"] = counts.total()
+    counts["at first"] = sum(record.first.get(name) in MISSED for name in names)
+    counts["mutants"] = len(record.names)
     return counts
 
 
@@ -183,14 +193,14 @@ def row(name: str, counts: Counter[str]) -> str:
     return f"| {' | '.join(map(str, (name, *cells, share)))} |"
 
 
-def show_survivors(module: str, names: list[str]) -> None:
-    place, known = WORK / module, verdicts(module)
+def show_survivors(module: str, record: Record, names: list[str]) -> None:
+    place = WORK / module
     for name in names:
-        if known.get(name) not in MISSED:
+        if record.now.get(name) not in MISSED:
             continue
         words = [sys.executable, "-m", "mutmut", "show", name]
         shown = subprocess.run(words, cwd=place, capture_output=True, text=True).stdout.splitlines()
-        print(f"{module}: {name.rpartition('.')[2]} ({known[name]})")
+        print(f"{module}: {name.rpartition('.')[2]} ({record.now[name]})")
         print(*(line for line in shown if line[:1] in "+-" and line[:3] not in ("---", "+++")), sep="\n")
 
 
@@ -205,23 +215,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     modules = [module for module in TESTS if any(module.startswith(asked) for asked in options.modules)]
-    samples = {module: sample(module, options.share, options.seed) for module in modules}
+    records = {module: Record.of(module) for module in modules}
+    samples = {module: records[module].sample(options.share, options.seed) for module in modules}
     for module in modules:
         if not options.list:
-            run(module, samples[module], options.again, options.workers)
+            run(module, records[module], samples[module], options.again, options.workers)
     print("| module | mutants | sampled | killed | timed out | crashed | survived at first | survive | share |")
     print("|-|-|-|-|-|-|-|-|-|")
     rooms: dict[str, Counter[str]] = {}
     for module in modules:
-        counts = counts_of(module, samples[module])
-        counts["mutants"] = len(mutant_names(WORK / module, module))
+        counts = counts_of(records[module], samples[module])
         print(row(module, counts))
         rooms.setdefault(module.partition("/")[0], Counter()).update(counts)
     for room, counts in rooms.items():
         print(row(f"**{room}**", counts))
     if options.survivors:
         for module in modules:
-            show_survivors(module, samples[module])
+            show_survivors(module, records[module], samples[module])
 
 
 if __name__ == "__main__":
