@@ -5,6 +5,7 @@
     python -m tests.mutants --share 0.33 --seed 0 replay   a random third of each module's mutants
     python -m tests.mutants --again statistics             those that survived once more, after tests were added
     python -m tests.mutants --list                         what is known so far, without running anything
+    python -m tests.mutants --list --share 0.33 replay     the same, of that sample
 
 mutmut makes the mutants and runs each in a fork of a process that has imported everything once, with those tests of
 the module's files that call the mutated function.  It mutates no decorated function (properties, class methods,
@@ -13,12 +14,14 @@ it was, and a function that is changed loses its verdicts.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +30,7 @@ WORK = ROOT / "build" / "mutants"
 TESTS: dict[str, tuple[str, ...]] = {
     "statistics/bootstrap": ("rates", "splits", "onset"),
     "statistics/changepoint": ("shape",),
+    "statistics/head_effects": ("head_effects", "verdict"),
     "statistics/head_subsets": ("coalitions",),
     "statistics/hypotheses": ("onset", "ground_truth"),
     "statistics/multiple_testing": ("corrections",),
@@ -36,27 +40,39 @@ TESTS: dict[str, tuple[str, ...]] = {
     "statistics/shapley": ("games", "coalitions"),
     "measures/logit_diff": ("measures", "findings"),
     "store/activations": ("store", "replay"),
+    "store/inventory": ("store", "cli"),
+    "store/patched_run": ("completion", "sweep", "answers"),
     "store/store": ("store",),
     "store/zarr_group": ("store",),
     "replay/additive_layers": ("sums",),
     "replay/cached_checkpoints": ("sweep", "answers"),
-    "replay/greedy_decoding": ("generation",),
-    "replay/layers": ("replay", "sums"),
+    "replay/greedy_decoding": ("generation", "published", "answers"),
+    "replay/layers": ("replay", "sums", "further"),
     "replay/patch_inputs": ("replay", "sums"),
     "replay/patched_generation": ("answers",),
+    "replay/protocols": ("format1", "answers", "published"),
     "replay/published_protocol": ("published",),
     "replay/reference": ("reference", "verify", "sweep"),
     "replay/replay": ("replay",),
-    "replay/run": ("sweep",),
+    "replay/run": ("sweep", "further", "answers"),
     "replay/vocabulary_measures": ("further",),
 }
 """Of each module under engine/, the test files that can kill its mutants."""
+
+LONG = (
+    "tests/test_head_effects.py::test_no_head_of_a_model_without_effects_is_significant_in_more_than_five_percent_of_models",
+    "tests/test_verdict.py::test_parity_is_said_to_be_there_in_at_most_five_percent_of_models_without_it",
+)
+"""Tests that are left out: each takes seconds, of every mutant that survives the others."""
 
 LINKED = ("headlapse", "kernels", "engine", "scripts", "README.md", "docs")
 """What tests read besides themselves."""
 
 VERDICTS = {0: "survived", 1: "killed", 3: "killed", 5: "no test", 33: "no test", 36: "timeout", None: "not run"}
 VERDICTS |= dict.fromkeys((-24, 24, 152, 255), "timeout")
+
+MISSED = ("survived", "no test")
+"""What no test noticed."""
 
 
 def workplace(module: str) -> Path:
@@ -72,7 +88,8 @@ def workplace(module: str) -> Path:
         "also_copy": [name for name in LINKED if (ROOT / name).exists()],
         # jaxtyping's hook has to come before the first import, which mutmut's own processes are past; scipy is imported
         # where it is first used, which would be in every mutant.
-        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow", "-p", "scipy.stats"],
+        "pytest_add_cli_args": ["-o", "addopts=", "-p", "no:cacheprovider", "-m", "not slow", "-p", "scipy.stats"]
+        + [f"--deselect={test}" for test in LONG],
         "pytest_add_cli_args_test_selection": [f"tests/test_{name}.py" for name in TESTS[module]],
         # A parent that has only collected tests: what has run them keeps caches and threads.
         "process_isolation": "forkserver",
@@ -85,16 +102,50 @@ def workplace(module: str) -> Path:
     return place
 
 
-def verdicts(module: str) -> dict[str, str]:
-    """Mutant → what became of it; empty before the first run."""
-    path = WORK / module / "mutants" / "headlapse" / "engine" / f"{module}.py.meta"
-    if not path.exists():
-        return {}
-    codes: dict[str, int | None] = json.loads(path.read_text())["exit_code_by_key"]
-    return {name: VERDICTS.get(code, "crashed") for name, code in codes.items()}
+@dataclass
+class Record:
+    """What is known of the mutants of a module as it is.  mutmut forgets its verdicts when pyproject.toml changes."""
+
+    path: Path
+    source: str
+    """Digest of the module: another one has other mutants."""
+
+    names: list[str]
+    first: dict[str, str] = field(default_factory=dict)
+    """Mutant → its first verdict, before tests were written against it."""
+
+    now: dict[str, str] = field(default_factory=dict)
+    """Mutant → its last verdict."""
+
+    @classmethod
+    def of(cls, module: str) -> "Record":
+        """Kept beside mutmut's own files; what an interrupted run came to is taken over."""
+        place, path = workplace(module), WORK / module / "verdicts.json"
+        source = hashlib.sha256((place / "headlapse" / "engine" / f"{module}.py").read_bytes()).hexdigest()
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("source") != source:
+            kept = {"source": source, "names": mutant_names(place, module)}
+        record = cls(path, **kept)
+        record.update(module)
+        return record
+
+    def update(self, module: str) -> None:
+        """Take over what mutmut has found since."""
+        meta = self.path.parent / "mutants" / "headlapse" / "engine" / f"{module}.py.meta"
+        codes: dict[str, int | None] = json.loads(meta.read_text())["exit_code_by_key"] if meta.exists() else {}
+        found = {name: VERDICTS.get(codes.get(name), "crashed") for name in self.names}
+        self.now |= {name: verdict for name, verdict in found.items() if verdict != "not run"}
+        self.first = self.now | self.first
+        kept = {"source": self.source, "names": self.names, "first": self.first, "now": self.now}
+        self.path.write_text(json.dumps(kept, indent=0))
+
+    def sample(self, share: float, seed: int) -> list[str]:
+        """The mutants of a share by name; it depends on nothing that has been run."""
+        return random.Random(seed).sample(self.names, round(share * len(self.names)))
 
 
 def mutant_names(place: Path, module: str) -> list[str]:
+    """All mutants of a module as it is; takes up to half a minute."""
     code = (
         "import sys; from pathlib import Path; from mutmut.mutation.file_mutation import mutate_file_contents; "
         "from mutmut.utils.format_utils import get_mutant_name; path = sys.argv[1]; "
@@ -105,19 +156,9 @@ def mutant_names(place: Path, module: str) -> list[str]:
     return subprocess.run(words, cwd=place, check=True, capture_output=True, text=True).stdout.split()
 
 
-def chosen(place: Path, module: str, share: float, seed: int, again: bool) -> list[str]:
-    """The mutants to run by name; the sample of a share does not depend on what has been run."""
-    known = verdicts(module)
-    if again:
-        return [name for name, verdict in known.items() if verdict == "survived"]
-    names = mutant_names(place, module)
-    sample = random.Random(seed).sample(names, round(share * len(names)))
-    return [name for name in sample if known.get(name, "not run") == "not run"]
-
-
-def run(module: str, share: float, seed: int, again: bool, workers: int) -> None:
-    place = workplace(module)
-    names = chosen(place, module, share, seed, again)
+def run(module: str, record: Record, names: list[str], again: bool, workers: int) -> None:
+    place, wanted = WORK / module, MISSED if again else ("not run",)
+    names = [name for name in names if record.now.get(name, "not run") in wanted]
     if not names:
         return
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -127,31 +168,39 @@ def run(module: str, share: float, seed: int, again: bool, workers: int) -> None
         ended = subprocess.run(words, cwd=place, env=variables, stdout=log, stderr=subprocess.STDOUT)
     if ended.returncode:
         print(f"{module}: mutmut ended with {ended.returncode}, see {place / 'log.txt'}", file=sys.stderr)
+    record.update(module)
 
 
-def show(module: str) -> None:
-    """One line of counts, then each survivor with what it changes."""
-    known = verdicts(module)
-    counts = Counter(known.values())
-    n_run = len(known) - counts["not run"]
-    share = f"{counts['survived'] / n_run:.1%}" if n_run else "-"
-    cells = (
-        len(known),
-        n_run,
-        *(counts[name] for name in ("killed", "survived", "timeout", "no test", "crashed")),
-        share,
-    )
-    print("|", " | ".join((module, *map(str, cells))), "|")
+def counts_of(record: Record, names: list[str]) -> Counter[str]:
+    """Of these mutants: how many there are of each verdict, `sampled`, and `at first` those that survived then."""
+    counts = Counter(record.now[name] for name in names if name in record.now)
+    counts["sampled"] = counts.total()
+    counts["at first"] = sum(record.first.get(name) in MISSED for name in names)
+    counts["mutants"] = len(record.names)
+    return counts
 
 
-def show_survivors(module: str) -> None:
+def row(name: str, counts: Counter[str]) -> str:
+    """A line of the table.  The interval is Clopper and Pearson's, of a share drawn from very many mutants."""
+    from scipy.stats import binomtest
+
+    n, missed = counts["sampled"], sum(counts[verdict] for verdict in MISSED)
+    cells = [counts[key] for key in ("mutants", "sampled", "killed", "timeout", "crashed", "at first")] + [missed]
+    share = "-"
+    if n:
+        low, high = binomtest(missed, n).proportion_ci(0.95, method="exact")
+        share = f"{missed / n:.1%} ({low:.1%} to {high:.1%})"
+    return f"| {' | '.join(map(str, (name, *cells, share)))} |"
+
+
+def show_survivors(module: str, record: Record, names: list[str]) -> None:
     place = WORK / module
-    for name, verdict in verdicts(module).items():
-        if verdict not in ("survived", "no test"):
+    for name in names:
+        if record.now.get(name) not in MISSED:
             continue
         words = [sys.executable, "-m", "mutmut", "show", name]
         shown = subprocess.run(words, cwd=place, capture_output=True, text=True).stdout.splitlines()
-        print(f"{module}: {name.rpartition('.')[2]} ({verdict})")
+        print(f"{module}: {name.rpartition('.')[2]} ({record.now[name]})")
         print(*(line for line in shown if line[:1] in "+-" and line[:3] not in ("---", "+++")), sep="\n")
 
 
@@ -166,16 +215,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     modules = [module for module in TESTS if any(module.startswith(asked) for asked in options.modules)]
+    records = {module: Record.of(module) for module in modules}
+    samples = {module: records[module].sample(options.share, options.seed) for module in modules}
     for module in modules:
         if not options.list:
-            run(module, options.share, options.seed, options.again, options.workers)
-    print("| module | mutants | run | killed | survived | timed out | no test | crashed | survivors |")
+            run(module, records[module], samples[module], options.again, options.workers)
+    print("| module | mutants | sampled | killed | timed out | crashed | survived at first | survive | share |")
     print("|-|-|-|-|-|-|-|-|-|")
+    rooms: dict[str, Counter[str]] = {}
     for module in modules:
-        show(module)
+        counts = counts_of(records[module], samples[module])
+        print(row(module, counts))
+        rooms.setdefault(module.partition("/")[0], Counter()).update(counts)
+    for room, counts in rooms.items():
+        print(row(f"**{room}**", counts))
     if options.survivors:
         for module in modules:
-            show_survivors(module)
+            show_survivors(module, records[module], samples[module])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,15 @@ from headlapse.engine.checkpoints.fetch import fetch
 from headlapse.engine.checkpoints.loader import ModelLoader, open_resident_model
 from headlapse.engine.checkpoints.model import ResidentModel
 from headlapse.engine.checkpoints.resolve import resolve
-from headlapse.engine.replay.greedy_decoding import SlicePatch, generate_slice_patched, reference_generate
+from headlapse.engine.replay.greedy_decoding import (
+    GeneratedTexts,
+    SlicePatch,
+    _rounding_bound,
+    generate_distinct,
+    generate_slice_patched,
+    padded,
+    reference_generate,
+)
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
 from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
@@ -171,6 +179,36 @@ def test_how_many_go_side_by_side_changes_nothing() -> None:
     patches = slice_patches(3)
     alone = generate_slice_patched(resident, patches, N_TOKENS, batch_size=1)
     assert generate_slice_patched(resident, patches, N_TOKENS, batch_size=1000).tokens == alone.tokens
+
+
+def test_equal_prompts_are_generated_once_as_many_side_by_side_as_the_kind_of_device_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resident, seen = dressed(tiny("gpt2")), list[tuple[int, int]]()
+
+    def spelled(distinct: list[str], batch_size: int) -> GeneratedTexts:
+        seen.append((len(distinct), batch_size))
+        return GeneratedTexts([[ord(letter) for letter in prompt] for prompt in distinct], n_near=1)
+
+    found = generate_distinct(resident, ["b", "a", "b", "ab"], spelled)
+    assert found == GeneratedTexts([[98], [97], [98], [97, 98]], n_near=1)
+    many = [str(number) for number in range(2000)]
+    generate_distinct(resident, many, spelled)
+    for device in ("cuda", "meta"):
+        monkeypatch.setattr(resident, "device", device)
+        generate_distinct(resident, many, spelled)
+    assert seen == [(3, 3), (2000, 64), (2000, 512), (2000, 64)], "another kind of device is taken for a processor"
+
+
+def test_texts_of_different_lengths_are_padded_with_what_is_no_token() -> None:
+    assert padded([[5, 6, 7], [], [8]], 4).tolist() == [[5, 6, 7, -1], [-1] * 4, [8, -1, -1, -1]]
+
+
+def test_how_close_two_tokens_may_be_goes_by_the_largest_logit_of_their_own_text() -> None:
+    resident = dressed(tiny("gpt2"))
+    one_rounding = torch.finfo(torch.float32).eps
+    bound = _rounding_bound(resident, torch.tensor([[100.0, 3, -4], [1, 3, -4]]))
+    assert bound.tolist() == pytest.approx([64 * 100 * one_rounding, 64 * 4 * one_rounding])
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from headlapse.engine.statistics.head_effects import head_effects, rank_heads, t_test, telling_checkpoint
+from headlapse.engine.statistics.head_effects import _is_clear, head_effects, rank_heads, t_test, telling_checkpoint
 from headlapse.engine.statistics.multiple_testing import CORRECTIONS, adjust
 from tests.test_verdict import N_HEADS, N_LAYERS, STEPS, planted_run
 
@@ -51,8 +51,15 @@ def test_where_single_heads_were_not_patched_there_is_no_row() -> None:
     for options in ({"words": ("even", "odd", "all")}, {"joint": True}):
         frame = head_effects(*planted_run({}, **options))  # type: ignore[arg-type]
         assert frame.empty and list(frame) == ["effect", "low", "high", "p", "p_adjusted", "share"]
+        assert list(frame.index.names) == ["checkpoint", "layer", "head"]
     some = head_effects(*planted_run({}, words=("5", "2", "all"), steps=(0,)))
     assert some.index.unique("head").tolist() == [2, 5], "those that were, in their order"
+
+
+def test_a_layers_effect_is_shared_out_from_half_a_nat_on_and_where_it_is_surely_of_its_sign() -> None:
+    whole = np.array([[0.5] * 4, [-0.5] * 4, [0.49] * 4, [-3.0, 3, 3, 3], [3.0, -3, -3, -3]])
+    assert _is_clear(whole).tolist() == [True, True, False, False, False]
+    assert _is_clear(whole[:, :1]).tolist() == [True, True, False, True, True], "one prompt has no interval"
 
 
 def test_a_heads_onset_is_dated_between_two_checkpoints_and_noise_alone_is_not() -> None:

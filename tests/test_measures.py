@@ -11,6 +11,7 @@ from headlapse.engine.measures.logit_diff import (
     effect,
     finished,
     recovered,
+    strongest,
     success,
     timeline,
 )
@@ -91,7 +92,7 @@ def test_without_all_heads_the_strongest_subset_judges() -> None:
 
 def test_the_timeline_is_read_at_each_rows_best_layer() -> None:
     frame = timeline(some_run(), "denoise")
-    assert frame.index.tolist() == ["step10", "main"]
+    assert frame.index.tolist() == ["step10", "main"] and frame.index.name == "checkpoint"
     main = frame.loc["main"]
     assert (main["clean"], main["clean_rate"], main["corrupt"], main["corrupt_rate"]) == (4.0, 1.0, -3.0, 0.0)
     assert (main["even"], main["even_rate"], main["odd"], main["odd_rate"]) == (2.0, 1.0, -2.0, 0.0)
@@ -128,6 +129,15 @@ def test_without_even_odd_and_all_the_subset_that_moves_a_row_most_stands_for_th
     row = next(line for line in format_timeline(run, SETTINGS).splitlines() if line.startswith("main"))
     assert row.split() == ["main", "?", "+4.00", "100%", "-3.00", "0%", "+3.00", "100%", "0,2", "0"]
     assert list(timeline(run, "denoise").columns)[-1] == "best_layer"
+
+
+def test_the_strongest_subset_of_each_checkpoint_is_worked_by_hand() -> None:
+    """Even moves step10's corrupt run by 1 and -1 at layer 0, main's by 3 and 7; odd by less, and so does layer 1."""
+    frame = strongest(some_run().sel(subset=["even", "odd"]), "denoise")
+    assert frame.to_dict("index") == {
+        "step10": {"subset": "even", "mean": 0.0, "rate": 0.0},
+        "main": {"subset": "even", "mean": 2.0, "rate": 1.0},
+    }
 
 
 @pytest.mark.parametrize("subsets", [["even"], ["odd", "all"]])

@@ -14,6 +14,7 @@ from headlapse.engine.statistics.onset import (
     DIVERGENCE,
     Order,
     Series,
+    _p_above,
     compare_onsets,
     declines,
     first_sustained,
@@ -46,6 +47,14 @@ def test_resampled_means_are_means_of_prompts_drawn_with_replacement() -> None:
     assert np.allclose(counts, counts.round()) and np.allclose(counts.sum(0), 5)
 
 
+def test_layers_and_checkpoints_are_resampled_as_if_each_stood_alone() -> None:
+    values = np.random.default_rng(8).standard_normal((2, 3, 5))
+    for resample in (resampled_means, noise_of_means):
+        together = resample(values, 40)
+        assert together.shape == (2, 3, 40)
+        np.testing.assert_allclose(together[1, 2], resample(values[1, 2], 40), atol=1e-12)
+
+
 def test_noise_of_few_prompts_is_as_wide_as_the_standard_error_of_their_mean() -> None:
     """Of four prompts the plain bootstrap would be narrower by sqrt(3/4), 13 %."""
     values = np.random.default_rng(3).standard_normal((50, 4))
@@ -70,7 +79,7 @@ def test_an_onset_lies_between_two_checkpoints() -> None:
 def test_what_is_there_from_the_first_or_never_comes_is_censored() -> None:
     always, never = onset_of(STEPS, series(np.ones(8))), onset_of(STEPS, series(np.zeros(8)))
     assert (always.censored, always.after, always.by, str(always)) == ("left", None, 0, "by 0")
-    assert (never.censored, never.by, never.high, str(never)) == ("right", None, None, "never")
+    assert (never.censored, never.after, never.by, never.high) == ("right", None, None, None) and str(never) == "never"
     assert never.low == 70, "after the last checkpoint, if ever"
 
 
@@ -130,6 +139,45 @@ def test_what_is_evident_is_scipys_tests_adjusted() -> None:
     assert (found == (adjust(exact, "holm") <= 0.05)).all() and 0 < found.sum() < 9
 
 
+def test_a_rate_is_held_against_a_coin_at_every_count() -> None:
+    """Values from -1 to 1 are counts of half as many heads: of three prompts +1, 0 and 0 are two heads of three."""
+    for n_ones in range(8):
+        ones = (np.arange(7) < n_ones).astype(float)[None]
+        for threshold in (0.1, 0.5):
+            exact = stats.binomtest(n_ones, 7, threshold, "greater").pvalue
+            assert _p_above(Series("it", None, ones, threshold, "rate"), 1) == pytest.approx(exact)
+            both_ways = Series("it", None, 2 * ones - 1, 2 * threshold - 1, "rate", lowest=-1.0)
+            assert _p_above(both_ways, 1) == pytest.approx(exact)
+    halves = Series("it", None, np.array([[1.0, 0, 0]]), 0.0, "rate", lowest=-1.0)
+    assert _p_above(halves, 1) == pytest.approx(4 / 8), "two of three coins or more"
+
+
+@pytest.mark.parametrize("side", [1, -1])
+@pytest.mark.parametrize(("p", "is_significant"), [(0.049, True), (0.051, False)])
+def test_past_a_two_sided_threshold_five_percent_are_shared_by_both_sides(
+    side: int, p: float, is_significant: bool
+) -> None:
+    spread = np.array([-1.0, -0.5, 0, 0, 0.5, 1])
+    mean = 0.5 + stats.t.isf(p / 2, 5) * stats.sem(spread)
+    assert significant_checkpoints(series(side * (mean + spread)[None], two_sided=True)).item() is is_significant
+
+
+def test_two_prompts_that_agree_are_evidence_and_one_is_none() -> None:
+    two = np.array([[5.0, 5.001]])
+    assert significant_checkpoints(series(two)).all() and not significant_checkpoints(series(two[:, :1])).any()
+
+
+def test_from_one_checkpoint_to_the_next_as_much_of_a_drop_is_left_as_a_normal_bound_leaves() -> None:
+    """95 % of normal noise drops by less than 1.645 standard errors of the difference; few prompts widen that as they
+    widen an interval: Student's quantile over the normal one."""
+    values = np.array([4 + stats.norm.ppf((np.arange(8) + 0.5) / 8), np.full(8, 1.0)])
+    [drop] = declines(STEPS[:2], series(values))
+    wider = stats.t.isf(0.025, 7) / stats.norm.isf(0.025)
+    margin = stats.norm.isf(0.05) * stats.sem(values[0] - values[1]) * wider
+    assert drop.depth == pytest.approx(values[0].mean() - values[1].mean())
+    assert drop.depth - drop.at_least == pytest.approx(margin, rel=0.05)
+
+
 def test_one_prompt_makes_nothing_evident_and_nothing_fall() -> None:
     one = series(np.array([0, 0, 0, 9, 9, 9, 0, 9.0])[:, None])
     assert onset_of(STEPS, one).significant is None and declines(STEPS, one) == []
@@ -177,6 +225,9 @@ def test_capability_and_specialization_are_put_in_order_only_where_the_data_do()
     early, late = (series(np.array([0, 0, 0, 0, 0, 0, 0, 0.0]) + (at <= STEPS)) for at in (20, 60))
     assert compare_onsets(STEPS, early, late) == Order("first", 1.0, 0.0, 30.0, 50.0), "(10, 20] against (50, 60]"
     assert compare_onsets(STEPS, late, early) == Order("later", 0.0, 1.0, -50.0, -30.0)
+    next_one = series(1.0 * (STEPS >= 30)[:, None].repeat(6, 1))
+    assert compare_onsets(STEPS, early, next_one) == Order("first", 1.0, 0.0, 0.0, 20.0), "by 20, and after 20"
+    assert compare_onsets(STEPS, next_one, early) == Order("later", 0.0, 1.0, -20.0, 0.0)
     assert compare_onsets(STEPS, early, early) == Order("undecided", 0.0, 0.0, -10.0, 10.0)
     noise = np.random.default_rng(0).normal(0, 1, (2, 8, 10)) + (STEPS >= 30)[None, :, None] * 0.7
     assert compare_onsets(STEPS, series(noise[0]), series(noise[1])).verdict == "undecided"
@@ -222,6 +273,38 @@ def test_every_measure_of_a_run_is_dated_by_layer_and_unit() -> None:
     assert frame.loc[("even − odd divergence", 3, "nats"), "censored"] == "right"
     clean = onsets(run_of(jump, jump), "denoise").iloc[0]
     assert (clean["measure"], clean["unit"], clean["censored"]) == ("clean right", "nats", "left")
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+def test_every_series_of_two_prompts_is_worked_by_hand(direction: str) -> None:
+    """Unpatched 2 and -1 (clean), -3 and 1 (corrupt): gaps of 5 and -2 nats.  All heads give 1 and 3."""
+    dims = ("checkpoint", "trial")
+    run = run_of(np.zeros(1), np.zeros(1), STEPS[:1]).isel(layer=[1], trial=[0, 1])
+    run = run.assign(clean_logit_diff=(dims, [[2.0, -1]]), corrupt_logit_diff=(dims, [[-3.0, 1]]))
+    run["logit_diff"] = (("checkpoint", "layer", "subset", "trial"), [[[[1.0, -2], [-1, -1], [1, 3]]]])
+    found = {(one.name, one.unit): one for one in series_of(run, direction)}
+    of_all = {
+        "denoise": ([4.0, 2], [1.0, 0], [4 - 2.5, 2 - 0.25], [1.0, 0]),  # recovered are 4/5 and -1
+        "noise": ([1.0, -4], [0.0, -1], [1 - 2.5, -4 - 0.25], [0.0, 1]),  # recovered are 1/5 and 2
+    }[direction]
+    expected = {
+        ("clean right", "nats"): ([2.0, -1], 0.0, False, 0.0),
+        ("clean right", "rate"): ([1.0, 0], 0.5, False, 0.0),
+        ("corrupt wrong", "nats"): ([3.0, -1], 0.0, False, 0.0),
+        ("corrupt wrong", "rate"): ([1.0, 0], 0.5, False, 0.0),
+        ("all heads matter", "nats"): (of_all[0], 0.5, False, 0.0),
+        ("all heads matter", "rate"): (of_all[1], 0.3, False, -1.0),
+        ("recovery above half", "nats"): (of_all[2], 0.0, False, 0.0),
+        ("recovery above half", "rate"): (of_all[3], 0.5, False, 0.0),
+        (DIVERGENCE, "nats"): ([2.0, -1], 0.5, True, 0.0),
+        (DIVERGENCE, "rate"): ([1.0, 0], 0.3, True, -1.0),
+    }
+    assert list(found) == list(expected)
+    for key, (values, *rest) in expected.items():
+        one = found[key]
+        assert one.values.tolist() == [values], key
+        assert [one.threshold, one.two_sided, one.lowest] == rest, key
+        assert one.layer == (None if key[0] in ("clean right", "corrupt wrong") else 4)
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])

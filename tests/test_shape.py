@@ -7,6 +7,7 @@ from headlapse.engine.statistics.changepoint import (
     DIVIDE,
     GAP,
     WIDEST,
+    Shape,
     _verdict,
     changes,
     evaluate_shape,
@@ -58,7 +59,8 @@ def test_noise_alone_is_rarely_called_anything() -> None:
 
 def test_too_few_checkpoints_say_nothing() -> None:
     shape = evaluate_shape(np.arange(3.0), np.arange(3.0)[:, None])
-    assert shape.verdict == "undecided" and not shape.bic
+    assert shape == Shape("undecided", {}, gap=1.0, changes=True), "all of the range is a gap"
+    assert evaluate_shape(np.arange(4.0), np.arange(4.0)[:, None]).verdict == "gradual", "four are enough for a line"
     assert evaluate_shape(np.zeros(6), noisy(np.zeros(6))).verdict == "undecided"
 
 
@@ -88,7 +90,7 @@ def test_the_sampling_variance_is_the_interaction_of_an_analysis_of_variance() -
     """Hand-worked: prompts 0 and 4 apart, and one cell off by 2."""
     values = np.array([[0.0, 4.0], [0.0, 4.0], [2.0, 4.0]])
     assert sampling_variance(values) == pytest.approx((4 / 3) / (1 * 2) / 2)
-    assert sampling_variance(values[:, :1]) == 0
+    assert sampling_variance(values[:, :1]) == 0 and sampling_variance(values[:1]) == 0
 
 
 def test_prompts_that_go_their_own_ways_make_no_change_of_the_mean() -> None:

@@ -9,7 +9,7 @@ import xarray as xr
 from scipy import stats
 
 from headlapse.engine.report.findings.parity import parity_finding
-from headlapse.engine.statistics.bootstrap import interval
+from headlapse.engine.statistics.bootstrap import RESAMPLES, _expanded, interval
 from headlapse.engine.statistics.multiple_testing import CORRECTIONS, NAMES, adjust
 from headlapse.engine.statistics.permutation import (
     find_equal_splits,
@@ -120,7 +120,7 @@ def test_what_differs_by_rounding_alone_is_not_significant() -> None:
 @pytest.mark.parametrize("n_heads", [8, 9])
 def test_among_n_random_splits_p_is_phipson_and_smyths(n_heads: int) -> None:
     """(k + 1) / (N + 1) by its definition; where halves are unequal, twice that of the smaller tail."""
-    effects = np.random.default_rng(n_heads).standard_normal(n_heads)
+    effects = np.random.default_rng(n_heads + 200).standard_normal(n_heads)
     frame = parity(run_of(effects[None, None], ("splits:19",)))
     assert frame is not None
     strength, *others = (2.0 * parse_subsets(("splits:19",), n_heads).mask[::2] - 1) @ effects
@@ -131,6 +131,7 @@ def test_among_n_random_splits_p_is_phipson_and_smyths(n_heads: int) -> None:
         error = np.sqrt(expected * (1 - expected) / (n + 1))
     else:
         tail = (min((others >= strength).sum(), (others <= strength).sum()) + 1) / (n + 1)
+        assert tail != 0.2, "there an error with four times the tail would be the same"
         expected, error = 2 * tail, 2 * np.sqrt(tail * (1 - tail) / (n + 1))
     assert expected < 1
     assert frame["p"].item() == pytest.approx(expected) and frame["p_error"].item() == pytest.approx(error)
@@ -228,6 +229,21 @@ def test_intervals_of_few_prompts_cover_the_mean_as_often_as_they_say(n_prompts:
     """Of 2,000 the standard error is 0.5 %; plain percentiles cover 83, 89, 93 and 94 %."""
     low, high = interval(np.random.default_rng(6).standard_normal((2000, n_prompts)))
     assert least < ((low <= 0) & (high >= 0)).mean() < 0.965
+
+
+@pytest.mark.parametrize("n_prompts", [4, 8, 15])
+def test_the_percentiles_of_few_prompts_are_as_far_apart_as_students_interval_is_wide(n_prompts: int) -> None:
+    """Resampled means of n normal values scatter by sqrt((n - 1) / n) standard errors."""
+    in_errors = stats.norm.isf((1 - _expanded(n_prompts)) / 2) * np.sqrt((n_prompts - 1) / n_prompts)
+    assert in_errors == pytest.approx(stats.t.isf(0.025, n_prompts - 1))
+
+
+@pytest.mark.parametrize("n_prompts", [2, 3])
+def test_the_interval_of_two_or_three_prompts_leaves_out_one_resample(n_prompts: int) -> None:
+    """Student's would be wider than any that resamples can give."""
+    assert _expanded(n_prompts) == pytest.approx(1 - 1 / RESAMPLES, abs=1e-9)
+    low, high = interval(np.arange(n_prompts, dtype=float))
+    assert (low, high) == (0, n_prompts - 1)
 
 
 def test_the_table_has_a_row_a_checkpoint_the_layer_least_given_by_chance_and_says_how_many_there_were() -> None:
