@@ -425,10 +425,10 @@ class _Handler(BaseHTTPRequestHandler):
         return refs
 
     def _refuse(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
-        told = {"X-Error-Message": message.replace("\n", " "), "Content-Type": "application/json"}
+        all_headers = {"X-Error-Message": message.replace("\n", " "), "Content-Type": "application/json"}
         if code:
-            told["X-Error-Code"] = code
-        self._send(status, json.dumps({"error": message}).encode(), {**told, **(headers or {})})
+            all_headers["X-Error-Code"] = code
+        self._send(status, json.dumps({"error": message}).encode(), {**all_headers, **(headers or {})})
 
     def _send_json(self, value: Any) -> None:
         value = self.server.hub.rewrite(urlsplit(self.path).path, value)
@@ -448,16 +448,16 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _sibling(name: str, blob: RemoteBlob, blobs: bool) -> dict[str, Any]:
-    told: dict[str, Any] = {"rfilename": name}
+    entry: dict[str, Any] = {"rfilename": name}
     if blobs:
-        told |= {"size": blob.size, "blobId": blob.git_hash}
+        entry |= {"size": blob.size, "blobId": blob.git_hash}
         if blob.large:
-            told["lfs"] = {"sha256": blob.sha256, "size": blob.size, "pointerSize": 134}
-    return told
+            entry["lfs"] = {"sha256": blob.sha256, "size": blob.size, "pointerSize": 134}
+    return entry
 
 
 def _entry(name: str, blob: RemoteBlob) -> dict[str, Any]:
-    told: dict[str, Any] = {"type": "file", "path": name, "size": blob.size, "oid": blob.git_hash}
+    entry: dict[str, Any] = {"type": "file", "path": name, "size": blob.size, "oid": blob.git_hash}
     if blob.large:
-        told["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}
-    return told
+        entry["lfs"] = {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}
+    return entry

@@ -79,6 +79,6 @@ def test_a_bug_is_not_swallowed(bug: Exception) -> None:
         exit_status_of(main)
 
 
-def test_a_problem_that_many_share_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_problem_that_many_share_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     print_problems({"step1": "no network", "step2": "cut off", "step3": "no network"})
     assert capsys.readouterr().err == "error: step1, step3: no network\nerror: step2: cut off\n"

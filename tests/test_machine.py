@@ -1,4 +1,4 @@
-"""Laws of the machine: what may be asked of it, how amounts are told, and that fewer are tried where memory fails."""
+"""Laws of the machine: what may be asked of it, how amounts are written, that fewer are tried where memory fails."""
 
 import math
 import re
@@ -52,8 +52,8 @@ def test_what_is_no_amount_of_memory_is_refused_with_one_that_is(text: str) -> N
 
 def test_the_default_is_the_same_whatever_is_free_just_now() -> None:
     first = Machine.from_options("cpu").memory
-    held = torch.ones(2**24)
-    assert Machine.from_options("cpu").memory == first == default_memory("cpu") > held.nbytes
+    tensor = torch.ones(2**24)
+    assert Machine.from_options("cpu").memory == first == default_memory("cpu") > tensor.nbytes
 
 
 def test_the_default_is_three_quarters_of_all_that_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,18 +80,18 @@ def test_tf32_is_refused_where_nothing_computes_in_it() -> None:
         Machine.from_options("cpu", dtype="tf32")
 
 
-def test_peak_memory_grows_with_what_is_held_beyond_it_and_never_falls() -> None:
+def test_peak_memory_grows_with_what_is_allocated_beyond_it_and_never_falls() -> None:
     before = peak_memory("cpu")
     below = before - psutil.Process().memory_info().rss
-    held = torch.ones(below // 4 + 2**26)
+    tensor = torch.ones(below // 4 + 2**26)
     during = peak_memory("cpu")
     assert 2**27 < during - before < 2**29
-    del held
+    del tensor
     assert peak_memory("cpu") >= during
 
 
 @pytest.mark.parametrize(
-    ("n_bytes", "told"),
+    ("n_bytes", "text"),
     [
         (0, "0 B"),
         (999, "999 B"),
@@ -107,12 +107,12 @@ def test_peak_memory_grows_with_what_is_held_beyond_it_and_never_falls() -> None
         (10**16, "10000.0 TB"),
     ],
 )
-def test_bytes_are_told_in_the_unit_that_suits(n_bytes: int, told: str) -> None:
-    assert format_bytes(n_bytes) == told
+def test_bytes_are_written_in_the_unit_that_suits(n_bytes: int, text: str) -> None:
+    assert format_bytes(n_bytes) == text
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [
         (0, "0 s"),
         (89, "89 s"),
@@ -126,17 +126,18 @@ def test_bytes_are_told_in_the_unit_that_suits(n_bytes: int, told: str) -> None:
         (4e10, "1,268 years"),
     ],
 )
-def test_time_is_told_in_the_unit_that_suits(seconds: float, told: str) -> None:
-    assert format_time(seconds) == told
+def test_time_is_written_in_the_unit_that_suits(seconds: float, text: str) -> None:
+    assert format_time(seconds) == text
 
 
-@pytest.mark.parametrize("tell", [format_bytes, format_time])
-def test_what_is_told_is_the_amount_rounded_to_its_last_digit(tell: Callable[[float], str]) -> None:
+@pytest.mark.parametrize("formatted", [format_bytes, format_time])
+def test_what_is_written_is_the_amount_rounded_to_its_last_digit(formatted: Callable[[float], str]) -> None:
     for amount in 10 ** np.random.default_rng(0).uniform(0, 14, 2000):
-        told = re.fullmatch(r"([\d,]+)(\.\d)? (\w+)", tell(float(amount)))
-        assert told, tell(float(amount))
-        number, unit = float(told[1].replace(",", "") + (told[2] or "")), UNITS[told[3]]
-        assert number >= 1 and abs(number - amount / unit) <= (0.05 if told[2] else 0.5) + 1e-9 * number
+        text = formatted(float(amount))
+        match = re.fullmatch(r"([\d,]+)(\.\d)? (\w+)", text)
+        assert match, text
+        number, unit = float(match[1].replace(",", "") + (match[2] or "")), UNITS[match[3]]
+        assert number >= 1 and abs(number - amount / unit) <= (0.05 if match[2] else 0.5) + 1e-9 * number
 
 
 def test_the_rate_is_operations_over_the_seconds_they_took(monkeypatch: pytest.MonkeyPatch) -> None:
