@@ -24,7 +24,7 @@ from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.patched_run import PatchedRun
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchRequest
-from headlapse.engine.study.study import Study, tolerance
+from headlapse.engine.study.study import TOLERANCE, Study, tolerance
 from tests.conftest import SEED
 from tests.models import D_MODEL, N_HEADS, N_LAYERS, save, tiny, tiny_tokenizer
 from tests.test_scripts import messages, run, store_files
@@ -376,6 +376,7 @@ def test_a_drift_within_the_tolerance_is_kept_as_the_self_check(store: Store, sh
     patched(store, plan, patch, LABELS)
     np.testing.assert_allclose(patch.values("self_check"), [0, 5e-5, 5e-5], atol=1e-5)
     assert patch.values("self_check").max() <= tolerance("float32")
+    assert np.allclose(patch.values("self_check_bound"), TOLERANCE)
 
 
 def test_the_printed_largest_difference_is_the_stored_one(model: Path, tmp_path: Path, shifted: list[float]) -> None:
