@@ -7,6 +7,7 @@ as it is told.  `guard_client` has every answer checked before the client sees i
 import functools
 import json
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ LONGEST_WAIT = 300.0
 
 SLOWEST, PATIENCE = 1000.0, 60.0
 """Bytes per second at least, over so many seconds."""
+
+_guarding = threading.Lock()
 
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _ETAG = re.compile(r'(W/)?"?[0-9A-Za-z][0-9A-Za-z._:+=-]{0,127}"?')
@@ -59,9 +62,10 @@ def guard_client() -> None:
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http  # which factory is set is told nowhere else
 
-    current: Callable[[], httpx.Client] = _http._GLOBAL_CLIENT_FACTORY
-    if not isinstance(current, functools.partial) or current.func is not _guarded:
-        set_client_factory(functools.partial(_guarded, current))
+    with _guarding:  # setting a factory closes the client that others use
+        current: Callable[[], httpx.Client] = _http._GLOBAL_CLIENT_FACTORY
+        if not isinstance(current, functools.partial) or current.func is not _guarded:
+            set_client_factory(functools.partial(_guarded, current))
 
 
 def _guarded(factory: "Callable[[], httpx.Client]") -> "httpx.Client":
@@ -157,8 +161,9 @@ def _bounded_stream(response: "httpx.Response") -> "httpx.SyncByteStream":
 
     compressed = response.headers.get("Content-Encoding", "identity").lower() != "identity"
     most = (LARGEST_COMPRESSED if compressed else LARGEST_ANSWER) if _is_listing(response.request) else None
-    body = response.stream
-    assert isinstance(body, httpx.SyncByteStream), "the client is a synchronous one"
+    stream = response.stream
+    assert isinstance(stream, httpx.SyncByteStream), "the client is a synchronous one"
+    body: httpx.SyncByteStream = stream
 
     class Bounded(httpx.SyncByteStream):
         def __iter__(self) -> Iterator[bytes]:
