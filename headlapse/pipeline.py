@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from .engine.checkpoints import known_problems
 from .engine.checkpoints.resolve import Checkpoint, resolve
 from .engine.checkpoints.revisions import RevisionIndex, select
 from .engine.runtime.outcome import Outcome
@@ -110,6 +111,7 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     checkpoints = _checkpoints(options, folder)
     study, path = options.study, cache_path(options, folder)
     refuse_foreign(path)
+    known_problems.warn(checkpoints)
     from .engine.capture import run
     from .engine.runtime.resources import Machine
     from .engine.store.store import Store, duplicate_weights

@@ -103,9 +103,7 @@ def _seal_of(path: Path, attributes: Mapping[str, Any]) -> dict[str, Any] | None
     return sealed
 
 
-def _mismatches(
-    path: Path, attributes: Mapping[str, Any], sealed: Mapping[str, Any] | None
-) -> Iterator[DamageError]:
+def _mismatches(path: Path, attributes: Mapping[str, Any], sealed: Mapping[str, Any] | None) -> Iterator[DamageError]:
     if sealed is None:
         return
     for name, expected in sealed["attributes"].items():
