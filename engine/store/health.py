@@ -3,6 +3,7 @@
 Findings are numbers and names; `report.findings.doctor` has the sentences.  No torch.
 """
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import zarr
 
 from ..runtime.errors import DamageError, UserError
+from ..runtime.format import format_count
 from ..study.patch_settings import PatchSettings
 from ..study.study import RUNS, Arithmetic, tolerance
 from . import integrity
@@ -236,9 +238,8 @@ def _check_array(
     arrays: CheckpointArrays, name: str, label: str, record: Mapping[str, Any], amount: Amount
 ) -> Iterator[Damage]:
     path = arrays.path / name
-    if not arrays.is_sealed and name in _ALWAYS_WRITTEN and not (path / "c" / str(arrays.index(label))).exists():
-        yield Damage(path, "its chunk is missing", label)
-        return
+    if not arrays.is_sealed and name in _ALWAYS_WRITTEN and (n_missing := _missing_files(arrays, name, label)):
+        yield Damage(path, f"{format_count(n_missing, 'chunk')} missing", label)
     try:
         if name in record.get("crc32c", {}):
             values = arrays.read(name, label, record=record)
@@ -247,6 +248,14 @@ def _check_array(
         amount.n_bytes += values.nbytes
     except DamageError as error:
         yield from _damaged_rows(arrays, name, label, record, error)
+
+
+def _missing_files(arrays: CheckpointArrays, name: str, label: str) -> int:
+    """Files that a checkpoint should have of an array and has not: zarr reads them as if they held nothing."""
+    array, place = arrays.array(name), arrays.path / name / "c" / str(arrays.index(label))
+    sizes = zip(array.shape[1:], (array.shards or array.chunks)[1:], strict=True)
+    n_files = place.is_file() + sum(path.is_file() and path.suffix != ".partial" for path in place.rglob("*"))
+    return max(0, math.prod(math.ceil(length / size) for length, size in sizes) - n_files)
 
 
 def _damaged_rows(
