@@ -71,17 +71,17 @@ def diagnose(options: DoctorOptions, folder: Path) -> Diagnosis:
     with quiet_libraries():
         if options.model is not None:
             return _diagnose_model(options.model, folder)
-        return _diagnose_store(store_path(options.store, folder), options.fix, folder)
+        return _diagnose_store(store_path(options.store, folder), options, folder)
 
 
-def _diagnose_store(path: Path, fix: bool, folder: Path) -> Diagnosis:
+def _diagnose_store(path: Path, options: DoctorOptions, folder: Path) -> Diagnosis:
     lines, amount = _Lines(), health.Amount()
-    removed = _look_for_leftovers(path, fix, lines)
+    removed = _look_for_leftovers(path, options.fix, lines)
     _check_groups(path, lines, amount)
     n_compared, store = 0, health.readable(path, path)
     if store is not None:
         _check_identities(path, store.attrs["study"]["dtype"], lines)
-        n_compared = _check_weights(store, folder, lines)
+        n_compared = _check_weights(store, options.weights, folder, lines)
     summary = (
         say.unhealthy_line(str(path), len(lines.problems))
         if lines.problems
@@ -128,9 +128,11 @@ def _check_identities(path: Path, dtype: Arithmetic, lines: _Lines) -> None:
         lines.problems += map(say.store_line, health.check_identities(run, path, dtype))
 
 
-def _check_weights(store: CheckpointArrays, folder: Path, lines: _Lines) -> int:
+def _check_weights(store: CheckpointArrays, weights: Path | None, folder: Path, lines: _Lines) -> int:
     """Provenance against files, and the weights of checkpoints against each other; how many were read."""
-    recorded = health.provenances(store)
+    from .engine.store.store import located
+
+    recorded = {label: located(provenance, weights) for label, provenance in health.provenances(store).items()}
     steps = {row.label: row.step for row in store.rows()}
     by_file = same_weights.compare(
         NamedWeights(label, steps[label], provenance["sha256"]) for label, provenance in recorded.items()
@@ -164,6 +166,7 @@ def _files(label: str, step: int, provenance: Mapping[str, Any], folder: Path, l
     fields = {name: value for name, value in provenance.items() if name not in ("sha256", "stamps")}
     try:
         files = on_disk(Checkpoint(**fields), folder)
+        sha256 = files.sha256 if files is not None else {}
     except UserError as error:
         lines.problems.append(f"{label}: {error}")
         return None
@@ -172,7 +175,7 @@ def _files(label: str, step: int, provenance: Mapping[str, Any], folder: Path, l
             lines.problems.append(say.absent_files_line(label, provenance["location"]))
         return None
     cached = provenance["sha256"]
-    changed = sorted(name for name in {**cached, **files.sha256} if cached.get(name) != files.sha256.get(name))
+    changed = sorted(name for name in {**cached, **sha256} if cached.get(name) != sha256.get(name))
     if changed:
         lines.problems.append(say.changed_files_line(label, files.directory, changed))
         return None
@@ -230,18 +233,18 @@ def _diagnose_folder(model: str, folder: Path) -> Diagnosis:
     from .engine.checkpoints.weight_changes import OnDisk
 
     lines = _Lines()
-    at_hand = []
+    at_hand, named = [], []
     for checkpoint in resolve(model, ("all",), folder):
         try:
             files = on_disk(checkpoint, folder)
+            if files is not None:
+                named.append(NamedWeights(checkpoint.label, checkpoint.step, files.sha256))
+                at_hand.append(OnDisk(checkpoint.label, checkpoint.step, files))
         except UserError as error:
             lines.problems.append(f"{checkpoint.label}: {error}")
-            continue
-        if files is not None:
-            at_hand.append(OnDisk(checkpoint.label, checkpoint.step, files))
     if not at_hand and not lines.problems:
         raise UserError(f"--model {model}: none of its checkpoints is on disk; headlapse cache makes them")
-    by_file = same_weights.compare(NamedWeights(each.label, each.step, each.files.sha256) for each in at_hand)
+    by_file = same_weights.compare(named)
     lines.add_weights(by_file)
     _compare_tensors(at_hand, by_file, lines)
     return _of_model(model, lines, len(at_hand))

@@ -104,7 +104,11 @@ def open_store(store: str | Path | None = None) -> "Store":
 
 
 def doctor(
-    store: "Store | str | Path | None" = None, *, model: str | Path | None = None, fix: bool = False
+    store: "Store | str | Path | None" = None,
+    *,
+    model: str | Path | None = None,
+    weights: str | Path | None = None,
+    fix: bool = False,
 ) -> "Diagnosis":
     """Whether a store is what was written, or what is served of a `model` can be true, as `headlapse doctor` says.
 
@@ -114,7 +118,13 @@ def doctor(
     from .diagnosis import diagnose
 
     path = store.path if isinstance(store, Store) else None if store is None else Path(store)
-    return diagnose(DoctorOptions(path, model=None if model is None else str(model), fix=fix), cache_folder())
+    options = DoctorOptions(
+        path,
+        model=None if model is None else str(model),
+        weights=None if weights is None else Path(weights),
+        fix=fix,
+    )
+    return diagnose(options, cache_folder())
 
 
 class Store:

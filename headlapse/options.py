@@ -290,7 +290,7 @@ class ReportOptions(StoreOption):
 
 
 @dataclass(frozen=True)
-class DoctorOptions(StoreOption):
+class DoctorOptions(WeightsOption, StoreOption):
     """Options of `headlapse doctor`."""
 
     _: KW_ONLY
@@ -304,9 +304,11 @@ class DoctorOptions(StoreOption):
 
     def refuse_impossible(self) -> None:
         """Raise `UserError` for options that exclude one another."""
-        if self.model is not None and (self.store is not None or self.fix):
-            other = f"--store {self.store}" if self.store is not None else "--fix"
-            raise UserError(f"--model {self.model} and {other}: a model has no store; give one of them")
+        self.refuse_missing_weights()
+        given = {"--store": self.store is not None, "--weights": self.weights is not None, "--fix": self.fix}
+        if self.model is not None and any(given.values()):
+            other = next(name for name, is_given in given.items() if is_given)
+            raise UserError(f"--model {self.model} and {other}: with --model no store is looked at; give one of them")
 
 
 def refuse_unknown(option: str, words: Sequence[str], known: Sequence[str]) -> None:

@@ -111,7 +111,6 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     checkpoints = _checkpoints(options, folder)
     study, path = options.study, cache_path(options, folder)
     refuse_foreign(path)
-    known_problems.warn(checkpoints)
     from .engine.capture import run
     from .engine.runtime.resources import Machine
     from .engine.store.store import Store, duplicate_weights
@@ -129,6 +128,7 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
             return [label for label in options.share(list(by_label)) if label in lacking]
 
         labels = still_missing()
+        known_problems.warn([by_label[label] for label in labels])
         series = Series(path, "cache", labels, machine.device)
         with series.begun(still_missing) as mine, progress("cache", "checkpoint", len(mine)) as bar:
             todo = [by_label[label] for label in mine]

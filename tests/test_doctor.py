@@ -1,5 +1,7 @@
 """Laws of `headlapse doctor`: what was planted is named, all of it and nothing else; what is healthy is called so."""
 
+import dataclasses
+import itertools
 import json
 import logging
 import shutil
@@ -7,6 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,8 @@ from headlapse.engine.checkpoints import known_problems
 from headlapse.engine.checkpoints.resolve import Checkpoint
 from headlapse.engine.checkpoints.revisions import PYTHIA, step_of
 from headlapse.engine.checkpoints.same_weights import compare
-from headlapse.engine.checkpoints.weight_findings import NamedWeights, NotTheLast, SameWeights
+from headlapse.engine.checkpoints.weight_changes import _hardly_moving
+from headlapse.engine.checkpoints.weight_findings import Interval, NamedWeights, NotTheLast, SameWeights
 from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
 from headlapse.engine.store.locks import claimed
 from tests.hub_server import HubServer
@@ -221,6 +225,13 @@ def test_weights_that_were_changed_or_are_gone_are_named(store: Path, root: Path
     assert hl.doctor(store).problems == ()
 
 
+def test_weights_that_were_moved_are_compared_where_they_lie_now(store: Path, root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "series", tmp_path / "moved")
+    assert hl.doctor(store, weights=tmp_path / "moved").problems == ()
+    flip(tmp_path / "moved" / "step20" / WEIGHTS, 0.9)
+    assert str(tmp_path / "moved" / "step20") in only(hl.doctor(store, weights=tmp_path / "moved").problems)
+
+
 def test_a_store_whose_checkpoints_share_weights_is_told_from_what_it_recorded(store: Path) -> None:
     arrays = CheckpointArrays(store)
     record = arrays.record("step0")
@@ -309,6 +320,22 @@ def test_weights_that_hardly_move_where_those_around_do_are_named(series: Path) 
     moved(series, 20.01, "step30")
     lines = model_problems(series)
     assert "weights hardly move from step20 to step30" in only(lines)
+
+
+def test_what_a_schedule_of_learning_rates_does_is_no_standstill() -> None:
+    """Warm-up from nothing and decay to a tenth, as a random walk or straight on, whichever checkpoints are at hand."""
+    rate = [min(step / 1430, 1.0) * (1 - 0.9 * step / 143000) for step in range(143001)]
+    total, squares = np.cumsum(rate), np.cumsum(np.square(rate))
+    for steps in (PYTHIA, (0, 1, 2, 1000, 143000), (0, 1, 512, 1000, 142000, 143000), PYTHIA[::7]):
+        pairs = list(itertools.pairwise(steps))
+        straight = [float(total[b] - total[a]) for a, b in pairs]
+        walk = [float(np.sqrt(squares[b] - squares[a])) for a, b in pairs]
+        for changes in (straight, walk):
+            moving = [Interval(f"step{a}", f"step{b}", b - a, c) for (a, b), c in zip(pairs, changes, strict=True)]
+            assert list(_hardly_moving(moving)) == []
+            if len(moving) > 10:
+                moving[7] = dataclasses.replace(moving[7], change=moving[7].change / 100)
+                assert [found.interval for found in _hardly_moving(moving)] == [moving[7]]
 
 
 def test_weights_that_are_not_finite_are_named(series: Path) -> None:

@@ -27,15 +27,14 @@ from .weight_findings import (
 from .weights import tensors_of
 
 STILL = 30.0
-"""Weights that change so many times less per step than around them hardly move.
+"""Weights hardly move where they change so many times less than intervals before and after let expect.
 
-Between checkpoints at powers of two the change per step itself differs by factors of 2 to 4 from one interval to the
-next, with the learning rate and its warm-up; a checkpoint saved again, in another precision or after a failed resume,
-by factors of thousands.
+A schedule of learning rates changes them by factors of up to ten between neighbours, and in one direction; a checkpoint
+that was saved again, in another precision or after a resume that failed, moves thousands of times less.
 """
 
 _AROUND = 2
-"""Intervals before and after one that it is compared with."""
+"""Intervals on either side of one that it is compared with."""
 
 _BLOCK = 1 << 24
 """Numbers of a tensor that are compared at a time."""
@@ -170,15 +169,20 @@ def _varying(digests: Iterable[dict[str, bytes]]) -> set[str]:
 
 
 def _hardly_moving(intervals: Sequence[Interval]) -> Iterator[HardlyMoves]:
-    """Intervals with far less change per step than the median of those around; none is zero, those are equal weights.
+    """Intervals with far less change than those before and those after let expect.
 
-    Where fewer than two others are around, nothing is said.
+    Both, since change grows in a warm-up and shrinks as the learning rate does; so nothing is said of the first and the
+    last interval.  None counts that is zero: those are equal weights.
     """
     moving = [interval for interval in intervals if interval.change > 0]
-    for place, interval in enumerate(moving):
-        around = moving[max(0, place - _AROUND) : place] + moving[place + 1 : place + 1 + _AROUND]
-        if len(around) < 2:
-            continue
-        times_less = statistics.median(other.per_step for other in around) / interval.per_step
-        if times_less > STILL:
-            yield HardlyMoves(interval, times_less)
+    for place in range(1, len(moving) - 1):
+        interval = moving[place]
+        sides = moving[max(0, place - _AROUND) : place], moving[place + 1 : place + 1 + _AROUND]
+        expected = min(statistics.median(_expected(other, interval) for other in side) for side in sides)
+        if expected / interval.change > STILL:
+            yield HardlyMoves(interval, expected / interval.change)
+
+
+def _expected(other: Interval, interval: Interval) -> float:
+    """The least that an interval should change, by another one: as much, or less in proportion where it is shorter."""
+    return other.change * min(1.0, interval.n_steps / other.n_steps)

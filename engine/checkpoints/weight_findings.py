@@ -52,10 +52,6 @@ class Interval:
     change: float
     """Norm of the difference over the norm before; NaN where no tensor is in both."""
 
-    @property
-    def per_step(self) -> float:
-        return self.change / self.n_steps
-
 
 @dataclass(frozen=True)
 class SameTensors:
@@ -80,7 +76,7 @@ class HardlyMoves:
     interval: Interval
 
     times_less: float
-    """Than the median change per step around it."""
+    """Than the intervals before and after it let expect."""
 
 
 @dataclass(frozen=True)

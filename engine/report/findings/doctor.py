@@ -79,7 +79,7 @@ def weights_line(finding: WeightFinding) -> str:
         case HardlyMoves(interval, times_less):
             return (
                 f"weights hardly move from {interval.before} to {interval.after}: by {interval.change:.2g} of their "
-                f"norm, {times_less:,.0f} times less per step than around"
+                f"norm, {times_less:,.0f} times less than before and after"
             )
         case NotFinite(label, names):
             return f"{label} has weights that are infinite or no numbers, in {format_names(names, 3)}"
