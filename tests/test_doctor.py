@@ -334,7 +334,7 @@ def test_what_a_schedule_of_learning_rates_does_is_no_standstill() -> None:
             moving = [Interval(f"step{a}", f"step{b}", b - a, c) for (a, b), c in zip(pairs, changes, strict=True)]
             assert list(_hardly_moving(moving)) == []
             if len(moving) > 10:
-                moving[7] = dataclasses.replace(moving[7], change=moving[7].change / 100)
+                moving[7] = dataclasses.replace(moving[7], change=moving[7].change / 1000)
                 assert [found.interval for found in _hardly_moving(moving)] == [moving[7]]
 
 
