@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .face import PatchedRun as PatchedRun
     from .face import Store as Store
     from .face import cache as cache
+    from .face import doctor as doctor
     from .face import open_store as open
     from .version import __version__ as __version__
 
-__all__ = ["PatchedRun", "Store", "UserError", "VerificationError", "__version__", "cache", "open"]
+__all__ = ["PatchedRun", "Store", "UserError", "VerificationError", "__version__", "cache", "doctor", "open"]
 
 _HOMES = {
     "PatchedRun": ("face", "PatchedRun"),
@@ -29,6 +30,7 @@ _HOMES = {
     "VerificationError": ("engine.runtime.errors", "VerificationError"),
     "__version__": ("version", "__version__"),
     "cache": ("face", "cache"),
+    "doctor": ("face", "doctor"),
     "open": ("face", "open_store"),
 }
 """Public name -> the module that holds it, and its name there."""

@@ -16,7 +16,7 @@ from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
 from .engine.runtime.format import format_bytes, format_count
 from .engine.runtime.shortage import refuse_small_limits
 from .help_text import HelpText
-from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
 
 if TYPE_CHECKING:
     from . import pipeline
@@ -28,6 +28,7 @@ LONGEST_WORD = 10_000
 """Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
 
 _CACHE, _PATCH, _MECHANISM, _REPORT = CacheOptions(), PatchOptions(), MechanismOptions(), ReportOptions()
+_DOCTOR = DoctorOptions()
 
 Folder = Annotated[Path, Parameter(parse=False)]
 """The cache folder: no option, handed in by whoever runs the command line."""
@@ -155,6 +156,30 @@ def report(options: Annotated[ReportOptions, FLAT] = _REPORT, *, folder: Folder)
 
     print(pipeline.report(options, folder))
     return DONE
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse doctor",
+        "headlapse doctor cache/demo-decimal.zarr --fix",
+        "headlapse doctor --model EleutherAI/pythia-12b",
+    )
+)
+def doctor(options: Annotated[DoctorOptions, FLAT] = _DOCTOR, *, folder: Folder) -> int:
+    """Whether a store is what was written, and whether its checkpoints can be what their names say.
+
+    Compares every chunk with its checksum, patched runs with what they must equal, weights on disk with those that were
+    cached, and checkpoints with each other.  Exit status 1 where something is wrong.
+    """
+    from .diagnosis import diagnose
+
+    diagnosis = diagnose(options, folder)
+    for line in (*diagnosis.removed, *diagnosis.problems):
+        print(line)
+    for line in diagnosis.notes:
+        print(f"note: {line}")
+    print(diagnosis.summary)
+    return FAILED if diagnosis.problems else DONE
 
 
 @app.command(name="ls", help_epilogue=_examples("headlapse ls"))

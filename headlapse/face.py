@@ -27,10 +27,12 @@ from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.study.mechanism_settings import PARTS
 from .engine.study.patch_settings import Direction, PatchSettings, Protocol
 from .engine.study.study import Arithmetic, Dtype
-from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .diagnosis import Diagnosis
 
 Words = str | int | Iterable[str | int]
 """One word, or several."""
@@ -99,6 +101,30 @@ def cache(
 def open_store(store: str | Path | None = None) -> "Store":
     """The store at a path, or the newest one in the cache folder.  Raises `UserError` where there is none."""
     return Store(pipeline.store_path(None if store is None else Path(store), cache_folder()))
+
+
+def doctor(
+    store: "Store | str | Path | None" = None,
+    *,
+    model: str | Path | None = None,
+    weights: str | Path | None = None,
+    fix: bool = False,
+) -> "Diagnosis":
+    """Whether a store is what was written, or what is served of a `model` can be true, as `headlapse doctor` says.
+
+    The result's `problems` are lines, none where all is well; with `fix`, what killed processes left is removed.
+    Raises `UserError` where there is no such store or model.
+    """
+    from .diagnosis import diagnose
+
+    path = store.path if isinstance(store, Store) else None if store is None else Path(store)
+    options = DoctorOptions(
+        path,
+        model=None if model is None else str(model),
+        weights=None if weights is None else Path(weights),
+        fix=fix,
+    )
+    return diagnose(options, cache_folder())
 
 
 class Store:

@@ -289,6 +289,28 @@ class ReportOptions(StoreOption):
     """which patched run, e.g. parity (default: the newest; the page lists them all)"""
 
 
+@dataclass(frozen=True)
+class DoctorOptions(WeightsOption, StoreOption):
+    """Options of `headlapse doctor`."""
+
+    _: KW_ONLY
+
+    model: str | None = None
+    """instead of a store, what is served of a hub id such as EleutherAI/pythia-160m, asked for without a download, or
+    the checkpoints of a directory"""
+
+    fix: bool = False
+    """remove what killed processes left"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for options that exclude one another."""
+        self.refuse_missing_weights()
+        given = {"--store": self.store is not None, "--weights": self.weights is not None, "--fix": self.fix}
+        if self.model is not None and any(given.values()):
+            other = next(name for name, is_given in given.items() if is_given)
+            raise UserError(f"--model {self.model} and {other}: with --model no store is looked at; give one of them")
+
+
 def refuse_unknown(option: str, words: Sequence[str], known: Sequence[str]) -> None:
     """Raise `UserError` for a word that is none of those an option takes; the command line has checked already."""
     for word in words:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
+from .engine.checkpoints import known_problems
 from .engine.checkpoints.resolve import Checkpoint, resolve
 from .engine.checkpoints.revisions import RevisionIndex, select
 from .engine.runtime.outcome import Outcome
@@ -127,6 +128,7 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
             return [label for label in options.share(list(by_label)) if label in lacking]
 
         labels = still_missing()
+        known_problems.warn([by_label[label] for label in labels])
         series = Series(path, "cache", labels, machine.device)
         with series.begun(still_missing) as mine, progress("cache", "checkpoint", len(mine)) as bar:
             todo = [by_label[label] for label in mine]

@@ -17,7 +17,7 @@ from headlapse.options import CacheOptions, MechanismOptions, PatchOptions
 from tests.models import save, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("cache", "patch", "mechanism", "report", "ls", "info", "rm")
+COMMANDS = ("cache", "patch", "mechanism", "report", "doctor", "ls", "info", "rm")
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,18 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     return _from_directory(directory, recorded=recorded)
 
 
+def on_disk(checkpoint: Checkpoint, cache: Path) -> Files | None:
+    """The checkpoint's files as they lie on disk, hashed anew; None where they are not there.  Fetches nothing.
+
+    Raises `UserError` for files that are there and are not whole, or cannot be read.
+    """
+    if checkpoint.model == DEMO or os.path.isabs(checkpoint.location):
+        directory = cache / DEMO / checkpoint.label if checkpoint.model == DEMO else Path(checkpoint.location)
+        return _from_directory(directory) if directory.is_dir() else None
+    folder = hub.cached(checkpoint.location, checkpoint.commit or checkpoint.label)
+    return _from_directory(folder, folder.name) if folder is not None and files.is_whole(folder) else None
+
+
 def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
     """A directory with the checkpoint's configuration and tokenizer, fetched without its weights.
 

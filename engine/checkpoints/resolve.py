@@ -56,6 +56,17 @@ def resolve(model: str, words: Sequence[str], cache: Path) -> list[Checkpoint]:
     return [Checkpoint(label, steps[label], model, str(parent / label) if parent else model) for label in order]
 
 
+def published(repo: str) -> dict[str, int]:
+    """Every branch and tag of a hub repository, with its step; -1 where it has none.  Asks the hub.
+
+    `main` has the last step where it is known to be meant for it, in Pythia's repositories.
+    """
+    steps = {name: step_of(name) for name in hub.revisions(repo)}
+    if "main" in steps and _PYTHIA_NAME.fullmatch(repo):
+        steps["main"] = PYTHIA[-1]
+    return steps
+
+
 def _index(model: str, cache: Path) -> tuple[RevisionIndex, Path | None]:
     """The checkpoints that the name stands for, and the directory that holds them; None for the hub."""
     path = os.path.expanduser(model)

@@ -50,6 +50,12 @@ def weight_bytes(files: Files, dtype: torch.dtype) -> int:
     return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
 
 
+def tensors_of(files: Files) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by name, as it lies in the files and memory-mapped.  Raises `UserError` as `read_weights`."""
+    for path in files.weights:
+        yield from _tensors(path)
+
+
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         if path.suffix == ".safetensors":

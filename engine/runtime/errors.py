@@ -36,6 +36,11 @@ class UserError(ValueError):
 class DamageError(UserError):
     """A file of a store is not as it was written: a checksum differs, or something is missing."""
 
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason or message
+        """What is wrong, without the place and the remedy."""
+
 
 class VerificationError(RuntimeError):
     """Replay and a full hooked forward differ by more than the tolerance: the numbers must not be used."""

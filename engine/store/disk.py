@@ -6,13 +6,17 @@ a killed process left there.
 
 import glob
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from ..runtime.errors import UserError
-from .locks import layout_lock, remove_stale
+from .locks import alone, layout_lock, remove_stale, unheld
+
+_HALF_WRITTEN = re.compile(r"\.[0-9a-f]{32}\.partial$")
+"""How zarr names a file until it is written: the name of a patched run may end in `.partial` too."""
 
 
 def is_group(path: Path) -> bool:
@@ -90,23 +94,58 @@ def sweep(store: Path) -> list[str]:
 
     The layout lock has to be held: nothing of this is in use then.
     """
-    groups = [
-        store,
-        store / "mechanism",
-        *(store / "patches").glob("*"),
-        *map(_replaced, (store / "patches").glob(".*")),
-    ]
+    groups = _groups(store)
     for group in groups:
         recover(group)
-    leftovers = [Path(path) for path in glob.glob(glob.escape(str(_beside(store, ""))) + "*.partial")]
-    leftovers += [path for group in groups for path in (_old(group), _removed(group)) if path.exists()]
-    leftovers += [path for group in groups for path in [*group.glob("zarr.*.partial"), *group.glob("*/zarr.*.partial")]]
-    for path in dict.fromkeys(leftovers):
+    return [path.name for path in _delete(_left_by(store, groups))] + remove_stale(store)
+
+
+def leftovers(store: Path) -> list[Path]:
+    """Everything that killed processes left beside a store and in it, the files of their locks too.
+
+    Raises `UserError` where another process is writing: what it is at would look the same.
+    """
+    with layout_lock(store):
+        return [*unheld(store), *_left_by(store, _groups(store)), *_half_written(store)]
+
+
+def remove_leftovers(store: Path) -> list[Path]:
+    """Finish or remove all of `leftovers`; what was removed.  Raises as it does."""
+    locks = unheld(store)
+    with alone(store):  # which removes the files of locks when it ends
+        groups = _groups(store)
+        for group in groups:
+            recover(group)
+        return locks + _delete([*_left_by(store, groups), *_half_written(store)])
+
+
+def _groups(store: Path) -> list[Path]:
+    """A store and the groups in it, those too that have been renamed on the way to being replaced."""
+    patches = store / "patches"
+    return [store, store / "mechanism", *patches.glob("*"), *map(_replaced, patches.glob(".*"))]
+
+
+def _left_by(store: Path, groups: Sequence[Path]) -> list[Path]:
+    """What a killed change of a store's layout leaves."""
+    beside = [Path(path) for path in glob.glob(glob.escape(str(_beside(store, ""))) + "*.partial")]
+    renamed = [path for group in groups for path in (_old(group), _removed(group)) if path.exists()]
+    metadata = [path for group in groups for path in [*group.glob("zarr.*.partial"), *group.glob("*/zarr.*.partial")]]
+    return list(dict.fromkeys(beside + renamed + metadata))
+
+
+def _half_written(store: Path) -> list[Path]:
+    """Chunks that zarr had not renamed yet when it was killed."""
+    halves = (path for path in sorted(store.rglob("*.partial")) if _HALF_WRITTEN.search(path.name) and path.is_file())
+    return [path for path in halves if not path.name.startswith("zarr.")]
+
+
+def _delete(paths: Sequence[Path]) -> list[Path]:
+    for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    return [path.name for path in dict.fromkeys(leftovers)] + remove_stale(store)
+    return list(paths)
 
 
 def refuse_foreign(path: Path) -> None:

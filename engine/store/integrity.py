@@ -9,7 +9,7 @@ Checksum: CRC-32C (Castagnoli), as zarr's own.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,34 +66,59 @@ def verified_attributes(path: Path) -> dict[str, Any]:
 
     Raises `DamageError` where the attributes or the metadata of an array are not what was sealed.
     """
+    attributes = _attributes(path)
+    for damage in _mismatches(path, attributes, _seal_of(path, attributes)):
+        raise damage
+    return attributes
+
+
+def metadata_damages(path: Path) -> list[DamageError]:
+    """All that is wrong with the attributes and the metadata of the group at `path`, not only the first."""
+    try:
+        attributes = _attributes(path)
+        sealed = _seal_of(path, attributes)
+    except DamageError as damage:
+        return [damage]
+    return list(_mismatches(path, attributes, sealed))
+
+
+def _attributes(path: Path) -> dict[str, Any]:
     document = read_json(path / "zarr.json")
     attributes = document.get("attributes")
     if not isinstance(attributes, dict) or document.get("node_type") != "group" or document.get("zarr_format") != 3:
         raise damaged(path / "zarr.json", "it is not the metadata of a zarr group")
+    return attributes
+
+
+def _seal_of(path: Path, attributes: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A group's seal, whole; None in format 1."""
     sealed = attributes.get(SEAL)
-    if sealed is None and not (path / "record").is_dir():  # format 1
-        return attributes
+    if sealed is None and not (path / "record").is_dir():
+        return None
     if not isinstance(sealed, dict):
         raise damaged(path / "zarr.json", "its checksums are missing")
     content = {name: value for name, value in sealed.items() if name != "crc32c"}
     if checksum_of_json(content) != sealed.get("crc32c"):
         raise damaged(path / "zarr.json", "its checksums do not match")
+    return sealed
+
+
+def _mismatches(path: Path, attributes: Mapping[str, Any], sealed: Mapping[str, Any] | None) -> Iterator[DamageError]:
+    if sealed is None:
+        return
     for name, expected in sealed["attributes"].items():
         if name not in attributes or checksum_of_json(attributes[name]) != expected:
-            raise damaged(path / "zarr.json", f"the attribute {name} does not match its checksum")
-    _verify_metadata(path, sealed)
-    return attributes
-
-
-def _verify_metadata(path: Path, sealed: Mapping[str, Any]) -> None:
-    present = _metadata(path)
-    lengths = _lengths(path, sealed["metadata"])
+            yield damaged(path / "zarr.json", f"the attribute {name} does not match its checksum")
     for name, expected in sealed["metadata"].items():
         file = path / name / "zarr.json"
-        if name not in present:
-            raise damaged(file, "it is missing")
-        if checksum_of_json(present[name]) != expected or lengths[name] < sealed["checkpoints"]:
-            raise damaged(file, "it does not match its checksum")
+        try:
+            metadata = read_json(file)
+        except DamageError as damage:
+            yield damage
+            continue
+        is_short = _grows(metadata) and metadata["shape"][0] < sealed["checkpoints"]
+        if checksum_of_json(_without_length(metadata)) != expected or is_short:
+            yield damaged(file, "it does not match its checksum")
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -110,16 +135,6 @@ def _without_length(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not _grows(metadata):
         return dict(metadata)
     return {**metadata, "shape": metadata["shape"][1:]}
-
-
-def _lengths(path: Path, names: Sequence[str] | Mapping[str, Any]) -> dict[str, float]:
-    """Array name -> the length of its checkpoint axis, infinite where it has none."""
-    lengths = {}
-    for name in names:
-        file = path / name / "zarr.json"
-        metadata = read_json(file) if file.exists() else {}
-        lengths[name] = metadata["shape"][0] if _grows(metadata) else float("inf")
-    return lengths
 
 
 def _grows(metadata: Mapping[str, Any]) -> bool:
@@ -144,4 +159,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def damaged(place: Path | str, reason: str) -> DamageError:
     """The error for something that is not as it was written."""
-    return DamageError(f"{place} is damaged: {reason}; restore it from a copy, or make it again with --overwrite")
+    message = f"{place} is damaged: {reason}; restore it from a copy, or make it again with --overwrite"
+    return DamageError(message, reason)

@@ -64,6 +64,21 @@ def remove_stale(store: Path) -> list[str]:
     return removed
 
 
+def unheld(store: Path) -> list[Path]:
+    """Lock files that killed processes left, which stay.  Raises `UserError` where another process is writing."""
+    from filelock import FileLock, Timeout
+
+    files = [file for file in _files(store) if not file.name.endswith(f"@{_LAYOUT}.lock")]
+    for file in files:
+        lock = FileLock(file, thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"another process is writing {store}; wait for it, and run this again") from None
+        lock.release()
+    return files
+
+
 def _files(store: Path) -> list[Path]:
     prefix = _prefix(store)
     return sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}*.lock"))

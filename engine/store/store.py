@@ -102,12 +102,7 @@ class Store(CheckpointArrays):
 
     def whereabouts(self, label: str) -> dict[str, Any]:
         """The provenance of a complete checkpoint, with the place where its weights lie now."""
-        provenance = self.provenance(label)
-        if self._weights is None:
-            return provenance
-        folder = self._weights / label if (self._weights / label).is_dir() else self._weights
-        moved = {"model": str(self._weights), "location": str(folder.absolute()), "stamps": {}}
-        return {**provenance, **moved}
+        return located(self.provenance(label), self._weights)
 
     def answer_logits(self, label: str) -> Float[np.ndarray, "run trial answer"]:
         """Of the unpatched runs of a complete checkpoint."""
@@ -316,6 +311,14 @@ def _put_trials(group: zarr.Group, trials: Trials) -> None:
     if trials.continuation is not None:
         zarr_group.put(group, "continuation", trials.continuation, ("trial", "answer", "token"))
     zarr_group.put(group, "repeats", np.array([contrast.repeats for contrast in trials.contrasts]), ("trial",))
+
+
+def located(provenance: Mapping[str, Any], weights: Path | None) -> dict[str, Any]:
+    """A checkpoint's provenance with the place where its weights lie now: in `weights`, unless that is None."""
+    if weights is None:
+        return dict(provenance)
+    folder = weights / provenance["label"] if (weights / provenance["label"]).is_dir() else weights
+    return {**provenance, "model": str(weights), "location": str(folder.absolute()), "stamps": {}}
 
 
 def duplicate_weights(store: Store) -> list[str]:
