@@ -10,7 +10,7 @@
 mutmut makes the mutants and runs each in a fork of a process that has imported everything once, with those tests of
 the module's files that call the mutated function.  It mutates no decorated function (properties, class methods,
 context managers) and no line outside functions.  Verdicts are kept in build/mutants: an interrupted run goes on where
-it was, and a function that is changed loses its verdicts.
+it was, and a module that is changed loses its verdicts.
 """
 
 import argparse
