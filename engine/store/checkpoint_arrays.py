@@ -229,6 +229,8 @@ class CheckpointArrays:
         self._extend_axis(AXIS, np.array([row.label for row in rows], dtype=object))
         for name in self._arrays:
             sync(self.path / name / "zarr.json")
+        for name in (AXIS, "step"):
+            sync(self.path / name / "c")
         fixed = {name: self.values(name) for name in self._arrays if not self._has_axis(name)}
         write_attributes(self.group, self.path, self._attributes, {**fixed, **axis_values(rows)}, len(rows))
 

@@ -25,7 +25,7 @@ from ..study.tasks.contrast import Contrast
 from . import zarr_group
 from .activations import NUMPY_DTYPES, Capture, to_numpy, to_tensor
 from .checkpoint_arrays import CheckpointArrays
-from .disk import atomic_write, replacement_of
+from .disk import atomic_write, replacement_of, sync
 from .integrity import verified_attributes
 from .inventory import patch_paths, require_store
 from .locks import layout_lock
@@ -251,8 +251,10 @@ def open_group(
             path = replacement_of(path)
             if path.exists() and {key: verified_attributes(path)[key] for key in settings} != settings:
                 shutil.rmtree(path)
+        if parent := name.rpartition("/")[0]:
+            zarr.open_group(store, mode="r+").require_group(parent)
+            sync(store / parent / "zarr.json")
         if not path.exists():
-            zarr.open_group(store, mode="r+").require_group(name.rpartition("/")[0]) if "/" in name else None
             with atomic_write(path, store) as partial:
                 create(partial)
     attributes = verified_attributes(path)
