@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import random
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +27,12 @@ from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
 from headlapse.engine.store.locks import claimed
 from tests.hub_server import HubServer
 from tests.models import save, tiny, tiny_tokenizer
+from tests.test_integrity import everything_read, files_of, is_noticed
 from tests.test_store import everything, replace_values
 
 STEPS = (0, 10, 20, 30, 40, 50)
 WEIGHTS = "model.safetensors"
+FLIPS = 12
 HASH = "0123456789abcdef" * 2
 
 
@@ -79,10 +82,10 @@ def series(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "series"
 
 
-def flip(path: Path, place: float = 0.5) -> None:
+def flip(path: Path, place: float = 0.5, bit: int = 4) -> None:
     """Change one bit of a file."""
     content = bytearray(path.read_bytes())
-    content[int(place * (len(content) - 1))] ^= 4
+    content[int(place * (len(content) - 1))] ^= bit
     path.write_bytes(content)
 
 
@@ -122,6 +125,23 @@ def test_a_healthy_store_says_so_and_is_left_as_it_is(store: Path, capsys: pytes
 def test_a_flipped_bit_is_named_with_its_array_and_checkpoint(store: Path, file: str, named: str) -> None:
     flip(store / file)
     assert named in only(hl.doctor(store).problems)
+
+
+def test_whatever_reading_refuses_the_doctor_names_without_ending_early(store: Path) -> None:
+    """Random bits of random files: of metadata, marks and records too."""
+    before = everything_read(store)
+    files = files_of(store)
+    for number in range(FLIPS):
+        draw = random.Random(number)
+        file = draw.choice(files)
+        whole = file.read_bytes()
+        flip(file, draw.random(), 1 << draw.randrange(8))
+        try:
+            problems = hl.doctor(store).problems
+            assert problems or not is_noticed(store, before), f"{number}: {file.relative_to(store)}"
+            assert all("\n" not in line and str(store.parent) in line for line in problems)
+        finally:
+            file.write_bytes(whole)
 
 
 def test_every_damage_is_named_not_only_the_first(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
