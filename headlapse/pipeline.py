@@ -141,7 +141,7 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
             **series.work(len(checkpoints), study.dtype),
             store=path,
             n_complete=len(store.complete()) if store else 0,
-            kept_old=site != path and not is_whole,
+            kept_old=site != path and site.exists(),
             n_prompts=store.array("length").size if store else 0,
             warnings=tuple(duplicate_weights(store)) if store and labels else (),
         )
@@ -284,10 +284,9 @@ def _missing(labels: Sequence[str], run: CheckpointArrays) -> list[str]:
 
 def _finished(run: CheckpointArrays, path: Path, store: Path, requested: Sequence[str]) -> dict[str, Any]:
     """Put a group that was built to replace another in its place, once all that was asked for is there."""
-    is_whole = not _missing(requested, run)
-    if run.path != path and is_whole:
+    if run.path != path and run.path.exists() and not _missing(requested, run):
         put_in_place(path, store)
-    kept_old = run.path != path and not is_whole
+    kept_old = run.path != path and run.path.exists()
     return {"n_complete": len(CheckpointArrays(path, store).complete()), "kept_old": kept_old}
 
 

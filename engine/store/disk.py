@@ -72,8 +72,10 @@ def replacement_of(path: Path) -> Path:
 
 
 def put_in_place(path: Path, store: Path) -> None:
-    """Replace the group at `path` by the one that was built to replace it."""
+    """Replace the group at `path` by the one that was built to replace it, unless another process already has."""
     with layout_lock(store):
+        if not replacement_of(path).exists():
+            return
         old = _old(path)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
