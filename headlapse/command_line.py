@@ -89,13 +89,13 @@ def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) ->
         return DONE
     _print_problems(work)
     if not work.n_finished:
-        return _status(work)
+        return REFUSED if work.by_input and len(work.problems) == work.n_asked else FAILED
     for warning in work.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     captured = f"{format_count(work.n_finished, 'checkpoint')} x {work.n_prompts} prompts in {work.store}"
     speed = f"{work.seconds:.1f} s on {work.device}, {work.dtype}, peak memory {format_bytes(work.peak_memory)}"
     print(f"cached {captured} ({speed})")
-    return _status(work)
+    return FAILED if work.problems else DONE
 
 
 @app.command(
@@ -292,10 +292,10 @@ def _print_problems(work: "pipeline.Work") -> None:
 
 
 def _status(work: "pipeline.Work") -> int:
-    """2 where every checkpoint failed and what was given is to blame, 1 for every other problem."""
+    """2 where nothing is there and what was given is to blame, 1 for every other problem."""
     if not work.problems:
         return DONE
-    return REFUSED if work.by_input and len(work.problems) == work.n_asked else FAILED
+    return REFUSED if work.by_input and not work.n_complete else FAILED
 
 
 def _help(words: list[str]) -> str:
