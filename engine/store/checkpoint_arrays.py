@@ -277,7 +277,9 @@ class CheckpointArrays:
 
     def _read(self, name: str, selection: Any) -> np.ndarray:
         try:
-            return np.asarray(self.array(name)[selection])
+            values = np.asarray(self.array(name)[selection])
+            # Strings as Python's: numpy's own, which are new, make older versions of pandas and xarray crash.
+            return values.astype(object) if values.dtype.kind == "T" else values
         except KeyError:
             raise damaged(self.path / name, "the array is missing") from None
         except Exception as error:  # zarr and its codecs raise many kinds for bytes that are not what they wrote
