@@ -163,7 +163,13 @@ def tiny(name: str, seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    assert isinstance(model, PreTrainedModel)
+    return redrawn(model, seed)
+
+
+def redrawn(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The same model with all of its weights drawn anew."""
     generator = torch.Generator().manual_seed(seed)
     unembedding = model.get_output_embeddings().weight
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} - {unembedding}
@@ -172,8 +178,7 @@ def randomised(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
             std = EMBEDDING_STD if parameter in embeddings else MATRIX_STD if parameter.ndim > 1 else VECTOR_STD
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + is_gain)
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    return model
 
 
 def save(

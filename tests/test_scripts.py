@@ -13,12 +13,14 @@ import time
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from headlapse.engine.store.store import Store
+from tests.forked import exit_status, run_script
 from tests.hub_server import HubServer
 from tests.models import N_LAYERS, Form, legacy_buffers, save, tiny, tiny_tokenizer
 
@@ -32,16 +34,24 @@ Done = subprocess.CompletedProcess[str]
 def run(script: str, *arguments: object, cache: Path, env: Mapping[str, str] | None = None, kill_at: int = -1) -> Done:
     """Run a script: in this process, unless it needs an environment of its own or has to die."""
     words = [f"scripts/{script}.py", *map(str, arguments)]
-    if env is None and kill_at < 0:
+    if kill_at >= 0:
+        done = run_to_the_death(words, cache, kill_at)
+    elif env is None:
         done = run_here(words, cache)
     else:
-        killer = ["tests/killing.py", str(kill_at)] if kill_at >= 0 else []
-        variables = {**(env or os.environ), "HEADLAPSE_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *killer, *words], cwd=ROOT, env=variables, capture_output=True, text=True
-        )
+        variables = {**env, "HEADLAPSE_CACHE": str(cache)}
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+def run_to_the_death(words: list[str], cache: Path, kill_at: int) -> Done:
+    """In a process that is killed with SIGKILL at its write number `kill_at` to a store."""
+    with TemporaryDirectory() as directory:
+        output = Path(directory) / "printed"
+        env = {**os.environ, "HEADLAPSE_CACHE": str(cache)}
+        status = exit_status(run_script, words, ROOT, env, output, kill_at)
+        return Done(words, status, *(output.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
 
 
 def run_here(words: list[str], cache: Path) -> Done:
@@ -421,17 +431,20 @@ def test_a_bad_line_of_a_task_is_refused_with_its_number(series: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_revisions_of_a_hub_are_captured_by_name_and_read_once(series: Path, cached: Path, tmp_path: Path) -> None:
+def test_revisions_of_a_hub_are_captured_by_name_and_read_once(
+    series: Path, cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     revisions = {label: {f.name: f for f in (series / label).iterdir()} for label in FORM_OF}
-    with HubServer({REPO: {**revisions, "main": revisions["step20"]}}) as hub:
+    hub = HubServer({REPO: {**revisions, "main": revisions["step20"]}})
+    with hub, hub.used_here(monkeypatch, tmp_path / "home"):
         env = hub.env(tmp_path / "home")
         first = run("cache", "--model", REPO, "--checkpoints", *FORM_OF, cache=tmp_path, env=env)
         assert first.returncode == 0, first.stderr
         n_downloads = len(hub.downloads())
         assert n_downloads > 3
-        again = run("cache", "--model", REPO, "--checkpoints", *FORM_OF, cache=tmp_path, env=env)
+        again = run("cache", "--model", REPO, "--checkpoints", *FORM_OF, cache=tmp_path)
         assert again.returncode == 0 and "nothing to do" in again.stdout
-        patched = run("patch", "--name", "parity", cache=tmp_path, env=env)
+        patched = run("patch", "--name", "parity", cache=tmp_path)
         assert patched.returncode == 0, patched.stderr
         assert len(hub.downloads()) == n_downloads
         commits = {label: hub.commit(REPO, label) for label in FORM_OF}

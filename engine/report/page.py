@@ -29,7 +29,7 @@ from .findings.mechanism import mechanism_text
 from .findings.published import examples, success_table
 from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
-from .plot_style import INK, PAPER, to_svg
+from .plot_style import INK, PAPER, to_svg, write_png
 from .result import Result, heads_of, listed, ranges, read_result, signed
 
 TIDY_ROWS = 1_000_000
@@ -88,7 +88,7 @@ def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> di
         with _atomic_file(out / f"{stem}.svg") as partial:
             partial.write_text(drawn[stem], encoding="utf-8")
         with _atomic_file(out / f"{stem}.png") as partial:
-            figure.savefig(partial, format="png", dpi=160, metadata={"Software": None})
+            write_png(figure, partial)
     for stem in OPTIONAL - set(figures):  # left by a report of another run
         for suffix in ("png", "svg"):
             (out / f"{stem}.{suffix}").unlink(missing_ok=True)

@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from .result import Result
@@ -36,12 +39,20 @@ STYLE: Any = {
 WIDTH, CHARACTER = 7.6, 0.075
 """Inches: a full figure, and about one digit of a tick label."""
 
+PNG_DPI = 160
 
+
+# Figure.savefig would draw everything once more beforehand, for a layout that is there already.
 def to_svg(figure: Figure) -> str:
     text = StringIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+        FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
     return text.getvalue()
+
+
+def write_png(figure: Figure, path: Path) -> None:
+    figure.set_dpi(PNG_DPI)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
 
 
 def place_steps(steps: Int[np.ndarray, " checkpoint"]) -> tuple[Float[np.ndarray, " checkpoint"], bool]:

@@ -68,5 +68,7 @@ def noise_of_means(
     Tibshirani 1993, section 5.3).
     """
     n = values.shape[-1]
-    noise: Float[np.ndarray, "*cell resample"] = resampled_means(values, n_resamples) - values.mean(-1, keepdims=True)
-    return noise * float(np.sqrt(n / max(n - 1, 1)))
+    noise = resampled_means(values, n_resamples)
+    noise -= values.mean(-1, keepdims=True)
+    noise *= np.sqrt(n / max(n - 1, 1))
+    return noise

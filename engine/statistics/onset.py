@@ -189,10 +189,11 @@ def _students(n: int) -> float:
 
 def _chance_drops(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " checkpoint"]:
     """How far noise drops to each checkpoint, from whichever before, in all but 5 % of cases together."""
-    fallen = np.maximum.accumulate(noise, axis=0) - noise
-    size = np.sqrt((fallen**2).mean(1))
-    relative = fallen / np.where(size > 0, size, 1)[:, None]
-    deepest: Float[np.ndarray, " checkpoint"] = size * np.quantile(relative.max(0), LEVEL)
+    fallen = np.maximum.accumulate(noise, axis=0)
+    fallen -= noise
+    size = np.sqrt(np.einsum("cr,cr->c", fallen, fallen) / noise.shape[1])
+    fallen /= np.where(size > 0, size, 1)[:, None]
+    deepest: Float[np.ndarray, " checkpoint"] = size * np.quantile(fallen.max(0), LEVEL)
     return deepest
 
 
