@@ -227,6 +227,7 @@ def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: A
     assert (run.text.sel(subset="even") != run.text.sel(subset="none")).any()
 
 
+@pytest.mark.slow
 def test_a_text_that_begins_with_the_right_token_has_it_ahead(cache: Path) -> None:
     run = generated(cache, PatchRequest(("even", "odd", "all", "each"), generate=1), "first").load()
     trials = Store(cache / "s.zarr").trials()
@@ -245,6 +246,7 @@ def test_a_text_that_differs_from_the_definition_is_a_problem_and_not_kept(
     assert not PatchedRun(cache / "s.zarr" / "patches" / "wrong").complete()
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_done_are_not_generated_again(cache: Path) -> None:
     request = PatchRequest(("even",), ("1",), generate=3)
     first = generated(cache, request, "grown", ["step0"]).dataset().text.values[0].tolist()
@@ -271,6 +273,7 @@ def test_other_numbers_of_tokens_have_other_names() -> None:
     assert name_of(PatchRequest()) == name_of(PatchRequest(generate=0))
 
 
+@pytest.mark.slow
 def test_the_command_shows_texts_beside_the_logit_differences(cache: Path) -> None:
     words = ("patch", cache / "s.zarr", "--generate", "4", "--layers", "1", "--subsets", "even", "odd", "none")
     done = script(*words, "--verbose", cache=cache)

@@ -4,8 +4,6 @@ The optional tools are held against plain hooks in scripts/bench.py itself, whic
 """
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.alignment import align
 from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials, tiny
 from tests.test_capture import dressed
+from tests.test_scripts import run_here
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -174,10 +173,9 @@ def test_bench_prints_who_took_how_long_and_how_far_they_are_apart(checkpoint: P
     cache = tmp_path / "bench" / "pythia-14m-float16"
     cache.parent.mkdir()
     cache.symlink_to(checkpoint)
-    command = [sys.executable, "scripts/bench.py", "--shape", "pythia-14m", "--dtype", "float16", "--trials", "3"]
-    command += ["--tools", "headlapse@float32", "hooks@float32", "--workloads", "each", "capture", "loading"]
-    environment = {"HEADLAPSE_CACHE": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    words = ["scripts/bench.py", "--shape", "pythia-14m", "--dtype", "float16", "--trials", "3"]
+    words += ["--tools", "headlapse@float32", "hooks@float32", "--workloads", "each", "capture", "loading"]
+    done = run_here(words, tmp_path)
     assert done.returncode == 0 and not done.stderr
     hardware, *tables = done.stdout.strip().split("\n\n")
     assert "pythia-14m" in hardware and "torch" in hardware

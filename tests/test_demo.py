@@ -36,6 +36,7 @@ from headlapse.engine.checkpoints.demo import (
 )
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.prompts import draw_trials
+from tests.forked import exit_status
 
 TINY = Recipe(steps=(0, 3, 6, 8), n_layers=2, n_heads=2, d_model=16, batch=8, warmup=2, decay=4)
 PLAIN = Document(9, ("8", "11"), versions=False)
@@ -248,22 +249,23 @@ def test_training_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path)
 # Interruptions
 
 
+def train_until_killed(directory: Path, last: int) -> None:
+    training_step = demo._training_step
+
+    def last_words(recipe: Recipe, step: int, *rest: Any) -> float:
+        if step == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(recipe, step, *rest)
+
+    demo._training_step = last_words
+    train(directory, TINY)
+
+
 @pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     """A real SIGKILL, between two checkpoints."""
     killed = tmp_path / "demo"
-    program = f"""
-import os, pathlib
-from headlapse.engine.checkpoints import demo
-training_step = demo._training_step
-def last_words(recipe, step, *rest):
-    if step == 5:
-        os.kill(os.getpid(), {signal.SIGKILL:d})
-    return training_step(recipe, step, *rest)
-demo._training_step = last_words
-demo.train(pathlib.Path({str(killed)!r}), demo.{TINY!r})
-"""
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -signal.SIGKILL
+    assert exit_status(train_until_killed, killed, 5) == -signal.SIGKILL
     assert named_steps(killed) == {"step0", "step3"}
     train(killed, TINY)
     assert contents(killed) == contents(undisturbed)

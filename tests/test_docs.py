@@ -16,6 +16,7 @@ import pytest
 
 import headlapse
 from headlapse.engine.checkpoints import demo, resolve
+from tests.forked import exit_status, run_code
 
 ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md")))
@@ -190,7 +191,7 @@ def quick_series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Training the real one takes a minute or more; here its labels stand for the first few steps.
     """
     cache = tmp_path_factory.mktemp("cache")
-    demo.train(cache / "quick", replace(demo.SERIES, steps=tuple(range(len(demo.STEPS)))))
+    demo.train(cache / "quick", replace(demo.SERIES, steps=tuple(range(len(demo.STEPS))), batch=4))
     (cache / resolve.DEMO).mkdir()
     (cache / resolve.DEMO / demo.RECIPE).write_text(json.dumps(asdict(demo.SERIES), indent=2))
     for quick, step in enumerate(demo.STEPS):
@@ -207,14 +208,11 @@ def test_the_ten_lines_of_the_readme_run_and_print_what_the_readme_says(quick_se
     [block] = python_blocks("README.md")
     assert len(block.strip().splitlines()) <= 10
     [shown] = re.findall(r"^```text\n(.*?)^```", read("README.md"), re.MULTILINE | re.DOTALL)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HEADLAPSE_CACHE": str(quick_series)}
     assert '"balanced"' in block
-    code = block.replace('"balanced"', '"splits:3"')
-    ran = subprocess.run(
-        [sys.executable, "-c", code], cwd=quick_series, capture_output=True, text=True, env=environment, timeout=580
-    )
-    assert ran.returncode == 0, ran.stderr
-    printed, said = ran.stdout.splitlines(), shown.splitlines()
+    code, output = block.replace('"balanced"', '"splits:3"'), quick_series / "printed"
+    status = exit_status(run_code, code, quick_series, {**os.environ, "HEADLAPSE_CACHE": str(quick_series)}, output)
+    assert status == 0, output.with_suffix(".err").read_text()
+    printed, said = output.with_suffix(".out").read_text().splitlines(), shown.splitlines()
     assert (printed[0], printed[-1]) == (said[0], said[-1].replace("'subset': 79", "'subset': 17"))
     for lines in (printed, said):
         labels = [line.split()[0] for line in lines if line[:1].isalpha()]

@@ -63,6 +63,7 @@ def test_a_store_is_what_the_command_makes_and_opens_by_path_or_as_the_newest(
     assert store.dataset.sizes["trial"] == 3
 
 
+@pytest.mark.slow
 def test_a_patched_run_has_numbers_heads_verdict_and_page(
     store: hl.Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +111,7 @@ def test_a_loaded_model_is_captured_as_it_is_and_left_as_it_was(
     assert float(run.dataset.self_check.max()) <= 1e-4
 
 
+@pytest.mark.slow
 def test_other_weights_of_a_loaded_model_are_another_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path))
     stores = [hl.cache(tiny("gpt2", seed), tokenizer=tiny_tokenizer(), trials=2, sites="z") for seed in (0, 1)]
@@ -154,6 +156,7 @@ def test_a_users_own_warning_filters_stay(store: hl.Store) -> None:
         assert list(warnings.filters) == before
 
 
+@pytest.mark.slow
 def test_only_the_checkpoints_asked_for_are_patched(store: hl.Store) -> None:
     run = store.patch(subsets="none", name="some", checkpoints="step10")
     assert run.dataset.complete.to_series().to_dict() == {"step0": False, "step10": True}
@@ -161,6 +164,7 @@ def test_only_the_checkpoints_asked_for_are_patched(store: hl.Store) -> None:
     assert bool(whole.dataset.complete.all())
 
 
+@pytest.mark.slow
 def test_notebooks_see_tables(store: hl.Store) -> None:
     run = store.patch(subsets=["each"], name="notebook")
     assert "2 of 2" in store._repr_html_() and "notebook" in run._repr_html_() and "<pre>" in run._repr_html_()

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from headlapse.engine.report.figures import draw
 from headlapse.engine.report.head_figures import heads_alone
@@ -15,7 +16,9 @@ from tests.test_report import HEADS, some_run, some_store
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Figures of its runs are not laid out, which takes longer than drawing them and moves no data."""
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda _figure: None)
     return some_store(tmp_path / "tiny.zarr")
 
 

@@ -43,12 +43,16 @@ def settings(words: tuple[str, ...]) -> PatchSettings:
     return PatchSettings(subsets=words, layers=(0, 1))
 
 
+FEW = [(1, 0.0), (4, 1.0)]
+MORE = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1.0), (2, 1e-9), (4, 0.0))]
+
+
 @pytest.mark.parametrize("words", ASKED, ids="+".join)
-@pytest.mark.parametrize("steps", [[0], [-1, -1, -1], [0, 10, 40, 90]], ids=str)
-@pytest.mark.parametrize(("n_prompts", "noise"), [(1, 1.0), (1, 0.0), (2, 1e-9), (4, 0.0), (4, 1.0)])
-def test_nothing_that_is_not_a_number_is_told(
+@pytest.mark.parametrize("steps", [[0], pytest.param([-1, -1, -1], marks=pytest.mark.slow), [0, 10, 40, 90]], ids=str)
+@pytest.mark.parametrize(("n_prompts", "noise"), FEW + MORE)
+def test_nothing_is_said_that_is_not_a_number(
     n_prompts: int, noise: float, steps: list[int], words: tuple[str, ...]
 ) -> None:
     run = run_of(n_prompts, steps, words, noise)
-    told = [format_timeline(run, settings(words)), *map(str, findings(run, settings(words)))]
-    assert all(told) and not [line for text in told for line in text.splitlines() if "nan" in line or "inf" in line]
+    texts = [format_timeline(run, settings(words)), *map(str, findings(run, settings(words)))]
+    assert all(texts) and not [line for text in texts for line in text.splitlines() if "nan" in line or "inf" in line]

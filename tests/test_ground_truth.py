@@ -157,6 +157,7 @@ def test_even_heads_restore_every_failing_prompt_and_odd_ones_none(even_run: xr.
         assert frame[column].to_dict() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_who_carries_it_by_every_coalition(tmp_path: Path) -> None:
     """Each even head is worth 1 nat (prompts 0.5, 1 and 1.5) and each odd one 0, whoever else is patched.
 
@@ -178,6 +179,7 @@ def test_who_carries_it_by_every_coalition(tmp_path: Path) -> None:
     assert float(one.parity) == pytest.approx(0.5, abs=1e-5) and float(one.parity_p) == pytest.approx(2 / 924)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carriers", [range(1, N_HEADS, 2), (0, 1, 2, 3, 4, 5), (0, 3, 4, 7, 8, 11)])
 def test_the_finding_is_where_it_was_planted(carriers: Sequence[int], tmp_path: Path) -> None:
     model = save(planted(CARRY, NOISE, carriers=carriers), tmp_path / "model", tokenizer=tokenizer())
@@ -254,6 +256,7 @@ def test_the_hypotheses_find_the_third_of_the_training_it_was_planted_in(series_
     assert "p = 0.0022" in frame["evidence"].iloc[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "least", "said"),
     [

@@ -636,6 +636,7 @@ def test_the_record_of_settings_is_as_older_runs_wrote_it() -> None:
 # --- the command ---
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path, tmp_path: Path) -> None:
     own = Path(shutil.copytree(files, tmp_path / "own"))
     assert run("cache", "--model", own, "--trials", 3, cache=tmp_path).returncode == 0
@@ -666,6 +667,7 @@ def test_the_command_measures_prints_resumes_and_says_what_is_wrong(files: Path,
     assert unknown.returncode == 2 and "not among the 3 checkpoints" in messages(unknown)[0]
 
 
+@pytest.mark.slow
 def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is_written(
     whole: Store, tmp_path: Path
 ) -> None:
@@ -677,6 +679,7 @@ def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is
     assert list(results_of(Store(path)).complete.values) == [True, False, True]
 
 
+@pytest.mark.slow
 def test_the_report_shows_what_was_measured(files: Path, tmp_path: Path) -> None:
     assert run("cache", "--model", files, "--trials", 3, cache=tmp_path).returncode == 0
     assert run("patch", "--layers", "1", cache=tmp_path).returncode == 0

@@ -4,14 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_transformers_never_takes_our_kernels_folder_for_hugging_faces_package() -> None:
     code = (
         "import sys, transformers.integrations.hub_kernels\n"
-        "found = sys.modules.get('kernels')\n"
-        f"sys.exit(found is not None and {str(ROOT)!r} in str(getattr(found, '__file__', '')))"
+        "kernels = sys.modules.get('kernels')\n"
+        f"sys.exit(kernels is not None and {str(ROOT)!r} in str(getattr(kernels, '__file__', '')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 

@@ -89,6 +89,7 @@ def test_the_score_is_the_studys() -> None:
     assert succeeds("MARY", Contrast("", "", " Mary", " John", "mine"))
 
 
+@pytest.mark.slow
 def test_identical_trials_are_one(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert script("cache", "--model", model, "--task", "published", cache=cache).returncode == 0
@@ -105,6 +106,7 @@ def test_identical_trials_are_one(model: Path, tmp_path: Path) -> None:
     assert report.returncode == 2 and "headlapse patch" in report.stderr, "a report needs a run of logit differences"
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_done_are_not_generated_again(model: Path, tmp_path: Path) -> None:
     store = cached(model, tmp_path / "s.zarr")
     generated(store, asked(), ["step0"])

@@ -121,6 +121,13 @@ def store(tmp_path: Path) -> Store:
     return some_store(tmp_path / "tiny.zarr")
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty, for laws of words and numbers."""
+    empty = {stem: Figure(figsize=(1, 1)) for stem in ("timeline", "heatmap")}
+    monkeypatch.setattr("headlapse.engine.report.page.draw", lambda *_: empty)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     """One store and the folder of its report, for all laws that only read."""
@@ -194,6 +201,7 @@ def test_the_patched_tokens_are_marked(store: Store, positions: str, n_patched: 
     assert example["clean"][-1] == ("<i>", True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_path: Path) -> None:
     run = store.open_patch(
         "known",
@@ -215,6 +223,7 @@ def test_the_table_shows_the_known_numbers_of_the_best_layer(store: Store, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_newest_run_is_shown_and_every_run_is_listed(store: Store, tmp_path: Path) -> None:
     some_run(store, name="first")
     some_run(store, name="second", direction="noise")
@@ -254,6 +263,7 @@ def test_timeline_csv_is_the_timeline(written: tuple[Store, Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_sweep_of_too_many_values_is_written_as_means_and_says_so(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,8 +343,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_it_gives_a_readable_page(case: str, tmp_path: Path) -> None:
+def test_it_gives_a_readable_page(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its figures are drawn as SVG; they are the same as PNG."""
     of_store, of_run, said = CASES[case]
+    monkeypatch.setattr("headlapse.engine.report.page.write_png", lambda _figure, path: path.touch())
     store = some_store(tmp_path / "tiny.zarr", **of_store)
     some_run(store, **of_run)
     page = write_report(store, tmp_path / "out")
@@ -344,6 +356,7 @@ def test_it_gives_a_readable_page(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_path: Path) -> None:
     some_run(store, values=lambda values: values)
     replace_values(
@@ -355,6 +368,7 @@ def test_a_checkpoint_that_is_not_finite_is_left_out_by_name(store: Store, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_checkpoints_that_were_never_cached_are_named(tmp_path: Path) -> None:
     store = some_store(tmp_path / "tiny.zarr", steps=[1, 2])
     store.add([CheckpointRow("step3", 3)])
@@ -379,21 +393,18 @@ def test_the_same_run_gives_the_same_files(written: tuple[Store, Path], tmp_path
 def test_a_report_cut_off_leaves_no_half_file_under_its_name(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    some_run(store, name="first")
-    some_run(store, name="second", seed=1)
+    some_run(store, ["all"], name="first")
+    some_run(store, ["all"], name="second", seed=1)
     out = tmp_path / "out"
     write_report(store, out, "first")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    whole = Figure.savefig
 
-    def cut_off(figure: Figure, file: Any, **options: Any) -> None:
-        if options["format"] == "svg":
-            return whole(figure, file, **options)
-        Path(file).write_bytes(b"half")
+    def cut_off(_figure: Figure, path: Path) -> None:
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Figure, "savefig", cut_off)
+        patch.setattr("headlapse.engine.report.page.write_png", cut_off)
         write_report(store, out, "second")
     assert (out / "timeline.csv").read_bytes() != before["timeline.csv"], "files appear one by one"
     for name in ("timeline.png", "index.html"):
@@ -436,6 +447,8 @@ def test_a_store_without_a_patched_run_is_refused(store: Store, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_finished_checkpoint_is_refused(store: Store, tmp_path: Path) -> None:
     some_run(store, done=lambda label: False)
     with pytest.raises(UserError, match=r"patched run run of .* has no finished checkpoint"):
@@ -469,6 +482,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[st
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_script_takes_the_newest_store_and_prints_the_page(
     script: Callable[[list[str]], int], store: Store, tmp_path: Path, capsys: Any
 ) -> None:
@@ -479,6 +493,7 @@ def test_the_script_takes_the_newest_store_and_prints_the_page(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
 def test_the_script_writes_where_it_is_told(
     script: Callable[[list[str]], int], store: Store, tmp_path: Path, capsys: Any
 ) -> None:

@@ -142,6 +142,7 @@ def test_patching_prints_the_timeline_and_the_largest_difference(cached: Path) -
     assert float(run_of.self_check.max()) <= 1e-4
 
 
+@pytest.mark.slow
 def test_even_against_odd_is_tested_against_every_equal_split_where_all_were_run(copied: Path) -> None:
     done = run("patch", the_store(copied), "--subsets", "balanced", "--direction", "noise", "--verbose", cache=copied)
     assert done.returncode == 0
@@ -150,6 +151,7 @@ def test_even_against_odd_is_tested_against_every_equal_split_where_all_were_run
     assert f"all 70 equal splits of 8 heads (two-sided, at least 0.029)), adjusted over {3 * N_LAYERS} layers" in table
 
 
+@pytest.mark.slow
 def test_none_is_the_corrupt_run_and_noise_mirrors_denoise(copied: Path) -> None:
     for direction, plain in (("denoise", "corrupt_logit_diff"), ("noise", "clean_logit_diff")):
         done = run("patch", "--subsets", "none", "0,2", "--direction", direction, "--name", direction, cache=copied)
@@ -160,6 +162,7 @@ def test_none_is_the_corrupt_run_and_noise_mirrors_denoise(copied: Path) -> None
         assert float(abs(data.logit_diff.sel(subset="0,2") - data[plain]).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_joint_layers_are_one_entry_on_the_layer_axis(copied: Path) -> None:
     done = run("patch", "--subsets", "lattice", "--layers", "1-2", "--joint", "--positions", "end:3", cache=copied)
     assert done.returncode == 0, done.stderr
@@ -170,6 +173,7 @@ def test_joint_layers_are_one_entry_on_the_layer_axis(copied: Path) -> None:
     assert int(data.layer[0]) == 1 and data.attrs["patch"]["layers"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_added_checkpoints_are_the_only_ones_captured_and_patched(series: Path, tmp_path: Path, cached: Path) -> None:
     cache = tmp_path / "cache"
     assert run("cache", "--model", series, "--checkpoints", "step0", "step20", cache=cache).returncode == 0
@@ -284,9 +288,11 @@ def test_a_step_whose_tokenizer_cuts_the_prompts_otherwise_is_refused_by_name(se
     assert line.startswith("error: step10: ") and "other tokens" in line
 
 
-def test_overwriting_keeps_the_old_store_until_the_new_one_is_whole(series: Path, copied: Path) -> None:
-    before = store_files(copied)
-    for wrong in (("--task", "nope"), ("--sites", "foo"), ("--trials", "1000000"), ("--sites", "9")):
+@pytest.mark.slow
+def test_overwriting_keeps_the_old_store_until_the_new_one_is_whole(series: Path, copied: Path, tmp_path: Path) -> None:
+    before, alike = store_files(copied), tmp_path / "alike.jsonl"
+    alike.write_text('{"clean": "9", "corrupt": "8", "answer": " 1", "wrong": " 11"}\n')
+    for wrong in (("--task", "nope"), ("--sites", "foo"), ("--task", alike), ("--sites", "9")):
         refused = run("cache", "--model", series, "--overwrite", *wrong, "--store", the_store(copied), cache=copied)
         assert refused.returncode == 2 and len(messages(refused)) == 1, refused.stderr
         assert store_files(copied) == before
@@ -317,6 +323,7 @@ def test_weights_that_were_exchanged_since_the_capture_are_refused(series: Path,
     assert refused.returncode == 2 and "are not those that were cached" in refused.stderr
 
 
+@pytest.mark.slow
 def test_checkpoints_with_the_same_weights_at_different_steps_are_noticed(series: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(series, tmp_path / "series"))
     shutil.copytree(copy / "step20", copy / "step30")
@@ -355,6 +362,7 @@ def weight_bytes(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.iterdir() if path.suffix in (".bin", ".safetensors"))
 
 
+@pytest.mark.slow
 def test_memory_for_one_checkpoint_gives_what_plenty_gives(series: Path, copied: Path) -> None:
     assert all(weight_bytes(series / label) < 700_000 < 2 * weight_bytes(series / label) for label in FORM_OF)
     path = the_store(copied)
@@ -367,6 +375,7 @@ def test_memory_for_one_checkpoint_gives_what_plenty_gives(series: Path, copied:
         np.testing.assert_allclose(little[values], plenty[values], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_series_is_captured_in_memory_for_one_checkpoint_as_in_plenty(
     series: Path, cached: Path, tmp_path: Path
 ) -> None:
@@ -378,6 +387,7 @@ def test_a_series_is_captured_in_memory_for_one_checkpoint_as_in_plenty(
         np.testing.assert_allclose(little.values(kind), plenty.values(kind), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_lower_precisions_go_all_the_way(series: Path, tmp_path: Path, dtype: str) -> None:
     chosen = ("--checkpoints", "step20", "--dtype", dtype)
@@ -393,6 +403,7 @@ def test_only_z_can_be_kept_and_is_then_refused_for_patching(series: Path, tmp_p
     assert refused.returncode == 2 and "--sites z" in refused.stderr
 
 
+@pytest.mark.slow
 def test_sites_from_a_layer_on_give_the_same_patched_runs(series: Path, cached: Path, tmp_path: Path) -> None:
     assert run("cache", "--model", series, "--sites", "1", cache=tmp_path).returncode == 0
     assert run("patch", "--name", "parity", cache=tmp_path).returncode == 0

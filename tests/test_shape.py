@@ -96,6 +96,7 @@ def test_the_sampling_variance_is_the_interaction_of_an_analysis_of_variance() -
     assert sampling_variance(values[:, :1]) == 0 and sampling_variance(values[:1]) == 0
 
 
+@pytest.mark.slow
 def test_prompts_that_go_their_own_ways_make_no_change_of_the_mean() -> None:
     """300 series of 15 prompts, each a random walk of its own: a shape is seen in at most 5 %, within three standard
     errors (3.8 points)."""

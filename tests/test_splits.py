@@ -224,6 +224,7 @@ def test_the_interval_is_students_for_many_prompts_and_nothing_for_one() -> None
     assert np.isnan(low).all() and np.isnan(high).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n_prompts", "least"), [(5, 0.89), (8, 0.925), (15, 0.935), (30, 0.935)])
 def test_intervals_of_few_prompts_cover_the_mean_as_often_as_they_say(n_prompts: int, least: float) -> None:
     """Of 2,000 the standard error is 0.5 %; plain percentiles cover 83, 89, 93 and 94 %."""

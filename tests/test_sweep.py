@@ -370,6 +370,7 @@ def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypat
     assert problem and "by nan" in problem
 
 
+@pytest.mark.slow
 def test_a_drift_within_the_tolerance_is_kept_as_the_self_check(store: Store, shifted: list[float]) -> None:
     plan, patch = opened(store)
     shifted += [0.0, 5e-5, -5e-5]
@@ -379,6 +380,7 @@ def test_a_drift_within_the_tolerance_is_kept_as_the_self_check(store: Store, sh
     assert np.allclose(patch.values("self_check_bound"), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_the_printed_largest_difference_is_the_stored_one(model: Path, tmp_path: Path, shifted: list[float]) -> None:
     assert run("cache", "--model", model, "--trials", 3, cache=tmp_path).returncode == 0
     shifted += [0.0, 5e-5, 0.0]
@@ -390,6 +392,7 @@ def test_the_printed_largest_difference_is_the_stored_one(model: Path, tmp_path:
     assert f"largest difference {checks.max():.1e} nats" in done.stdout
 
 
+@pytest.mark.slow
 def test_after_a_drift_the_same_command_does_what_is_missing(model: Path, tmp_path: Path, shifted: list[float]) -> None:
     assert run("cache", "--model", model, "--trials", 3, cache=tmp_path).returncode == 0
     shifted += [0.0, float("nan"), 0.0]

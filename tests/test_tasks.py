@@ -220,6 +220,7 @@ def test_pairs_that_do_not_branch_are_dropped_with_a_word_and_others_are_drawn()
     assert "dropped" in note and "' 9.8' and ' 9.11' first differ at a special token ('8' against '[UNK]')" in note
 
 
+@pytest.mark.slow
 def test_a_built_in_task_that_never_branches_is_refused() -> None:
     tokenizer = fast(whole_tokenizer(unknown=tuple(map(str, range(1, 100)))), unk_token=UNKNOWN)
     assert "only 0 can be drawn, 6480 were dropped" in refusal("decimal", tokenizer)

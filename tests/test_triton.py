@@ -20,6 +20,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 Attend = Callable[..., Tensor]
 
+pytestmark = [pytest.mark.slow] if DEVICE == "cpu" else []
+"""Interpreted, it takes seconds a case."""
+
 
 @pytest.fixture(scope="module")
 def attend() -> Iterator[Attend]:
@@ -171,7 +174,6 @@ def test_a_run_whose_subset_names_no_head_returns_what_it_would_without_a_source
     torch.testing.assert_close(z[:, 2], attend(*tensors)[:, 2], atol=1e-6, rtol=0)
 
 
-@pytest.mark.slow
 def test_no_score_is_too_large_for_the_softmax(attend: Attend) -> None:
     tensors = some_tensors()
     tensors[-1] = 300.0

@@ -11,6 +11,7 @@ from headlapse.engine.report.findings.verdict import format_estimate, format_p, 
 from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.study.patch_settings import Direction, PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
+from tests.simulating import unchecked
 
 STUDY = {"model": "org/tiny", "task": "decimal"}
 STEPS = (0, 1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -117,6 +118,7 @@ def test_with_a_null_yes_no_and_cannot_tell_are_three_things() -> None:
     assert few.startswith("cannot tell") and "p is at least 0.10" in few
 
 
+@pytest.mark.slow
 def test_parity_is_said_to_be_there_in_at_most_five_percent_of_models_without_it() -> None:
     """200 models of random heads, one of them dominant: 5 % within three standard errors (4.6 points)."""
     rng, words = np.random.default_rng(0), ("even", "odd", "all", "balanced")
@@ -124,7 +126,9 @@ def test_parity_is_said_to_be_there_in_at_most_five_percent_of_models_without_it
     for _ in range(200):
         heads = {(0, head): float(nats) for head, nats in enumerate(rng.standard_normal(N_HEADS))}
         run, settings = planted_run(heads | {(0, int(rng.integers(N_HEADS))): 4.0}, words, steps=(256,), n_prompts=4)
-        said.append(line_about(verdict(run.isel(layer=[0]), settings, STUDY), "even/odd"))
+        with unchecked():
+            lines = verdict(run.isel(layer=[0]), settings, STUDY)
+        said.append(line_about(lines, "even/odd"))
     assert np.mean([line.startswith("yes") for line in said]) <= 0.05 + 0.046
     assert all(line.startswith(("yes", "no pattern", "cannot tell")) for line in said)
 

@@ -333,6 +333,7 @@ def cached(model: Path, tmp_path: Path) -> Path:
 ASKED = ("--subsets", "even", "odd", "all", "--name", "r", "--measures")
 
 
+@pytest.mark.slow
 def test_the_command_keeps_shows_and_checks_every_measure(cached: Path) -> None:
     done = run("patch", "--verbose", *ASKED, *MEASURES, cache=cached.parent)
     assert done.returncode == 0, done.stderr
@@ -351,6 +352,7 @@ def test_the_command_keeps_shows_and_checks_every_measure(cached: Path) -> None:
     assert again.returncode == 0 and "nothing to do" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_name_with_other_measures_is_refused_until_it_is_overwritten(cached: Path) -> None:
     assert run("patch", *ASKED[:-1], cache=cached.parent).returncode == 0
     refused = run("patch", *ASKED, "kl", cache=cached.parent)
@@ -360,6 +362,7 @@ def test_a_run_of_the_same_name_with_other_measures_is_refused_until_it_is_overw
     assert "kl" in kept and "rank" not in kept
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hooked, seen = sweeps.hooked_measures, []
 
@@ -379,6 +382,7 @@ def test_an_interrupted_run_goes_on_where_it_was(cached: Path, monkeypatch: pyte
     assert kept.complete.values.all() and (kept.kl.values[0] == before).all()
 
 
+@pytest.mark.slow
 def test_a_store_without_whole_answers_refuses_to_score_them(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only stores of format 1 are so old."""
     monkeypatch.setattr(Store, "array_names", ["tokens"])
