@@ -118,6 +118,7 @@ def test_the_definition_is_the_reference(name: str) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_the_prompts_patch_is_gone_when_the_model_goes_on() -> None:
     """All heads from the prompt itself: nothing changes, though decoding steps have other z."""
     resident = dressed(tiny("neox-parallel"))

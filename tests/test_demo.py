@@ -216,6 +216,7 @@ def test_the_embedded_series_has_eleven_checkpoints_from_the_start_on() -> None:
     assert list(STEPS) == sorted(set(STEPS))
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[str] = []
 

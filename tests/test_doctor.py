@@ -30,6 +30,8 @@ from tests.models import save, tiny, tiny_tokenizer
 from tests.test_integrity import everything_read, files_of, is_noticed
 from tests.test_store import everything, replace_values
 
+pytestmark = pytest.mark.slow
+
 STEPS = (0, 10, 20, 30, 40, 50)
 WEIGHTS = "model.safetensors"
 FLIPS = 12

@@ -108,6 +108,7 @@ def hooked(
 )
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
+@pytest.mark.slow
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
     model, resident = in_precision(tiny(name), dtype)
     patches = slice_patches(3)

@@ -82,6 +82,7 @@ def test_a_share_of_hostile_options_ends_in_one_line_each(model: Path) -> None:
     assert hostile.peak_memory() - before < hostile.LARGEST
 
 
+@pytest.mark.slow
 def test_a_share_of_damaged_files_ends_in_one_line_each(model: Path, tmp_path: Path) -> None:
     before = hostile.peak_memory()
     ends = hostile.try_files(range(10**6, 10**6 + 12), tmp_path / "damaged")
@@ -90,6 +91,7 @@ def test_a_share_of_damaged_files_ends_in_one_line_each(model: Path, tmp_path: P
     assert hostile.peak_memory() - before < hostile.LARGEST
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FORMAT < 2, reason="metadata of format 1 have no checksums")
 def test_a_share_of_damaged_stores_ends_in_one_line_each(model: Path, tmp_path: Path) -> None:
     before = hostile.peak_memory()

@@ -45,6 +45,7 @@ def patched(store: Store, name: str, **request: Any) -> tuple[PatchedRun, list[s
     return run, [outcome.problem for outcome in outcomes]
 
 
+@pytest.mark.slow
 def test_the_bound_lets_rounding_pass_and_is_far_below_that_of_the_dtype(store: Store) -> None:
     run, problems = patched(store, "rounded")
     assert problems == [None] * len(LABELS)
@@ -55,6 +56,7 @@ def test_the_bound_lets_rounding_pass_and_is_far_below_that_of_the_dtype(store: 
     assert ratios.max() < MULTIPLE / 2, f"of differences to measured errors: {np.sort(ratios)}"
 
 
+@pytest.mark.slow
 def test_a_drift_beyond_what_was_measured_is_refused(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     exact, bound = sweeps.replay, patched(store, "rounded")[0].values("self_check_bound").max()
 
@@ -66,6 +68,7 @@ def test_a_drift_beyond_what_was_measured_is_refused(store: Store, monkeypatch: 
     assert all(problem and "nothing patched: replay differs" in problem for problem in problems)
 
 
+@pytest.mark.slow
 def test_values_stored_coarsely_and_computed_in_float32_are_bounded_by_the_coarse_error(store: Store) -> None:
     run, problems = patched(store, "finer", dtype="float32")
     assert problems == [None] * len(LABELS)

@@ -253,6 +253,7 @@ def test_what_cannot_be_patched_is_refused_in_a_line(cached: Path, arguments: tu
     assert complaint in line
 
 
+@pytest.mark.slow
 def test_one_bad_checkpoint_among_many_is_named_and_the_others_are_finished(series: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(series, tmp_path / "series"))
     [weights] = (copy / "step20").glob("*.safetensors")
@@ -413,6 +414,7 @@ def test_sites_from_a_layer_on_give_the_same_patched_runs(series: Path, cached: 
     np.testing.assert_allclose(ours.logit_diff.values, theirs.logit_diff.sel(layer=[1, 2]).values, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_users_own_task_of_equal_lengths_is_patched_at_all_positions(series: Path, tmp_path: Path) -> None:
     lines = [
         {

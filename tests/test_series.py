@@ -161,6 +161,7 @@ def test_a_checkpoint_that_the_store_refuses_is_a_problem_and_the_others_are_cap
     assert store_files(path) == store_files(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while_costs_what_was_written_then(
     model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -286,6 +286,7 @@ def test_a_prompt_without_a_token_is_refused(digits: PreTrainedTokenizerFast, tm
     )
 
 
+@pytest.mark.slow
 def test_random_answers_are_either_read_at_one_shared_branching_token_or_refused(tmp_path: Path) -> None:
     draw = random.Random(0)
     alphabet = ["a", "b", " ", ":"]
