@@ -46,13 +46,15 @@ PNG_DPI = 160
 def to_svg(figure: Figure) -> str:
     text = StringIO()
     with matplotlib.rc_context(STYLE):
-        FigureCanvasSVG(figure).print_svg(text, metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+        canvas: Any = FigureCanvasSVG(figure)  # untyped in matplotlib
+        canvas.print_svg(text, metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
     return text.getvalue()
 
 
 def write_png(figure: Figure, path: Path) -> None:
     figure.set_dpi(PNG_DPI)
-    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(path, metadata={"Software": None})
 
 
 def place_steps(steps: Int[np.ndarray, " checkpoint"]) -> tuple[Float[np.ndarray, " checkpoint"], bool]:
