@@ -8,11 +8,10 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import xarray as xr
 import zarr
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -31,6 +30,9 @@ from .inventory import patch_paths, require_store
 from .locks import layout_lock
 from .patched_run import AnyRun, PatchedRun, RunAxes, TextRun, create_patched_run, create_text_run
 from .zarr_group import CheckpointRow
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Run = TypeVar("Run", bound=AnyRun)
 
@@ -86,7 +88,7 @@ class Store(CheckpointArrays):
 
     def kinds(self) -> list[str]:
         """Which of z, key, value and resid_pre are stored."""
-        return [kind for kind in DIMS if kind in self.group]
+        return [kind for kind in DIMS if kind in self.array_names]
 
     def trials(self) -> Trials:
         """The tokenized prompts, as they were run."""
@@ -119,7 +121,8 @@ class Store(CheckpointArrays):
         for kind in self.kinds():
             writer.put(kind, to_numpy(torch.stack([captured.read(kind, layer) for layer in self.layers])))
         writer.put("answer_logits", captured.answer_logits.numpy())
-        self.write_problem(label, "")
+        if self.has_values("problem", label):  # left by an attempt that failed
+            self.write_problem(label, "")
         writer.finish(provenance=dict(provenance))
 
     def write_problem(self, label: str, problem: str) -> None:
@@ -152,7 +155,7 @@ class Store(CheckpointArrays):
             raise UserError(f"{self.path} has no patched run {name}; it has {names}; make one with: headlapse patch")
         return PatchedRun(self.path / "patches" / name, self.path)
 
-    def patch_dataset(self, name: str) -> xr.Dataset:
+    def patch_dataset(self, name: str) -> "xr.Dataset":
         """A patched run in memory, with labelled dimensions."""
         return self.patch(name).load()
 
