@@ -20,6 +20,7 @@ from . import integrity
 from .disk import sync, sync_all
 from .integrity import AXIS, SEAL, damaged
 from .locks import layout_lock
+from .small_files import SmallFiles
 from .zarr_group import CHECKSUMMED, CheckpointRow, axis_dtype, axis_values, dims_of, package_versions, write_attributes
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class CheckpointArrays:
     def _open(self) -> None:
         self._attributes = integrity.verified_attributes(self.path)
         try:
-            self.group = zarr.open_group(self.path, mode="r+")
+            self.group = zarr.open_group(SmallFiles(self.path), mode="r+")
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path} cannot be read as a zarr store: {one_line(error)}") from error
         self._fixed: dict[str, np.ndarray] = {}

@@ -104,7 +104,11 @@ class Store(CheckpointArrays):
 
     def whereabouts(self, label: str) -> dict[str, Any]:
         """The provenance of a complete checkpoint, with the place where its weights lie now."""
-        return located(self.provenance(label), self._weights)
+        return self.located(self.provenance(label))
+
+    def located(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's provenance, with the place where its weights lie now."""
+        return located(provenance, self._weights)
 
     def answer_logits(self, label: str) -> Float[np.ndarray, "run trial answer"]:
         """Of the unpatched runs of a complete checkpoint."""
@@ -223,6 +227,15 @@ class StoredActivations:
         """Stored layer -> index along the `layer` axis."""
 
         self._tensors: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def whereabouts(self) -> dict[str, Any]:
+        """As `Store.whereabouts`."""
+        return self._store.located(self._record["provenance"])
+
+    def answer_logits(self) -> Float[np.ndarray, "run trial answer"]:
+        """Of the unpatched runs."""
+        return self._store.read("answer_logits", self._label, record=self._record)
 
     def read_all(self, first: int) -> None:
         """Read every kind from layer `first` on at once, which takes less time than layer by layer."""
