@@ -170,8 +170,9 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     subsets: tuple[str, ...] = ()
     """which heads: even odd none all, each (single heads), but (all but one), balanced (every equal split), lattice
     (all subsets), size:K (all of K heads), random:N, splits:N (even, odd and N random equal splits, each with its
-    complement), orders:N (beginnings of N random orders and their reverses, for Shapley values), or heads themselves,
-    e.g. even odd 0,2,4 size:6 random:100 (default: even odd all each)"""
+    complement; splits alone: as many as double the default run), orders:N (beginnings of N random orders and their
+    reverses, for Shapley values), or heads themselves, e.g. even odd 0,2,4 size:6 random:100 (default: even odd all
+    each splits)"""
 
     layers: tuple[str, ...] = ()
     """which layers, one at a time, e.g. all | 6 | 4-8 11 (default: all)"""

@@ -252,7 +252,7 @@ def test_the_table_has_a_row_a_checkpoint_the_layer_least_given_by_chance_and_sa
     effects[1, 2] = [3, 0, 3, 0, 3, 0, 3, 0]
     text = str(parity_finding(run_of(effects, noise=0.1)))
     rows = [line.split() for line in text.splitlines() if line.startswith("step")]
-    assert [row[0] for row in rows] == ["step0", "step1"] and rows[1][1] == "2" and rows[1][-4] == "0.029"
+    assert [row[0] for row in rows] == ["step0", "step1"] and rows[1][1] == "2" and rows[1][-5] == "0.029"
     assert "all 70 equal splits of 8 heads" in text and "6 layers and checkpoints" in text
 
 

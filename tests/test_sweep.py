@@ -138,7 +138,7 @@ def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed()
 @pytest.mark.parametrize(
     ("sweep", "name"),
     [
-        (PatchRequest(), "denoise-last-even+odd+all+each"),
+        (PatchRequest(), "denoise-last-even+odd+all+each+splits"),
         (PatchRequest(("0,2", "size:3"), positions="end:3", direction="noise"), "noise-end3-0.2+size3"),
         (PatchRequest(("all",), ("4-8", "11"), True, dtype="float16"), "denoise-last-all-layers4-8+11-joint-float16"),
     ],
@@ -170,7 +170,7 @@ def test_a_sweep_is_spelled_out_with_all_that_its_numbers_depend_on(kept: Store)
     }  # fmt: skip
     assert (plan.direction, plan.dtype, plan.alignment.spec) == ("noise", "bfloat16", "end:2")
     assert plan.subsets.labels == ("even", "0,2") and plan.n_runs == 1 * 2 * 3
-    assert make_plan(PatchRequest(), kept).n_runs == N_LAYERS * (3 + N_HEADS) * 3
+    assert make_plan(PatchRequest(), kept).n_runs == N_LAYERS * (3 + N_HEADS + 2 * 5) * 3
     assert make_plan(PatchRequest(), kept).dtype == "float32", "the store's, where nothing is said"
 
 

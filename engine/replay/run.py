@@ -101,13 +101,14 @@ def make_plan(request: PatchRequest, store: Store) -> SweepPlan:
     layers = parse_layers(request.layers, store.layers)
     sites = (tuple(layers),) if request.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
-    subsets = parse_subsets(request.subsets, store.n_heads, estimate=functools.partial(_estimate, store, layers))
+    estimate = functools.partial(_estimate, store, layers)
+    subsets = parse_subsets(request.subsets, store.n_heads, estimate=estimate, n_groups=store.n_groups)
     refuse_too_many(request.generate, len(sites), len(subsets), trials.n_trials)
     dtype: Arithmetic = request.dtype or store.study["dtype"]
     measures = _in_order(request.measures)
     settings = PatchSettings(
         "corrected", request.direction, request.positions, tuple(layers), request.joint, request.subsets, dtype,
-        measures, request.generate,
+        measures, request.generate, n_groups=store.n_groups,
     )  # fmt: skip
     if "sequence" in measures and trials.continuation is None:
         raise UserError(

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from ..measures.logit_diff import CLEAR_OF_ZERO, each_checkpoint, effect, finished
 from ..study.patch_settings import PatchSettings
 from .bootstrap import LEVEL
+from .joint import ROUNDING
 from .multiple_testing import Correction, adjust
 from .onset import first_sustained
-from .permutation import ROUNDING
 
 COLUMNS = ("effect", "low", "high", "p", "p_adjusted", "share")
 LEVELS = ("checkpoint", "layer", "head")

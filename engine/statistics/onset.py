@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
 from .bootstrap import LEVEL, noise_of_means, resampled_means
 from .changepoint import evaluate_shape
+from .drops import chance_drops, students
 from .multiple_testing import adjust
 
 CAPABILITY, DIVERGENCE = "clean right", "even − odd divergence"
@@ -162,11 +163,11 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
     if series.values.shape[1] < 2:
         return []
     mean, noise = series.values.mean(1), noise_of_means(series.values)
-    margins = _chance_drops(noise)
+    margins = chance_drops(noise)
     if series.two_sided:
         mean = mean * np.sign(mean[np.abs(mean).argmax()])
-        margins = np.maximum(margins, _chance_drops(-noise))
-    margins = margins * _students(series.values.shape[1]) + 1e-6 * np.abs(mean).max()
+        margins = np.maximum(margins, chance_drops(-noise))
+    margins = margins * students(series.values.shape[1]) + 1e-6 * np.abs(mean).max()
     declined, stretches = [], [(0, len(mean))]
     while stretches:
         first, last = stretches.pop()
@@ -178,23 +179,6 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
             declined.append(Decline(int(steps[start]), int(steps[end]), depth, float(depth - margins[end])))
             stretches += [(first, start + 1), (end, last)]
     return sorted(declined, key=lambda decline: -decline.depth)
-
-
-def _students(n: int) -> float:
-    """How much wider an interval is when its standard error is estimated from n prompts (Student 1908)."""
-    from scipy.special import ndtri, stdtrit  # start-up counts
-
-    return float(stdtrit(n - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2))
-
-
-def _chance_drops(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " checkpoint"]:
-    """How far noise drops to each checkpoint, from whichever before, in all but 5 % of cases together."""
-    fallen = np.maximum.accumulate(noise, axis=0)
-    fallen -= noise
-    size = np.sqrt(np.einsum("cr,cr->c", fallen, fallen) / noise.shape[1])
-    fallen /= np.where(size > 0, size, 1)[:, None]
-    deepest: Float[np.ndarray, " checkpoint"] = size * np.quantile(fallen.max(0), LEVEL)
-    return deepest
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
@@ -252,8 +236,9 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
 
     Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `threshold`, `after` and `by` (steps between
     which it starts), `low` and `high` (their interval over prompts), `significant` (step of the first significant
-    checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
-    seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the deepest first).
+    checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, non-monotone, none or undecided, over steps, to
+    which tokens seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the
+    deepest first).
     """
     complete = known_steps(run)
     steps = complete.step.values.astype(int)

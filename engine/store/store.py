@@ -84,6 +84,12 @@ class Store(CheckpointArrays):
     def n_heads(self) -> int:
         return int(self.array("z").shape[5])
 
+    @property
+    def n_groups(self) -> int:
+        """Groups of heads that share keys and values; 1 where every head has its own, or all share the same."""
+        n_kv_heads = int(self.array("key").shape[5]) if "key" in self.array_names else self.n_heads
+        return 1 if n_kv_heads == self.n_heads else n_kv_heads
+
     def kinds(self) -> list[str]:
         """Which of z, key, value and resid_pre are stored."""
         return [kind for kind in DIMS if kind in self.group]

@@ -16,9 +16,12 @@ from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
 from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, t_test, telling_checkpoint
 from ...statistics.head_subsets import additive_share
+from ...statistics.hypotheses import parity_onset
+from ...statistics.joint import JointTest
 from ...statistics.multiple_testing import Correction
 from ...statistics.onset import HALF, PATTERN, first_sustained, known_steps
-from ...statistics.permutation import find_equal_splits, parity
+from ...statistics.parity_onset import ParityOnset
+from ...statistics.permutation import EqualSplits, find_equal_splits, joint_parity, permutation_p
 from ...study.patch_settings import PatchSettings
 from ...study.study import TOLERANCE
 from .parity import how_to_test
@@ -78,7 +81,7 @@ def verdict_lines(
     if settings.protocol == "published":
         return [question, *_published_lines(complete, study)]
     lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, correction)]
-    lines += [*_layer_line(complete, settings), *_parity_line(complete, settings, correction)]
+    lines += [*_layer_line(complete, settings), *_parity_line(complete, settings)]
     lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
     return [*lines, *_check_line(complete)]
 
@@ -257,11 +260,13 @@ def _additive_share(complete: xr.Dataset, settings: PatchSettings, layer: int) -
     return None if share is None or math.isnan(share) else share
 
 
-def _parity_line(complete: xr.Dataset, settings: PatchSettings, correction: Correction) -> Iterator[Line]:
+def _parity_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]:
     """Even against odd heads at the leading layer of the last checkpoint, with what the permutation test allows to be
     said of it.
 
-    One test at 5 %: the cell is chosen by the effect of all heads, which no relabelling changes.
+    One test at 5 %, which depends on nothing but the splits that were run: the leading layer at the last checkpoint,
+    chosen by the effect of all heads, which no relabelling changes; where so few splits can show nothing in one layer,
+    the joint test of all layers and checkpoints.
     """
     if not {"even", "odd"} <= set(complete.subset.values):
         return
@@ -271,25 +276,53 @@ def _parity_line(complete: xr.Dataset, settings: PatchSettings, correction: Corr
     low, high, _ = (float(values[0]) for values in t_test(nats[None]))
     difference = f"{format_estimate(float(nats.mean()), low, high)} nats"
     difference += "" if settings.joint else f" in layer {layer}"
-    splits, frame = find_equal_splits(complete), parity(complete, correction)
-    if splits is None or frame is None:
-        words = how_to_test(complete.sizes["head"])[0]
+    splits, joint = find_equal_splits(complete), joint_parity(complete)
+    if splits is None or joint is None:
+        words = how_to_test(complete.sizes["head"], settings.n_groups)[0]
         text = f"not tested: {difference}, no null was run"
         yield Line("even/odd", fitting(f"{text} (--subsets even odd all {words})", f"{text} (--subsets {words})", text))
         return
-    p, least = float(frame["p"].loc[(complete.checkpoint.values[-1], layer)]), 2 / len(splits.halves)
+    yield Line("even/odd", fitting(*_parity_texts(complete, settings, layer, splits, joint, difference)))
+
+
+def _parity_texts(
+    complete: xr.Dataset, settings: PatchSettings, layer: int, splits: EqualSplits, joint: JointTest, difference: str
+) -> Iterator[str]:
+    """The answer, the longest wording first."""
     n_splits = f"{splits.n_splits - 1:,} random" if splits.sampled else f"{len(splits.halves):,}"
-    test = f"permutation {format_p(p)} of {n_splits} splits"
-    smallest = float(frame["p_adjusted"].min())
-    if least > 1 - LEVEL:
-        text = f"cannot tell: {difference}; of {n_splits} splits p is at least {least:.2f}"
-    elif p <= 1 - LEVEL:
-        text = f"yes: {difference}, {test}"
-    elif smallest <= 1 - LEVEL:
-        text = f"cannot tell: {difference}, {test}; adjusted {format_p(smallest)} elsewhere"
-    else:
-        text = f"no pattern: {difference}, {test}"
-    yield Line("even/odd", fitting(text))
+    joint_p = f"joint test {format_p(joint.p)}"
+    if splits.least_p > 1 - LEVEL and joint.p <= 1 - LEVEL:
+        yield f"yes, all layers together ({joint_p}): {difference}"
+        yield f"yes, all layers together ({joint_p})"
+    if splits.least_p > 1 - LEVEL:
+        words = " ".join(("even odd all", how_to_test(complete.sizes["head"], settings.n_groups)[0]))
+        text = f"cannot tell: {difference}; {n_splits} splits are too few, {joint_p}"
+        yield f"{text} (--subsets {words})"
+        yield f"{text}"
+        yield f"cannot tell: {n_splits} splits are too few, {joint_p}"
+        return
+    onset = parity_onset(complete, settings.direction, layer)
+    p = permutation_p(complete, splits, layer)
+    answer, since = _parity_answer(p, joint, onset)
+    yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits; {joint_p}"
+    yield f"{answer}: {difference}{since}, {format_p(p)} of {n_splits} splits; {joint_p}"
+    yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits"
+    yield f"{answer}: {difference}{since}, {format_p(p)} of {n_splits} splits"
+    yield f"{answer}: {difference}, {format_p(p)} of {n_splits} splits"
+
+
+def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tuple[str, str]:
+    """Yes, no or that it cannot be told, and since when.  No only where a pattern is excluded (`ParityOnset.absent`),
+    and nothing elsewhere speaks for one."""
+    if p <= 1 - LEVEL:
+        if onset is None or onset.by is None or not onset.lasts:
+            return "yes", ""
+        return "yes", f" from step {'' if onset.after is None else f'{onset.after}-'}{onset.by}"
+    if onset is None:
+        return "cannot tell", ""
+    if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
+        return "no pattern", ""
+    return f"cannot tell (power {100 * onset.power:.0f} %)", ""
 
 
 def _check_line(complete: xr.Dataset) -> Iterator[Line]:
