@@ -116,11 +116,11 @@ def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) ->
     work = pipeline.patch(options, folder)
     if work.n_complete:
         if options.verbose:
-            for table in patch_tables(work.store, work.name, options.correction):
+            for table in patch_tables(work.store, work.name, options.reading):
                 print(table)
         speed = f"{work.n_runs / max(work.seconds, 1e-9):,.0f}/s, "
         print(f"{_amount(work, f'{work.n_runs:,} patched runs', speed)}; {work.name} is in {work.store}")
-        for line in patch_lines(work.store, work.name, options.correction):
+        for line in patch_lines(work.store, work.name, options.reading):
             print(line)
     _print_problems(work)
     return _status(work)

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import xarray as xr
@@ -26,6 +26,7 @@ from .engine.store import inventory
 from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.study.mechanism_settings import PARTS
 from .engine.study.patch_settings import Direction, PatchSettings, Protocol
+from .engine.study.reading import MARGIN, READING, Correction, Reading
 from .engine.study.study import Arithmetic, Dtype
 from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
 
@@ -165,7 +166,8 @@ class Store:
         checkpoints: Words = "all",
         measures: Words = (),
         protocol: Protocol = "corrected",
-        correction: Literal["bh", "holm"] = "bh",
+        correction: Correction = "bh",
+        margin: float = MARGIN,
         generate: int = 0,
         name: str | None = None,
         device: str | None = None,
@@ -178,8 +180,8 @@ class Store:
     ) -> "PatchedRun":
         """Patch heads between clean and corrupt runs at every checkpoint, as `headlapse patch` does.
 
-        `correction` adjusts the p-values of the run that is returned.  Raises `UserError` for what the store cannot
-        answer, and `VerificationError` where replay differs from stock transformers.
+        `correction` and `margin` are how the run that is returned is read.  Raises `UserError` for what the store
+        cannot answer, and `VerificationError` where replay differs from stock transformers.
         """
         options = PatchOptions(
             self.path,
@@ -192,6 +194,7 @@ class Store:
             measures=_words(measures),  # type: ignore[arg-type]  # checked just below, by refuse_impossible
             protocol=protocol,
             correction=correction,
+            margin=margin,
             generate=generate,
             name=name,
             device=device,
@@ -204,7 +207,7 @@ class Store:
         )
         work = pipeline.patch(options, cache_folder())
         _raise_or_warn(work, nothing=not work.n_complete)
-        return PatchedRun(self, work.name, correction)
+        return PatchedRun(self, work.name, options.reading)
 
     def run(self, name: str) -> "PatchedRun":
         """A patched run by its name.  Raises `UserError` where there is none of that name."""
@@ -274,8 +277,13 @@ class Store:
 class PatchedRun:
     """A patched run of a store."""
 
-    def __init__(self, store: Store, name: str, correction: Literal["bh", "holm"] = "bh") -> None:
-        self.store, self.name, self.correction = store, name, correction
+    def __init__(self, store: Store, name: str, reading: Reading = READING) -> None:
+        self.store, self.name, self.reading = store, name, reading
+
+    @property
+    def correction(self) -> Correction:
+        """How its p-values are adjusted."""
+        return self.reading.correction
 
     @property
     def path(self) -> Path:
@@ -295,18 +303,19 @@ class PatchedRun:
     def heads(self) -> pd.DataFrame:
         """What each head does when it is patched alone: one row for each checkpoint, layer and head.
 
-        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), `p`, `p_adjusted` and `share` of
-        the whole layer's effect.  Empty where no head was patched alone.
+        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), `p`, `p_adjusted`, `p_equivalent`
+        (that the effect is as large as the margin; adjusted as well) and `share` of the whole layer's effect.  Empty
+        where no head was patched alone.
         """
-        return results.heads(self.store.path, self.name, self.correction)
+        return results.heads(self.store.path, self.name, self.reading)
 
     def verdict(self) -> Lines:
         """The lines that `headlapse patch` ends in."""
-        return Lines(results.patch_lines(self.store.path, self.name, self.correction))
+        return Lines(results.patch_lines(self.store.path, self.name, self.reading))
 
     def tables(self) -> Lines:
         """Every table that `headlapse patch --verbose` prints."""
-        return Lines(results.patch_tables(self.store.path, self.name, self.correction))
+        return Lines(results.patch_tables(self.store.path, self.name, self.reading))
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the page of this run into the folder `out`; where the page is."""

@@ -4,12 +4,13 @@ The docstring beneath a field is its help.  A command takes one of these datacla
 whatever is wrong whatever the model and the store, before torch is imported.
 """
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from cyclopts import Group, Parameter
 
@@ -17,11 +18,9 @@ from .engine.runtime.errors import UserError
 from .engine.runtime.format import format_whole, parse_bytes
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
+from .engine.study.reading import MARGIN, Correction, Reading
 from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
 from .engine.study.tasks.registry import TASKS
-
-Correction = Literal["bh", "holm"]
-"""As in `statistics.multiple_testing`, which imports numpy and more."""
 
 COMPUTING = Group("Computing", sort_key=2)
 
@@ -200,6 +199,9 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     correction: Correction = "bh"
     """multiple-comparison correction over layers and checkpoints, e.g. holm (default: bh)"""
 
+    margin: float = MARGIN
+    """nats: "no effect" is said only of what is surely smaller, e.g. 0.2 (default: 0.5)"""
+
     generate: int = 0
     """greedy tokens of every patched run as well, e.g. 20 (default: none)"""
 
@@ -214,6 +216,11 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
 
     overwrite: bool = False
     """replace an existing run of that name"""
+
+    @property
+    def reading(self) -> Reading:
+        """How the numbers are read."""
+        return Reading(self.correction, self.margin)
 
     def request(self, default: PatchRequest) -> PatchRequest:
         """What is asked of every checkpoint, with the subsets and layers of `default` where none are named."""
@@ -231,6 +238,8 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--correction", [self.correction], get_args(Correction))
         refuse_unknown("--direction", [self.direction], get_args(Direction))
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
+        if not 0 < self.margin < math.inf:
+            raise UserError(f"--margin {self.margin}: a margin is a number of nats above 0, e.g. 0.5")
         if self.name is not None:
             refuse_bad_name(self.name)
         if not 0 <= self.generate <= LONGEST_TEXT:

@@ -80,7 +80,7 @@ def test_the_default_run_names_the_head_that_does_everything_within_five_lines_w
 
 
 def test_heads_are_ranked_by_the_size_of_their_effect_whichever_way_it_goes() -> None:
-    lines = lines_of({(1, 5): 3.0, (2, 3): 1.5, (1, 0): -2.0, (0, 2): 0.5})
+    lines = lines_of({(1, 5): 3.0, (2, 3): 1.5, (1, 0): -2.0, (0, 2): 0.8})
     assert [line.split()[0] for line in lines if line.startswith("  L")] == ["L1.H5", "L1.H0", "L2.H3"]
     assert "4 of 32 significant at step256" in line_about(lines, "heads")
     assert "-2." in next(line for line in lines if line.startswith("  L1.H0"))

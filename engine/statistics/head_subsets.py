@@ -17,7 +17,7 @@ from ..measures.logit_diff import CLEAR_OF_ZERO, each_checkpoint, effect, finish
 from ..study.patch_settings import PatchSettings
 from ..study.subsets import draw_orders, label_of
 from . import shapley
-from .bootstrap import interval
+from .means import interval
 
 SHARE = 0.8
 """Of the effect of all heads: a sufficient subset has as much alone, and without a necessary one as much is lost."""
@@ -39,7 +39,7 @@ def all_subset_rows(mask: Bool[np.ndarray, "subset head"]) -> Int[np.ndarray, " 
 def head_subset_statistics(run: xr.Dataset, direction: str) -> xr.Dataset | None:
     """Everything below, by checkpoint and layer, from the effect of every subset in nats; None unless all were run.
 
-    `shapley` (head) with `shapley_low` and `shapley_high`, the bootstrap interval over prompts; `banzhaf` (head);
+    `shapley` (head) with `shapley_low` and `shapley_high`, the interval over prompts; `banzhaf` (head);
     `interaction` (head, other), Shapley's; `sufficient` and `necessary` (heads, -1 for none), how many such sets there
     are (`_count`) and the best of them (`_set`); `curve` (size, quantile): smallest, median and largest effect of that
     many heads; `worst_even` (size): the smallest effect of so many even heads; `worst_even_p`: its permutation p-value

@@ -10,7 +10,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
-from .bootstrap import LEVEL, noise_of_means, resampled_means
+from .bootstrap import LEVEL, noise_of_means
 from .changepoint import evaluate_shape
 from .drops import chance_drops, students
 from .multiple_testing import adjust
@@ -43,8 +43,14 @@ class Series:
 
     @functools.cached_property
     def resampled(self) -> Float[np.ndarray, "checkpoint resample"]:
-        """Means over prompts drawn with replacement, the same ones for every series of as many."""
-        return resampled_means(self.values)
+        """Means over prompts drawn with replacement, the same ones for every series of as many; about their centre as
+        wide as Student's interval (`drops.students`), for resampled means of few prompts scatter too little."""
+        n = self.values.shape[1]
+        wider = students(n) if n > 1 else 1.0
+        resampled: Float[np.ndarray, "checkpoint resample"] = self.values.mean(
+            1, keepdims=True
+        ) + wider * noise_of_means(self.values)
+        return resampled
 
     def past(self, mean: Float[np.ndarray, "checkpoint *resample"]) -> Bool[np.ndarray, "checkpoint *resample"]:
         return (np.abs(mean) if self.two_sided else mean) > self.threshold
@@ -81,8 +87,9 @@ def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     """The onset: the mean crosses the threshold at two consecutive checkpoints (the last may stand alone).
 
     It is known only to lie between that checkpoint and the one before (interval censoring: Turnbull 1976).  The
-    interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993) of both ends.  A mean that lies on the
-    threshold crosses it by chance sooner or later: an onset counts for something only where it is `significant` too.
+    interval is the bootstrap over prompts (Efron and Tibshirani 1993) of both ends (`Series.resampled`).  A mean that
+    lies on the threshold crosses it by chance sooner or later: an onset counts for something only where it is
+    `significant` too.
     """
     n = len(steps)
     index = int(first_sustained(series.past(series.values.mean(1))))

@@ -8,10 +8,11 @@ import xarray as xr
 from jaxtyping import Bool, Float
 
 from ..measures.logit_diff import finished
+from ..study.reading import Correction
 from ..study.subsets import count_halves, is_symmetric, parse_subsets
-from .bootstrap import interval
 from .joint import ROUNDING, JointTest, SplitDifferences, joint_test, single_step
-from .multiple_testing import Correction, adjust
+from .means import interval
+from .multiple_testing import adjust
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ from typing import Any
 
 import xarray as xr
 
-from ...statistics.multiple_testing import Correction
 from ...study.patch_settings import PatchSettings
+from ...study.reading import READING, Reading
 from .finding import Finding
 from .hypotheses import hypotheses_finding
 from .measured import measures_finding
@@ -19,25 +19,23 @@ from .texts import answers_finding
 from .timeline import format_timeline
 
 
-def tell(
-    run: xr.Dataset, settings: PatchSettings, study: dict[str, Any], correction: Correction = "bh"
-) -> Iterator[str]:
+def tell(run: xr.Dataset, settings: PatchSettings, study: dict[str, Any], reading: Reading = READING) -> Iterator[str]:
     """All tables of a run of either protocol as text."""
     if settings.protocol == "published":
         yield format_texts(run, study)
         return
     yield format_timeline(run, settings)
-    yield from map(str, findings(run, settings, correction))
+    yield from map(str, findings(run, settings, reading))
 
 
-def findings(run: xr.Dataset, settings: PatchSettings, correction: Correction = "bh") -> Iterator[Finding]:
-    """Tables with how to read them, each only where the run has what it takes; p are adjusted by `correction`."""
+def findings(run: xr.Dataset, settings: PatchSettings, reading: Reading = READING) -> Iterator[Finding]:
+    """Tables with how to read them, each only where the run has what it takes."""
     if measured := measures_finding(run, settings):
         yield measured
     if "text" in run:
         yield answers_finding(run, settings)
     if {"even", "odd"} <= set(run.subset.values):
-        yield parity_finding(run, correction)
+        yield parity_finding(run, reading.correction)
         yield rates_finding(run, settings)
     yield from head_subset_findings(run, settings)
     for finding in (onsets_finding(run, settings), hypotheses_finding(run, settings)):

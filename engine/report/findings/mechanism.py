@@ -12,7 +12,8 @@ from ...checkpoints.revisions import step_of
 from ...measures.logit_diff import finished
 from ...mechanism.summary import HEADS, approximation, head_means, heads_by_attribution
 from ...runtime.format import format_count, format_head
-from ...statistics.bootstrap import LEVEL, interval
+from ...statistics.bootstrap import LEVEL
+from ...statistics.means import interval
 from ...study.mechanism_settings import MechanismSettings, Part
 from ...study.study import RUNS
 from .finding import Finding

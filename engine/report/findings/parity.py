@@ -6,8 +6,9 @@ import pandas as pd
 import xarray as xr
 
 from ...statistics.bootstrap import LEVEL
-from ...statistics.multiple_testing import NAMES, Correction
+from ...statistics.multiple_testing import NAMES
 from ...statistics.permutation import EqualSplits, find_equal_splits, joint_parity, parity
+from ...study.reading import Correction
 from ...study.subsets import LARGEST_SWEEP
 from .finding import Finding
 

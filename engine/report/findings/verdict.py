@@ -14,15 +14,16 @@ from jaxtyping import Bool
 from ...measures.logit_diff import best_layer, effect, finished, success
 from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
-from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, t_test, telling_checkpoint
+from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, telling_checkpoint
 from ...statistics.head_subsets import additive_share
 from ...statistics.hypotheses import parity_onset
 from ...statistics.joint import JointTest
-from ...statistics.multiple_testing import Correction
+from ...statistics.means import interval
 from ...statistics.onset import HALF, PATTERN, first_sustained, known_steps
 from ...statistics.parity_onset import ParityOnset
 from ...statistics.permutation import EqualSplits, find_equal_splits, joint_parity, permutation_p
 from ...study.patch_settings import PatchSettings
+from ...study.reading import READING, Reading
 from ...study.study import TOLERANCE
 from .parity import how_to_test
 from .published import success_table
@@ -58,20 +59,20 @@ def verdict(
     settings: PatchSettings,
     study: Mapping[str, Any],
     page: str | None = None,
-    correction: Correction = "bh",
+    reading: Reading = READING,
 ) -> list[str]:
     """At most 12 lines of at most 100 columns about a run; the table of the published protocol is as long as its run.
 
     `study` is the store's record of what was asked (`model` and `task` are read); `page` is where the report was
     written.
     """
-    lines = [str(line) for line in verdict_lines(run, settings, study, correction)]
+    lines = [str(line) for line in verdict_lines(run, settings, study, reading)]
     # A path is typed or clicked: it is never cut.
     return [*lines, f"{'page':<{LABEL}}{page}"] if page else lines
 
 
 def verdict_lines(
-    run: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any], correction: Correction = "bh"
+    run: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any], reading: Reading = READING
 ) -> list[Line]:
     """The same by its parts, without the page."""
     complete = finished(run)
@@ -80,7 +81,7 @@ def verdict_lines(
         return [question, Line("task", "no checkpoint is finished yet")]
     if settings.protocol == "published":
         return [question, *_published_lines(complete, study)]
-    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, correction)]
+    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading)]
     lines += [*_layer_line(complete, settings), *_parity_line(complete, settings)]
     lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
     return [*lines, *_check_line(complete)]
@@ -156,10 +157,10 @@ def _between(after: str, by: str) -> str:
 # --- the heads ---
 
 
-def _head_lines(complete: xr.Dataset, settings: PatchSettings, correction: Correction) -> Iterator[Line]:
+def _head_lines(complete: xr.Dataset, settings: PatchSettings, reading: Reading) -> Iterator[Line]:
     """The heads with the largest effects at the last checkpoint, or where none is significant there, at the checkpoint
     of the largest significant effect."""
-    effects = head_effects(complete, settings, correction)
+    effects = head_effects(complete, settings, reading.correction, reading.margin)
     if effects.empty:
         yield Line("heads", _no_single_heads(settings))
         return
@@ -171,13 +172,20 @@ def _head_lines(complete: xr.Dataset, settings: PatchSettings, correction: Corre
     elif at is None:
         largest = f"{heads[0]} {format_estimate(heads[0].effect, heads[0].low, heads[0].high)}"
         none = f"none of {format_count(len(heads), 'head')} has a lasting significant effect"
-        yield Line("heads", fitting(f"{none}; largest at {last}: {largest}", f"{none}; largest: {largest}", none))
+        n_none = sum(head.has_none for head in heads)
+        shown = f"; {n_none} surely within ±{reading.margin:g} nats" if n_none else ""
+        texts = (f"{none}{shown}; largest at {last}: {largest}", f"{none}{shown}; largest: {largest}")
+        yield Line("heads", fitting(*texts, f"{none}{shown}", none))
     else:
         significant = [head for head in heads if head.is_significant]
         counts = f"{len(significant)} of {len(heads)} significant at {at}{'' if at == last else f', none at {last}'}"
+        n_none = sum(head.has_none for head in heads)
+        shown = f", {n_none} none (±{reading.margin:g})" if n_none else ""
         yield Line(
             "heads",
             fitting(
+                f"{counts}{shown}; mean effect (nats, 95 % interval), adjusted p",
+                f"{counts}{shown}; nats [95 % interval], adjusted p",
                 f"{counts}; mean effect (nats, 95 % interval), adjusted p",
                 f"{counts}; nats [95 % interval], adjusted p",
                 counts,
@@ -225,7 +233,7 @@ def _layer_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]
     layer = _leading_layer(complete, settings)
     last = complete.isel(checkpoint=-1)
     nats = effect(last, settings.direction).sel(layer=layer, subset="all").values.astype(float)
-    low, high, _ = (float(values[0]) for values in t_test(nats[None]))
+    low, high = (float(values[0]) for values in interval(nats[None]))
     mean = f"all heads {format_estimate(float(nats.mean()), low, high)} nats"
     restored = _restored(last.sel(layer=layer, subset="all"), settings)
     text = f"{mean}, not clear of zero" if low <= 0 <= high else f"{mean}, {restored}"
@@ -273,7 +281,7 @@ def _parity_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line
     layer = _leading_layer(complete, settings)
     logit_diff = complete.logit_diff.isel(checkpoint=-1).sel(layer=layer)
     nats = (logit_diff.sel(subset="even") - logit_diff.sel(subset="odd")).values.astype(float)
-    low, high, _ = (float(values[0]) for values in t_test(nats[None]))
+    low, high = (float(values[0]) for values in interval(nats[None]))
     difference = f"{format_estimate(float(nats.mean()), low, high)} nats"
     difference += "" if settings.joint else f" in layer {layer}"
     splits, joint = find_equal_splits(complete), joint_parity(complete)
