@@ -271,12 +271,12 @@ def run_of(parted: np.ndarray, repaired: np.ndarray, steps: np.ndarray = STEPS, 
 def test_every_measure_of_a_run_is_dated_by_layer_and_unit() -> None:
     jump = 4.0 * (STEPS >= 40)
     frame = onsets(run_of(parted=jump, repaired=1.5 * jump), "denoise").set_index(["measure", "layer", "unit"])
-    assert len(frame) == 4 + 2 * 6
+    assert len(frame) == 6 + 2 * 6
     assert frame.loc[("even − odd divergence", 4, "nats"), "by"] == 40
     assert frame.loc[("all heads matter", 4, "rate"), "after"] == 30
     assert frame.loc[("even − odd divergence", 3, "nats"), "censored"] == "right"
-    clean = onsets(run_of(jump, jump), "denoise").iloc[0]
-    assert (clean["measure"], clean["unit"], clean["censored"]) == ("clean right", "nats", "left")
+    able = onsets(run_of(jump, jump), "denoise").iloc[0]
+    assert (able["measure"], able["unit"], able["censored"]) == ("pair told apart", "nats", "left")
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -292,6 +292,8 @@ def test_every_series_of_two_prompts_is_worked_by_hand(direction: str) -> None:
         "noise": ([1.0, -4], [0.0, -1], [1 - 2.5, -4 - 0.25], [0.0, 1]),  # recovered are 1/5 and 2
     }[direction]
     expected = {
+        ("pair told apart", "nats"): ([5.0, -2], 0.5, False, 0.0),
+        ("pair told apart", "rate"): ([1.0, 0], 0.5, False, 0.0),
         ("clean right", "nats"): ([2.0, -1], 0.0, False, 0.0),
         ("clean right", "rate"): ([1.0, 0], 0.5, False, 0.0),
         ("corrupt wrong", "nats"): ([3.0, -1], 0.0, False, 0.0),
@@ -308,7 +310,7 @@ def test_every_series_of_two_prompts_is_worked_by_hand(direction: str) -> None:
         one = found[key]
         assert one.values.tolist() == [values], key
         assert [one.threshold, one.two_sided, one.lowest] == rest, key
-        assert one.layer == (None if key[0] in ("clean right", "corrupt wrong") else 4)
+        assert one.layer == (None if key[0] in ("pair told apart", "clean right", "corrupt wrong") else 4)
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -463,3 +465,26 @@ def test_intervals_of_onsets_hold_for_few_prompts_too(n_prompts: int, kind: str)
             low, high = -1 if onset.low is None else onset.low, np.inf if onset.high is None else onset.high
             covered += low <= true <= high
     assert covered / 150 >= 0.95 - 0.053
+
+
+def test_a_constant_answer_is_no_capability_and_clean_right_all_the_same() -> None:
+    """Both prompts of every pair are answered alike, rightly for the clean one."""
+    run = run_of(np.zeros(8), np.zeros(8))
+    answered = 3 + np.random.default_rng(3).normal(0, 0.1, (8, 12)).astype(np.float32)
+    run["clean_logit_diff"] = run["corrupt_logit_diff"] = (("checkpoint", "trial"), answered)
+    frame = onsets(run, "denoise").set_index(["measure", "layer", "unit"])["censored"]
+    for unit in ("nats", "rate"):
+        assert frame.loc[("pair told apart", slice(None), unit)].tolist() == ["right"]
+        assert frame.loc[("clean right", slice(None), unit)].tolist() == ["left"]
+
+
+def test_an_onset_is_never_after_its_first_significant_checkpoint() -> None:
+    """What is surely there at 20 and gone at 30 has started by 20, though it lasts only from 50 on."""
+    values = np.array([0, 0, 2, 0, 0, 2, 2, 2.0])[:, None] + np.random.default_rng(4).normal(0, 0.1, (8, 10))
+    onset = onset_of(STEPS, series(values))
+    assert (onset.after, onset.by, onset.significant) == (10, 20, 20) and onset.low is not None and onset.low <= 20
+    rng = np.random.default_rng(5)
+    for _ in range(50):
+        noisy = rng.normal(0, 1, (8, 1)) + rng.normal(0, 1, (8, 10))
+        found = onset_of(STEPS, series(noisy, two_sided=True))
+        assert found.significant is None or (found.by is not None and found.by <= found.significant)

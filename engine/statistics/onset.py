@@ -15,7 +15,7 @@ from .changepoint import evaluate_shape
 from .drops import chance_drops, students
 from .multiple_testing import adjust
 
-CAPABILITY, DIVERGENCE = "clean right", "even − odd divergence"
+CAPABILITY, DIVERGENCE = "pair told apart", "even − odd divergence"
 """Names of measures that others look up."""
 
 HALF, PATTERN = 0.5, 0.3
@@ -84,7 +84,8 @@ class Onset:
 
 
 def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
-    """The onset: the mean crosses the threshold at two consecutive checkpoints (the last may stand alone).
+    """The onset: the mean crosses the threshold at two consecutive checkpoints (the last may stand alone), or is
+    significantly past it at one: an onset is never after its first significant checkpoint.
 
     It is known only to lie between that checkpoint and the one before (interval censoring: Turnbull 1976).  The
     interval is the bootstrap over prompts (Efron and Tibshirani 1993) of both ends (`Series.resampled`).  A mean that
@@ -97,6 +98,9 @@ def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     tail = (1 - LEVEL) / 2
     low, high = (int(np.quantile(resampled, q, method="nearest")) for q in (tail, 1 - tail))
     significant = np.flatnonzero(significant_checkpoints(series))
+    if len(significant):
+        index = min(index, int(significant[0]))
+        low = min(low, index)
 
     def step(at: int) -> int | None:
         return int(steps[at]) if 0 <= at < n else None
@@ -189,8 +193,13 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
 
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
-    """What is dated: capability, the bug, what each layer's heads do to it, when their normalised recovery is above
-    half (nats beyond half of the gap; share of prompts whose recovery is), and how even and odd heads diverge.
+    """What is dated: capability, the clean prompt's answer, the bug, what each layer's heads do to it, when their
+    normalised recovery is above half (nats beyond half of the gap; share of prompts whose recovery is), and how even and
+    odd heads diverge.
+
+    Capability is judged by pairs: the logit difference of the clean prompt exceeds that of the corrupt one, and the one
+    is answered rightly and the other not.  A model that answers both prompts alike has the clean one right, and no
+    capability.
 
     Each in nats and, beside it, as the discrete rate, which can jump where nothing else does (Schaeffer et al. 2023,
     arXiv:2304.15004).
@@ -198,8 +207,10 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     complete = finished(run)
     complete = complete.sel(subset=[name for name in NAMED if name in complete.subset.values]).load()
     clean, corrupt = (complete[f"{name}_logit_diff"].transpose("checkpoint", "trial") for name in ("clean", "corrupt"))
-    yield Series(CAPABILITY, None, _array(clean), 0.0, "nats")
-    yield Series(CAPABILITY, None, _array(success(clean)), HALF, "rate")
+    yield Series(CAPABILITY, None, _array(clean - corrupt), CLEAR_OF_ZERO, "nats")
+    yield Series(CAPABILITY, None, _array(success(clean) * (1 - success(corrupt))), HALF, "rate")
+    yield Series("clean right", None, _array(clean), 0.0, "nats")
+    yield Series("clean right", None, _array(success(clean)), HALF, "rate")
     yield Series("corrupt wrong", None, -_array(corrupt), 0.0, "nats")
     yield Series("corrupt wrong", None, 1 - _array(success(corrupt)), HALF, "rate")
     sign = 1 if direction == "denoise" else -1
