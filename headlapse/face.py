@@ -166,6 +166,7 @@ class Store:
         checkpoints: Words = "all",
         measures: Words = (),
         protocol: Protocol = "corrected",
+        primary: Words = (),
         correction: Correction = "bh",
         margin: float = MARGIN,
         generate: int = 0,
@@ -193,6 +194,7 @@ class Store:
             checkpoints=_words(checkpoints),
             measures=_words(measures),  # type: ignore[arg-type]  # checked just below, by refuse_impossible
             protocol=protocol,
+            primary=_words(primary),
             correction=correction,
             margin=margin,
             generate=generate,

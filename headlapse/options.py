@@ -199,6 +199,11 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     correction: Correction = "bh"
     """multiple-comparison correction over layers and checkpoints, e.g. holm (default: bh)"""
 
+    primary: tuple[str, ...] = ()
+    """what is expected, written into the run with date and hash before anything is patched, and tested at its own 5 %:
+    even against odd heads of a layer, or a head, at a checkpoint, e.g. layer:6@step143000 L3.H1@step512 (default:
+    nothing)"""
+
     margin: float = MARGIN
     """nats: "no effect" is said only of what is surely smaller, e.g. 0.2 (default: 0.5)"""
 
@@ -224,11 +229,12 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
 
     def request(self, default: PatchRequest) -> PatchRequest:
         """What is asked of every checkpoint, with the subsets and layers of `default` where none are named."""
-        how = (self.joint, self.positions, self.direction, self.dtype, self.measures, self.generate)
+        how = (self.joint, self.positions, self.direction, self.dtype, self.measures, self.generate, self.primary)
         return PatchRequest(self.subsets or default.subsets, self.layers or default.layers, *how)
 
     def refuse_impossible(self) -> None:
         from .engine.study.alignment import patched_positions
+        from .engine.study.primary import parse_primary
         from .engine.study.subsets import count_subsets, parse_layers
 
         super().refuse_impossible()
@@ -250,6 +256,7 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         if self.layers:
             parse_layers(self.layers, range(MOST_LAYERS))
         patched_positions(self.positions)
+        parse_primary(self.primary)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_a_long_tail_on_the_other_side_hides_no_effect() -> None:
     values = 8 - np.abs(values)
     student = stats.ttest_1samp(values, 0, axis=-1).pvalue
     clear = student < 1e-6
-    assert clear.any() and (p_differs(values)[clear] <= 0.05).mean() > 0.99
+    assert clear.any() and (p_differs(values)[clear] <= 0.05).mean() > 0.95
 
 
 def test_what_all_prompts_share_to_the_last_digit_is_not_certain_where_it_is_rounding() -> None:

@@ -38,7 +38,10 @@ TIDY_ROWS = 1_000_000
 OPTIONAL = {"heads", "training", "splits", "shapley"}
 """Figures that only some runs have."""
 
-NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"}
+NUMBERS = {
+    *("mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"),
+    "primary",
+}
 """Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20
@@ -67,7 +70,7 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
         result.table.to_csv(partial)
     with _atomic_file(out / "patched.csv") as partial:
         _write_patched(result, partial)
-    shown = [*findings(result.run, result.settings), *_mechanism(store)]
+    shown = [*findings(result.run, result.settings, study=store.study), *_mechanism(store)]
     drawn = _write_figures(result, _numbers(shown).get("shapley"), out)
     _write_numbers(shown, out)
     with _atomic_file(out / "index.html") as partial:

@@ -194,8 +194,8 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
 
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     """What is dated: capability, the clean prompt's answer, the bug, what each layer's heads do to it, when their
-    normalised recovery is above half (nats beyond half of the gap; share of prompts whose recovery is), and how even and
-    odd heads diverge.
+    normalised recovery is above half (nats beyond half of the gap; share of prompts whose recovery is), and how even
+    and odd heads diverge.
 
     Capability is judged by pairs: the logit difference of the clean prompt exceeds that of the corrupt one, and the one
     is answered rightly and the other not.  A model that answers both prompts alike has the clean one right, and no

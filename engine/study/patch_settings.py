@@ -32,6 +32,9 @@ class PatchRequest:
     generate: int = 0
     """Greedy tokens to generate from every patched run; none by default."""
 
+    primary: tuple[str, ...] = ()
+    """Hypotheses that are written into the run before anything is patched (`study.primary`)."""
+
 
 @dataclass(frozen=True)
 class PatchSettings:

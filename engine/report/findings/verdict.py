@@ -26,6 +26,7 @@ from ...study.patch_settings import PatchSettings
 from ...study.reading import READING, Reading
 from ...study.study import TOLERANCE
 from .parity import how_to_test
+from .primary import CHANGED, answer, primary_tests, stamps
 from .published import success_table
 
 WIDTH, LABEL = 100, 11
@@ -83,6 +84,7 @@ def verdict_lines(
         return [question, *_published_lines(complete, study)]
     lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading)]
     lines += [*_layer_line(complete, settings), *_parity_line(complete, settings)]
+    lines += _primary_line(complete, settings, study)
     lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
     return [*lines, *_check_line(complete)]
 
@@ -331,6 +333,24 @@ def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tup
     if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
         return "no pattern", ""
     return f"cannot tell (power {100 * onset.power:.0f} %)", ""
+
+
+def _primary_line(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any]) -> Iterator[Line]:
+    """What was named before anything was patched, and what came of it; of several the first, and how many more."""
+    record = complete.attrs.get("primary")
+    if record is None:
+        return
+    tests = primary_tests(complete, settings, study)
+    if not tests:
+        yield Line("primary", CHANGED)
+        return
+    primary, test = tests[0]
+    text = f"{primary}: not patched yet"
+    if test is not None:
+        p = "" if math.isnan(test.p) else f", {format_p(test.p)}"
+        text = f"{primary}: {answer(test)}, {format_estimate(test.effect, test.low, test.high)} nats{p}"
+    text += f"; {len(tests) - 1} more: --verbose" if len(tests) > 1 else ""
+    yield Line("primary", fitting(*(f"{text} {written}" for written in stamps(record)), text))
 
 
 def _check_line(complete: xr.Dataset) -> Iterator[Line]:
