@@ -169,6 +169,8 @@ class Store:
         primary: Words = (),
         correction: Correction = "bh",
         margin: float = MARGIN,
+        select_on: Words = (),
+        test_on: Words = (),
         generate: int = 0,
         name: str | None = None,
         device: str | None = None,
@@ -181,8 +183,8 @@ class Store:
     ) -> "PatchedRun":
         """Patch heads between clean and corrupt runs at every checkpoint, as `headlapse patch` does.
 
-        `correction` and `margin` are how the run that is returned is read.  Raises `UserError` for what the store
-        cannot answer, and `VerificationError` where replay differs from stock transformers.
+        `correction`, `margin`, `select_on` and `test_on` are how the run that is returned is read.  Raises `UserError`
+        for what the store cannot answer, and `VerificationError` where replay differs from stock transformers.
         """
         options = PatchOptions(
             self.path,
@@ -197,6 +199,8 @@ class Store:
             primary=_words(primary),
             correction=correction,
             margin=margin,
+            select_on=_words(select_on),
+            test_on=_words(test_on),
             generate=generate,
             name=name,
             device=device,

@@ -33,6 +33,9 @@ LONGEST_TEXT = 100_000
 LONGEST_NAME = 200
 """Bytes of a folder's name, with room for what is added to it while it is written."""
 
+MOST_PROMPTS = 1_000_000
+"""No store has more: numbers of prompts that are wrong even then are wrong for every store."""
+
 _TAKEN_NAMES = ("zarr.json",)
 """Files that zarr keeps in the folder where a store's patched runs stand."""
 
@@ -207,6 +210,13 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     margin: float = MARGIN
     """nats: "no effect" is said only of what is surely smaller, e.g. 0.2 (default: 0.5)"""
 
+    select_on: tuple[str, ...] = ()
+    """prompts, by number from 0, on which the verdict chooses the layer and the heads that it names, e.g. 0-6 (default:
+    the layer is chosen on one half and estimated on the other; heads on all)"""
+
+    test_on: tuple[str, ...] = ()
+    """prompts on which they are estimated and tested, e.g. 7-14 (default: all that --select-on leaves)"""
+
     generate: int = 0
     """greedy tokens of every patched run as well, e.g. 20 (default: none)"""
 
@@ -225,7 +235,7 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     @property
     def reading(self) -> Reading:
         """How the numbers are read."""
-        return Reading(self.correction, self.margin)
+        return Reading(self.correction, self.margin, self.select_on, self.test_on)
 
     def request(self, default: PatchRequest) -> PatchRequest:
         """What is asked of every checkpoint, with the subsets and layers of `default` where none are named."""
@@ -257,6 +267,7 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
             parse_layers(self.layers, range(MOST_LAYERS))
         patched_positions(self.positions)
         parse_primary(self.primary)
+        self.reading.prompts(MOST_PROMPTS)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def test_a_run_that_is_there_takes_no_other_and_says_what_was_patched_before(sto
         opened.patch(subsets=SUBSETS, layers="1", primary=WORDS, name="plain")
     run = opened.patch(subsets=SUBSETS, layers="1", primary="L1.H5@step300", name="later")
     line = next(line for line in run.verdict() if line.startswith("primary"))
-    assert "not found" in line and "after" in line and "other run" in line
+    assert "not found" in line and "after 2 runs" in line
     again = opened.patch(subsets=SUBSETS, layers="1", primary="L1.H5@step300", name="later")
     assert again.verdict() == run.verdict(), "the same once more is nothing to do"
 

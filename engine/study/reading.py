@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..runtime.errors import UserError
+from .subsets import parse_layers
+
 Correction = Literal["bh", "holm"]
 
 MARGIN = 0.5
@@ -18,6 +21,33 @@ class Reading:
 
     margin: float = MARGIN
     """Nats below which an effect counts as none, in tests of equivalence."""
+
+    select_on: tuple[str, ...] = ()
+    """Prompts, by number, on which the verdict chooses what it names."""
+
+    test_on: tuple[str, ...] = ()
+    """Prompts on which it is estimated and tested."""
+
+    def prompts(self, n_prompts: int) -> tuple[list[int], list[int]] | None:
+        """Numbers of the prompts to select on and to test on; of one that is not named, all the others.  None where
+        neither is.
+
+        Raises `UserError` where they overlap, name what is not there, or leave none.
+        """
+        if not self.select_on and not self.test_on:
+            return None
+        every = range(n_prompts)
+        select, test = (
+            parse_layers(words, every, flag, "prompt") if words else None
+            for words, flag in ((self.select_on, "--select-on"), (self.test_on, "--test-on"))
+        )
+        select = [prompt for prompt in every if prompt not in (test or ())] if select is None else select
+        test = [prompt for prompt in every if prompt not in select] if test is None else test
+        if both := sorted(set(select) & set(test)):
+            raise UserError(f"--select-on and --test-on share prompt {both[0]}; what is tested must not have chosen")
+        if not select or not test:
+            raise UserError("--select-on and --test-on leave no prompt to the other; name fewer, e.g. --select-on 0-6")
+        return select, test
 
 
 READING = Reading()

@@ -250,11 +250,13 @@ def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
     return value
 
 
-def parse_layers(words: Sequence[str], available: Sequence[int], flag: str = "--layers") -> list[int]:
+def parse_layers(
+    words: Sequence[str], available: Sequence[int], flag: str = "--layers", noun: str = "layer"
+) -> list[int]:
     """The layers that `words` (`all`, `6`, `4-8`) name, ascending.
 
     Raises `UserError`, naming the option `flag`, for a word that is no layer or range, and for a layer that is not
-    `available`.
+    `available`; `noun` is what is numbered, where it is not layers.
     """
     layers: set[int] = set()
     for word in words:
@@ -266,9 +268,9 @@ def parse_layers(words: Sequence[str], available: Sequence[int], flag: str = "--
             # At most one layer too many is listed, however far the range goes: it is refused below.
             layers.update(range(first, min(last, max(first, available[-1] + 1)) + 1))
         else:
-            raise UserError(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
+            raise UserError(f"{flag} {word}: not a {noun}; write all, a {noun} such as 6, or a range such as 4-8")
     if absent := sorted(layers - set(available)):
-        raise UserError(f"{flag}: layer {absent[0]} is not there; the layers are {available[0]} to {available[-1]}")
+        raise UserError(f"{flag}: {noun} {absent[0]} is not there; the {noun}s are {available[0]} to {available[-1]}")
     if not layers:
-        raise UserError(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
+        raise UserError(f"{flag} {' '.join(words)} names no {noun}; ranges ascend, such as 4-8")
     return sorted(layers)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Bool
 
@@ -22,6 +23,7 @@ from ...statistics.means import interval
 from ...statistics.onset import HALF, PATTERN, first_sustained, known_steps
 from ...statistics.parity_onset import ParityOnset
 from ...statistics.permutation import EqualSplits, find_equal_splits, joint_parity, permutation_p
+from ...statistics.selection import held_out
 from ...study.patch_settings import PatchSettings
 from ...study.reading import READING, Reading
 from ...study.study import TOLERANCE
@@ -82,18 +84,23 @@ def verdict_lines(
         return [question, Line("task", "no checkpoint is finished yet")]
     if settings.protocol == "published":
         return [question, *_published_lines(complete, study)]
-    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading)]
-    lines += [*_layer_line(complete, settings), *_parity_line(complete, settings)]
+    judges = None
+    if (prompts := reading.prompts(complete.sizes["trial"])) is not None:
+        question = Line("", _question(complete, settings, study, f"{len(prompts[1])} of "))
+        judges, complete = (complete.isel(trial=chosen) for chosen in prompts)
+    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading, judges)]
+    lines += [*_layer_line(complete, settings, judges), *_parity_line(complete, settings, judges)]
     lines += _primary_line(complete, settings, study)
     lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
     return [*lines, *_check_line(complete)]
 
 
-def _question(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any]) -> str:
+def _question(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any], some: str = "") -> str:
+    """What was asked; `some` is how many of the prompt pairs are shown, where not all are."""
     labels, n = _labels(complete), complete.sizes["trial"]
     what = f"{Path(study['model']).name} on {Path(study['task']).name}"
     between = f" ({labels[0]} to {labels[-1]})" if len(labels) > 1 else f" ({labels[0]})" if labels else ""
-    pairs, checkpoints = format_count(n, "prompt pair"), format_count(len(labels), "checkpoint")
+    pairs, checkpoints = f"{some}{format_count(n, 'prompt pair')}", format_count(len(labels), "checkpoint")
     how, where = _patch_in_words(settings)
     return fitting(
         f"{what}: {pairs}, {checkpoints}{between}, {how}{where}",
@@ -159,15 +166,19 @@ def _between(after: str, by: str) -> str:
 # --- the heads ---
 
 
-def _head_lines(complete: xr.Dataset, settings: PatchSettings, reading: Reading) -> Iterator[Line]:
+def _head_lines(
+    complete: xr.Dataset, settings: PatchSettings, reading: Reading, judges: xr.Dataset | None
+) -> Iterator[Line]:
     """The heads with the largest effects at the last checkpoint, or where none is significant there, at the checkpoint
-    of the largest significant effect."""
+    of the largest significant effect.  `judges` are the prompts that chose them, None where these did themselves."""
     effects = head_effects(complete, settings, reading.correction, reading.margin)
     if effects.empty:
         yield Line("heads", _no_single_heads(settings))
         return
     last, at = _labels(complete)[-1], telling_checkpoint(effects)
     heads = rank_heads(effects, at or last)
+    if judges is not None:
+        heads = _in_order_of(heads, head_effects(judges, settings, reading.correction), at or last)
     if complete.sizes["trial"] == 1:
         yield Line("heads", f"largest effects at {last} (nats); one prompt: no interval, no p-value")
         yield from (Line(f"  {head}", f"{head.effect:+.2f}") for head in heads[:SHOWN])
@@ -183,17 +194,24 @@ def _head_lines(complete: xr.Dataset, settings: PatchSettings, reading: Reading)
         counts = f"{len(significant)} of {len(heads)} significant at {at}{'' if at == last else f', none at {last}'}"
         n_none = sum(head.has_none for head in heads)
         shown = f", {n_none} none (±{reading.margin:g})" if n_none else ""
+        chosen = "" if len(heads) <= SHOWN else ", flattered (--select-on)" if judges is None else ", chosen on others"
         yield Line(
             "heads",
             fitting(
-                f"{counts}{shown}; mean effect (nats, 95 % interval), adjusted p",
-                f"{counts}{shown}; nats [95 % interval], adjusted p",
-                f"{counts}; mean effect (nats, 95 % interval), adjusted p",
-                f"{counts}; nats [95 % interval], adjusted p",
+                f"{counts}{shown}; mean effect (nats, 95 % interval){chosen}; adjusted p",
+                f"{counts}{shown}; nats [95 % interval]{chosen}; adjusted p",
+                f"{counts}; nats [95 % interval]{chosen}; adjusted p",
+                f"{counts}; nats{chosen}; adjusted p",
                 counts,
             ),
         )
         yield from _table(significant[:SHOWN], len(_labels(complete)))
+
+
+def _in_order_of(heads: Sequence[HeadEffect], effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
+    """The heads in the order of other prompts' ranking."""
+    place = {str(head): rank for rank, head in enumerate(rank_heads(effects, checkpoint))}
+    return sorted(heads, key=lambda head: place[str(head)])
 
 
 def _no_single_heads(settings: PatchSettings) -> str:
@@ -228,12 +246,16 @@ def _significant_from(head: HeadEffect) -> str:
 # --- the layer, even and odd ---
 
 
-def _layer_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]:
-    """All heads of the layer where they have the largest effect at the last checkpoint."""
+def _layer_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
+    """All heads of the layer where they have the largest effect at the last checkpoint: chosen by `judges`, else on one
+    half of the prompts and estimated on the other, both ways (`selection.held_out`)."""
     if "all" not in complete.subset.values:
         return
-    layer = _leading_layer(complete, settings)
+    layer = _leading_layer(complete if judges is None else judges, settings)
     last = complete.isel(checkpoint=-1)
+    if judges is None and (apart := _held_out_apart(last, settings)) is not None:
+        yield Line("layer", apart)
+        return
     nats = effect(last, settings.direction).sel(layer=layer, subset="all").values.astype(float)
     low, high = (float(values[0]) for values in interval(nats[None]))
     mean = f"all heads {format_estimate(float(nats.mean()), low, high)} nats"
@@ -247,6 +269,19 @@ def _layer_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]
         text = fitting(additive, f"{text}; additive: {100 * share:.1f} %", text)
     where = f"layers {settings.layers[0]}-{settings.layers[-1]}" if settings.joint else f"layer {layer}"
     yield Line(where if len(where) < LABEL else "layers", text)
+
+
+def _held_out_apart(last: xr.Dataset, settings: PatchSettings) -> str | None:
+    """The held-out effect where halves of the prompts choose different layers; None where they agree, for then it is
+    that of all prompts at that layer."""
+    moved = effect(last, settings.direction).sel(subset="all").transpose("layer", "trial")
+    held = held_out(moved.values.astype(float))
+    if held is None or held.agrees:
+        return None
+    layers = " and ".join(str(int(last.layer.values[place])) for place in held.layers)
+    estimate = format_estimate(held.effect, held.low, held.high)
+    text = f"halves of the prompts choose layers {layers}; all heads of the other half's choice {estimate} nats"
+    return fitting(text, f"halves choose layers {layers}; all heads, held out {estimate} nats")
 
 
 def _leading_layer(complete: xr.Dataset, settings: PatchSettings) -> int:
@@ -270,7 +305,7 @@ def _additive_share(complete: xr.Dataset, settings: PatchSettings, layer: int) -
     return None if share is None or math.isnan(share) else share
 
 
-def _parity_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]:
+def _parity_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
     """Even against odd heads at the leading layer of the last checkpoint, with what the permutation test allows to be
     said of it.
 
@@ -280,7 +315,7 @@ def _parity_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line
     """
     if not {"even", "odd"} <= set(complete.subset.values):
         return
-    layer = _leading_layer(complete, settings)
+    layer = _leading_layer(complete if judges is None else judges, settings)
     logit_diff = complete.logit_diff.isel(checkpoint=-1).sel(layer=layer)
     nats = (logit_diff.sel(subset="even") - logit_diff.sel(subset="odd")).values.astype(float)
     low, high = (float(values[0]) for values in interval(nats[None]))
