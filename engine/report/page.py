@@ -40,7 +40,7 @@ OPTIONAL = {"heads", "training", "splits", "shapley"}
 
 NUMBERS = {
     *("mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"),
-    "primary",
+    *("primary", "energy"),
 }
 """Tables that only some runs have."""
 

@@ -7,10 +7,10 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from ..measures.logit_diff import finished
+from ..measures.logit_diff import PATTERN, finished, success
 from ..study.reading import Correction
 from ..study.subsets import count_halves, is_symmetric, parse_subsets
-from .joint import ROUNDING, JointTest, SplitDifferences, joint_test, single_step
+from .joint import NEAR, ROUNDING, JointTest, SplitDifferences, joint_test, single_step
 from .means import interval
 from .multiple_testing import adjust
 
@@ -189,6 +189,20 @@ def permutation_p(run: xr.Dataset, splits: EqualSplits, layer: int) -> float:
     mean = run.logit_diff.isel(checkpoint=-1).sel(layer=layer).transpose("subset", "trial").values.mean(-1, dtype=float)
     null = mean[splits.halves] - mean[splits.rests]
     return permutation_p_value(float(null[splits.even]), null)
+
+
+def meeting_the_rule(run: xr.Dataset, layer: int) -> tuple[float, int, int] | None:
+    """Even − odd success rate in one layer at the last checkpoint, how many equal splits differ by more than the
+    published study's rule asks for (`PATTERN`), whichever half is called even, and how many there are.
+
+    None unless all equal splits were run: a few say little of all.
+    """
+    splits = find_equal_splits(run)
+    if splits is None or splits.sampled:
+        return None
+    rate = success(run.logit_diff.isel(checkpoint=-1).sel(layer=layer)).transpose("subset", "trial").values.mean(-1)
+    differences = rate[splits.halves] - rate[splits.rests]
+    return float(differences[splits.even]), int((np.abs(differences) > PATTERN + NEAR).sum()), len(differences)
 
 
 def joint_parity(run: xr.Dataset) -> JointTest | None:

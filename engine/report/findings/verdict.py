@@ -12,17 +12,23 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool
 
-from ...measures.logit_diff import best_layer, effect, finished, success
+from ...measures.logit_diff import PATTERN, best_layer, effect, finished, success
 from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
 from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, telling_checkpoint
-from ...statistics.head_subsets import additive_share
+from ...statistics.head_subsets import all_subset_rows
 from ...statistics.hypotheses import parity_onset
 from ...statistics.joint import JointTest
 from ...statistics.means import interval
-from ...statistics.onset import HALF, PATTERN, first_sustained, known_steps
+from ...statistics.onset import HALF, first_sustained, known_steps
 from ...statistics.parity_onset import ParityOnset
-from ...statistics.permutation import EqualSplits, find_equal_splits, joint_parity, permutation_p
+from ...statistics.permutation import (
+    EqualSplits,
+    find_equal_splits,
+    joint_parity,
+    meeting_the_rule,
+    permutation_p,
+)
 from ...statistics.selection import held_out
 from ...study.patch_settings import PatchSettings
 from ...study.reading import READING, Reading
@@ -30,6 +36,7 @@ from ...study.study import TOLERANCE
 from .parity import how_to_test
 from .primary import CHANGED, answer, primary_tests, stamps
 from .published import success_table
+from .shares import together_texts
 
 WIDTH, LABEL = 100, 11
 """Columns of a line, and of the word that it begins with."""
@@ -90,7 +97,7 @@ def verdict_lines(
         judges, complete = (complete.isel(trial=chosen) for chosen in prompts)
     lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading, judges)]
     lines += [*_layer_line(complete, settings, judges), *_parity_line(complete, settings, judges)]
-    lines += _primary_line(complete, settings, study)
+    lines += list(_primary_line(complete, settings, study)) or list(_rule_line(complete, settings, judges))
     lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
     return [*lines, *_check_line(complete)]
 
@@ -200,6 +207,7 @@ def _head_lines(
             fitting(
                 f"{counts}{shown}; mean effect (nats, 95 % interval){chosen}; adjusted p",
                 f"{counts}{shown}; nats [95 % interval]{chosen}; adjusted p",
+                f"{counts}{shown}; nats{chosen}; adjusted p",
                 f"{counts}; nats [95 % interval]{chosen}; adjusted p",
                 f"{counts}; nats{chosen}; adjusted p",
                 counts,
@@ -209,9 +217,9 @@ def _head_lines(
 
 
 def _in_order_of(heads: Sequence[HeadEffect], effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
-    """The heads in the order of other prompts' ranking."""
-    place = {str(head): rank for rank, head in enumerate(rank_heads(effects, checkpoint))}
-    return sorted(heads, key=lambda head: place[str(head)])
+    """The heads in the order of the size of their effects on other prompts."""
+    size = effects["effect"].xs(checkpoint, level="checkpoint").abs()
+    return sorted(heads, key=lambda head: -float(size[head.layer, head.head]))
 
 
 def _no_single_heads(settings: PatchSettings) -> str:
@@ -261,12 +269,8 @@ def _layer_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Datase
     mean = f"all heads {format_estimate(float(nats.mean()), low, high)} nats"
     restored = _restored(last.sel(layer=layer, subset="all"), settings)
     text = f"{mean}, not clear of zero" if low <= 0 <= high else f"{mean}, {restored}"
-    share = _additive_share(complete, settings, layer)
-    if share is None:
-        text = fitting(f"{text} at {_labels(complete)[-1]}", text)
-    else:
-        additive = f"{text}; single heads add up to {100 * share:.1f} % of the variance over subsets"
-        text = fitting(additive, f"{text}; additive: {100 * share:.1f} %", text)
+    together = _together(complete, settings, layer)
+    text = fitting(*(f"{text}; {words}" for words in together), f"{text} at {_labels(complete)[-1]}", text)
     where = f"layers {settings.layers[0]}-{settings.layers[-1]}" if settings.joint else f"layer {layer}"
     yield Line(where if len(where) < LABEL else "layers", text)
 
@@ -299,10 +303,13 @@ def _restored(patched: xr.Dataset, settings: PatchSettings) -> str:
     return f"{int((right & failed).sum())} of {format_count(int(failed.sum()), 'failing prompt')} restored"
 
 
-def _additive_share(complete: xr.Dataset, settings: PatchSettings, layer: int) -> float | None:
-    moved = effect(complete.isel(checkpoint=-1), settings.direction).sel(layer=layer).mean("trial")
-    share = additive_share(moved.values.astype(float), complete.mask.values)
-    return None if share is None or math.isnan(share) else share
+def _together(complete: xr.Dataset, settings: PatchSettings, layer: int) -> tuple[str, ...]:
+    """How the layer's heads act together, the longest words first; nothing where not all subsets were run."""
+    rows = all_subset_rows(complete.mask.values)
+    if rows is None:
+        return ()
+    moved = effect(complete.isel(checkpoint=-1), settings.direction).sel(layer=layer).transpose("subset", "trial")
+    return together_texts(moved.values[rows].astype(float), layer)
 
 
 def _parity_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
@@ -368,6 +375,15 @@ def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tup
     if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
         return "no pattern", ""
     return f"cannot tell (power {100 * onset.power:.0f} %)", ""
+
+
+def _rule_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
+    """The study's rule, and how many of all equal splits of the leading layer meet it."""
+    met = meeting_the_rule(complete, _leading_layer(complete if judges is None else judges, settings))
+    if met is not None:
+        rate, n_met, n = met
+        text = f"even − odd success rate {rate:+.2f}; {n_met:,} of {n:,} equal splits differ by more than the study's {PATTERN}"
+        yield Line("rule", fitting(text))
 
 
 def _primary_line(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any]) -> Iterator[Line]:
