@@ -382,8 +382,8 @@ def _rule_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset
     met = meeting_the_rule(complete, _leading_layer(complete if judges is None else judges, settings))
     if met is not None:
         rate, n_met, n = met
-        text = f"even − odd success rate {rate:+.2f}; {n_met:,} of {n:,} equal splits differ by more than the study's {PATTERN}"
-        yield Line("rule", fitting(text))
+        splits = f"{n_met:,} of {n:,} equal splits differ by more than the study's {PATTERN}"
+        yield Line("rule", fitting(f"even − odd success rate {rate:+.2f}; {splits}", splits))
 
 
 def _primary_line(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any]) -> Iterator[Line]:
