@@ -28,7 +28,7 @@ test: lint imports  ## set up, then run everything: lint, types, all tests
 	$(RUN) $(PYTEST)
 
 check: lint  ## lint, types and the fast tests
-	$(RUN) $(PYTEST) --quiet -m 'not slow'
+	$(RUN) $(PYTEST) --quiet -m 'not slow and not thorough'
 
 lint: $(VENV)/installed  ## ruff and strict mypy
 	$(RUN) -m ruff check --quiet .

@@ -36,7 +36,7 @@ from tests.test_generation import ALL, EVEN, NONE, ODD, in_precision
 from tests.test_scripts import messages
 from tests.test_scripts import run as script
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 N_TOKENS = 6
 LABELS = ["step0", "step10"]
@@ -98,6 +98,7 @@ def generations(n: int = 4, seed: int = 0) -> list[PatchedGeneration]:
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("name", MAIN)
 @torch.inference_mode()
@@ -119,6 +120,7 @@ def test_the_definition_is_the_reference(name: str) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_the_prompts_patch_is_gone_when_the_model_goes_on() -> None:
     """All heads from the prompt itself: nothing changes, though decoding steps have other z."""
     resident = dressed(tiny("neox-parallel"))
@@ -194,6 +196,7 @@ def generated(cache: Path, sweep: PatchRequest, name: str, labels: list[str] = L
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
 @pytest.mark.parametrize("joint", [False, True], ids=["single", "joint"])
 def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: Any, joint: bool) -> None:
@@ -227,6 +230,7 @@ def test_every_text_of_a_run_is_that_of_stock_generate(cache: Path, direction: A
     assert (run.text.sel(subset="even") != run.text.sel(subset="none")).any()
 
 
+@pytest.mark.slow
 def test_a_text_that_begins_with_the_right_token_has_it_ahead(cache: Path) -> None:
     run = generated(cache, PatchRequest(("even", "odd", "all", "each"), generate=1), "first").load()
     trials = Store(cache / "s.zarr").trials()
@@ -245,6 +249,7 @@ def test_a_text_that_differs_from_the_definition_is_a_problem_and_not_kept(
     assert not PatchedRun(cache / "s.zarr" / "patches" / "wrong").complete()
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_done_are_not_generated_again(cache: Path) -> None:
     request = PatchRequest(("even",), ("1",), generate=3)
     first = generated(cache, request, "grown", ["step0"]).dataset().text.values[0].tolist()
@@ -271,6 +276,7 @@ def test_other_numbers_of_tokens_have_other_names() -> None:
     assert name_of(PatchRequest()) == name_of(PatchRequest(generate=0))
 
 
+@pytest.mark.slow
 def test_the_command_shows_texts_beside_the_logit_differences(cache: Path) -> None:
     words = ("patch", cache / "s.zarr", "--generate", "4", "--layers", "1", "--subsets", "even", "odd", "none")
     done = script(*words, "--verbose", cache=cache)

@@ -25,7 +25,7 @@ from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials,
 from tests.test_capture import dressed
 from tests.test_scripts import run_here
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 @pytest.mark.parametrize("name", MAIN)
@@ -138,6 +138,7 @@ def test_the_rest_of_a_checkpoints_time_is_what_neither_reading_nor_products_tak
     assert Pace(1, 10.0, 5.0, 7.0, 0).rest == 0  # read while something was computed
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_is_refused_with_its_last_line() -> None:
     with pytest.raises(UserError, match="no such directory"):
         run_command(ROOT / "scripts" / "cache.py", "--model", "./nowhere")
@@ -169,6 +170,7 @@ def test_the_patch_workloads_are_the_ones_they_are_called() -> None:
     assert counts == {"parity": 24, "each": 144, "splits": 924, "lattice": 4096}
 
 
+@pytest.mark.slow
 def test_bench_prints_who_took_how_long_and_how_far_they_are_apart(checkpoint: Path, tmp_path: Path) -> None:
     cache = tmp_path / "bench" / "pythia-14m-float16"
     cache.parent.mkdir()

@@ -139,7 +139,7 @@ def test_a_store_is_described_with_problems_runs_and_arrays(here: Path, capsys: 
     assert re.search(r"z +float32 .*checkpoint 2, layer 3, run 2, trial 3", text) and "torch 2" in text
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_listing_and_describing_and_removing_need_no_torch(cached: Path) -> None:
     code = (
         "import sys\n"
@@ -224,7 +224,7 @@ def test_a_log_has_plain_lines_and_no_bars(cached: Path, tmp_path: Path) -> None
     assert ended.stdout.startswith("cached 1 checkpoint x 6 prompts in ") and ended.stdout.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_completion_is_offered_for_every_shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish"):
         script = tmp_path / shell
@@ -258,7 +258,7 @@ def test_the_wheel_is_complete_and_its_command_runs(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, "no store in cache; headlapse cache makes one\n"), ended.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_problems_are_forgotten_once_a_checkpoint_is_there(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from headlapse.engine.study.tasks.contrast import Contrast
 from headlapse.engine.study.tasks.decimals import CHAT, PLAIN
 from headlapse.engine.study.tasks.registry import TASKS, Task
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 CONTEXT = 64
 N = 200
@@ -116,6 +116,7 @@ def test_clean_becomes_corrupt_by_replaced_words(task: str, bpe: PreTrainedToken
         assert sum(clean != corrupt for clean, corrupt in pairs) == REPLACED_WORDS.get(task, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", REPLACES)
 def test_tokens_of_replaced_words_correspond_one_by_one(task: str, tokenizer: PreTrainedTokenizerFast) -> None:
     trials = draw_trials(task, 100, tokenizer, CONTEXT)

@@ -38,7 +38,7 @@ from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.prompts import draw_trials
 from tests.forked import exit_status
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 TINY = Recipe(steps=(0, 3, 6, 8), n_layers=2, n_heads=2, d_model=16, batch=8, warmup=2, decay=4)
 PLAIN = Document(9, ("8", "11"), versions=False)
@@ -218,6 +218,7 @@ def test_the_embedded_series_has_eleven_checkpoints_from_the_start_on() -> None:
     assert list(STEPS) == sorted(set(STEPS))
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[str] = []
 
@@ -240,6 +241,7 @@ def test_another_seed_is_another_series(undisturbed: Path, tmp_path: Path) -> No
     assert (tmp_path / weights).read_bytes() != (undisturbed / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_training_leaves_random_numbers_and_threads_as_they_were(tmp_path: Path) -> None:
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     train(tmp_path, replace(TINY, threads=threads + 1))
@@ -262,6 +264,7 @@ def train_until_killed(directory: Path, last: int) -> None:
     train(directory, TINY)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
     """A real SIGKILL, between two checkpoints."""
     killed = tmp_path / "demo"
@@ -271,6 +274,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(undisturbed: Path, tm
     assert contents(killed) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_at_any_renaming_it_goes_on_to_the_same_bytes(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

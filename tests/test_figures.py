@@ -14,7 +14,7 @@ from headlapse.engine.report.result import read_result
 from headlapse.engine.store.store import Store
 from tests.test_report import HEADS, some_run, some_store
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture
@@ -49,6 +49,7 @@ def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: St
     assert np.allclose(np.asarray(rate.get_array()) / 100, (data.logit_diff > 0).mean("trial").values.T)
 
 
+@pytest.mark.slow
 def test_the_head_map_needs_every_single_head(store: Store) -> None:
     some_run(store, ["3", "1", "all", "0", "2"], name="each-in-disorder")
     some_run(store, ["0", "1", "2", "all"], name="three-of-four")
@@ -76,6 +77,7 @@ def test_heads_over_training_are_the_effects_of_single_heads_with_their_interval
     assert (held.low <= held.value).all() and (held.value <= held.high).all() and (held.low < held.high).any()
 
 
+@pytest.mark.slow
 def test_even_minus_odd_stands_among_all_equal_splits_at_every_layer(store: Store) -> None:
     some_run(store, ["lattice"])
     axes = draw(read_result(store, "run"))["splits"].axes[0]

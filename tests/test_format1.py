@@ -21,7 +21,7 @@ from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchSettings
 from tests.models import save, tiny, tiny_tokenizer
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 LABELS = ("step0", "step10")
 
@@ -60,6 +60,7 @@ def test_its_activations_open_in_xarray(store: Store) -> None:
     assert np.isfinite(opened.z.sel(checkpoint="step10", layer=2, run="clean").values).any()
 
 
+@pytest.mark.slow
 def test_its_report_is_written(store: Store, tmp_path: Path) -> None:
     assert write_report(store, tmp_path / "report", "lattice")
     assert "L2.H" in (tmp_path / "report" / "index.html").read_text()

@@ -31,7 +31,7 @@ from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION
 from tests.test_capture import dressed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 NAMES = ("neox-parallel", "neox-sequential", "gpt2", "llama-gqa")
 N_TOKENS = 8
@@ -110,6 +110,7 @@ def hooked(
 )
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
+@pytest.mark.slow
 def test_a_batch_gives_the_texts_of_stock_generate(name: str, dtype: torch.dtype) -> None:
     model, resident = in_precision(tiny(name), dtype)
     patches = slice_patches(3)
@@ -128,6 +129,7 @@ def test_the_packages_reference_is_the_one_spelled_out_here(name: str) -> None:
         assert reference_generate(resident, patch, N_TOKENS) == reference(model, patch)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_a_text_ends_with_the_token_that_ends_texts() -> None:
     plain = generate_slice_patched(
@@ -141,6 +143,7 @@ def test_a_text_ends_with_the_token_that_ends_texts() -> None:
     assert texts == [reference(model, patch) for patch in slice_patches(3)]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_of_the_checkpoints_own_settings_for_texts_only_the_end_tokens_count(tmp_path: Path) -> None:
     """The file beside the weights wins over the config; what makes a text other than plainly greedy is left aside."""
@@ -165,6 +168,7 @@ def _until(row: list[int], ends: list[int]) -> list[int]:
     return row[: next((index + 1 for index, token in enumerate(row) if token in ends), len(row))]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_near_tied_tokens_are_left_to_the_reference() -> None:
     """Two unembedding rows made equal: argmax takes the first in the batch as alone, and every such text is counted."""
@@ -178,6 +182,7 @@ def test_near_tied_tokens_are_left_to_the_reference() -> None:
     assert texts.tokens == [reference(stock, patch) for patch in patches]
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_how_many_go_side_by_side_changes_nothing() -> None:
     resident = dressed(tiny("gpt2"))

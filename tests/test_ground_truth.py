@@ -217,7 +217,7 @@ def test_the_strength_of_a_series_is_what_was_planted_at_each_step(series_run: x
     np.testing.assert_allclose(strength, [0, 0, 0, 0, 3, 6, 6, 6, 6], rtol=0, atol=0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_even_stands_out_from_the_onset_on_and_not_before_nor_elsewhere(series_run: xr.Dataset) -> None:
     frame = parity(series_run)
     assert frame is not None
@@ -227,7 +227,7 @@ def test_even_stands_out_from_the_onset_on_and_not_before_nor_elsewhere(series_r
     assert (frame["p_adjusted"][is_planted] <= 0.05).all() and (frame["p_adjusted"][~is_planted] > 0.05).all()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_onset_is_dated_within_its_interval(series_run: xr.Dataset) -> None:
     """Even and odd part by 6 (step - 300) / 200 nats, which is past 0.5 from step 317 on.
 
@@ -241,7 +241,7 @@ def test_the_onset_is_dated_within_its_interval(series_run: xr.Dataset) -> None:
         assert frame.loc[("even − odd divergence", layer, "nats"), "censored"] == "right"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_an_onset_outside_the_checkpoints_is_censored(series_run: xr.Dataset) -> None:
     for steps, side in ((range(0, ONSET + 1), "right"), (range(500, 900), "left")):
         frame = onsets(series_run.sel(checkpoint=series_run.step.isin(steps)), "denoise")
@@ -249,7 +249,7 @@ def test_an_onset_outside_the_checkpoints_is_censored(series_run: xr.Dataset) ->
         assert found["censored"] == side
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_hypotheses_find_the_third_of_the_training_it_was_planted_in(series_run: xr.Dataset) -> None:
     evaluation = hypotheses(series_run, "denoise", LAYER)
     assert evaluation is not None

@@ -23,7 +23,7 @@ from tests import hostile
 from tests.hostile import DIGITS
 from tests.models import CONFIGS
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 ROOT = Path(__file__).parent.parent
 LAST = "9" * 18
@@ -84,6 +84,7 @@ def test_a_share_of_hostile_options_ends_in_one_line_each(model: Path) -> None:
     assert hostile.peak_memory() - before < hostile.LARGEST
 
 
+@pytest.mark.slow
 def test_a_share_of_damaged_files_ends_in_one_line_each(model: Path, tmp_path: Path) -> None:
     before = hostile.peak_memory()
     ends = hostile.try_files(range(10**6, 10**6 + 12), tmp_path / "damaged")
@@ -92,6 +93,7 @@ def test_a_share_of_damaged_files_ends_in_one_line_each(model: Path, tmp_path: P
     assert hostile.peak_memory() - before < hostile.LARGEST
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(FORMAT < 2, reason="metadata of format 1 have no checksums")
 def test_a_share_of_damaged_stores_ends_in_one_line_each(model: Path, tmp_path: Path) -> None:
     before = hostile.peak_memory()
@@ -101,6 +103,7 @@ def test_a_share_of_damaged_stores_ends_in_one_line_each(model: Path, tmp_path: 
     assert hostile.peak_memory() - before < hostile.LARGEST
 
 
+@pytest.mark.slow
 def test_more_hostile_options_and_files_end_in_one_line_each(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.hostile", "400", "12"]
@@ -400,6 +403,7 @@ def test_a_process_that_may_have_too_little_is_refused_at_once(
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("megabytes", [150, 400])
 def test_a_process_whose_memory_ends_as_libraries_load_ends_in_one_line(megabytes: int, model: Path) -> None:
     """As where a limit is set by other means than ulimit, or memory is there for one thread of OpenBLAS only."""

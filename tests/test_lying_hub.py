@@ -20,7 +20,7 @@ from tests.hub_server import HubServer, Lie
 from tests.models import save, tiny, tiny_tokenizer
 from tests.test_sources import without_waiting
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 REPO = "owner/series"
 WEIGHTS = "model.safetensors"

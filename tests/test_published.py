@@ -33,7 +33,7 @@ from tests.test_generation import reference
 from tests.test_scripts import run as script
 from tests.test_sweep import cached
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 LABELS = ["step0", "step10"]
 
@@ -58,6 +58,7 @@ def generated(store: Store, sweep: PatchRequest, labels: list[str] = LABELS, nam
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_text_is_that_of_stock_generate_with_the_studys_hook(model: Path, tmp_path: Path, dtype: Any) -> None:
     store = cached(model, tmp_path / "s.zarr", dtype=dtype)
@@ -90,6 +91,7 @@ def test_the_score_is_the_studys() -> None:
     assert succeeds("MARY", Contrast("", "", " Mary", " John", "mine"))
 
 
+@pytest.mark.slow
 def test_identical_trials_are_one(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     assert script("cache", "--model", model, "--task", "published", cache=cache).returncode == 0
@@ -106,6 +108,7 @@ def test_identical_trials_are_one(model: Path, tmp_path: Path) -> None:
     assert report.returncode == 2 and "headlapse patch" in report.stderr, "a report needs a run of logit differences"
 
 
+@pytest.mark.slow
 def test_checkpoints_that_are_done_are_not_generated_again(model: Path, tmp_path: Path) -> None:
     store = cached(model, tmp_path / "s.zarr")
     generated(store, asked(), ["step0"])

@@ -717,7 +717,7 @@ def test_a_broken_config_on_the_hub_is_refused(hub: HubServer, cache: Path) -> N
     assert "config.json is not JSON" in refusal(fetch, on_hub("main"), cache)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_environment_says_where_the_hub_and_the_cache_are(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from headlapse.engine.checkpoints.fetch import fetch\n"
