@@ -155,7 +155,7 @@ def test_a_run_and_a_store_are_removed_only_on_consent(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy.zarr"
-    subprocess.run(["cp", "-r", str(store_in(here)), str(copy)], check=True)
+    subprocess.run(["cp", "-a", str(store_in(here)), str(copy)], check=True)
     assert main(["rm", str(copy)]) == 2 and "--yes" in capsys.readouterr().err, "nobody can be asked"
     assert main(["rm", str(copy), "three", "--yes"]) == 2
     assert "has no patched run three; it has one, two" in capsys.readouterr().err
