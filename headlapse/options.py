@@ -254,7 +254,7 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
     parts: tuple[Part, ...] = PARTS
     """attribution (what each head adds to the logit difference directly), attention (to the first token, the previous,
     itself, the digits), weights (QK and OV: norms, change, cosines), patching (gradient estimate beside the exact
-    effect), e.g. attribution weights (default: all)"""
+    effect), roles (induction, copying and other known roles), e.g. attribution weights (default: all)"""
 
     direction: Direction = "denoise"
     """of patching, e.g. noise, as of `headlapse patch` (default: denoise)"""

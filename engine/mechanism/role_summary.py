@@ -1,0 +1,167 @@
+"""Which heads have a role, since when, and whether the heads that matter are those.  Arrays and frames, no text."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float
+
+from ..measures.logit_diff import finished
+from ..statistics.bootstrap import LEVEL
+from ..statistics.head_effects import t_test
+from ..statistics.multiple_testing import adjust
+from ..statistics.onset import first_sustained
+from ..study.role_settings import MARGIN, ROLES, SEED, Role
+from .role_tests import SMALLEST_SPREAD
+
+RELABELLINGS = 999
+
+
+def in_role(run: xr.Dataset) -> xr.DataArray:
+    """Whether a head has a role at a checkpoint (checkpoint, layer, head, role): its score is at least `MARGIN` above
+    its null, and p, adjusted over the checkpoint's heads, at most 5 %.  Never where either is missing."""
+    licensed: xr.DataArray = (run.role_score - run.role_null >= MARGIN) & (run.role_p <= 1 - LEVEL + 1e-6)
+    return licensed
+
+
+def heads_in_role(run: xr.Dataset, role: Role, checkpoint: str | None = None) -> list[tuple[int, int]]:
+    """(layer, head) of the heads that have the role at a checkpoint, the highest score first.
+
+    `run` is a store's mechanism; without a checkpoint the last finished one.  Heads of several training runs are
+    matched by role so, since their numbers mean nothing from one to another.  Raises `KeyError` for a checkpoint that
+    is not finished.
+    """
+    complete = finished(run)
+    at = complete.sel(checkpoint=checkpoint) if checkpoint is not None else complete.isel(checkpoint=-1)
+    score = at.role_score.sel(role=role).transpose("layer", "head")
+    licensed = in_role(at).sel(role=role).transpose("layer", "head").values
+    places = [tuple(place) for place in np.argwhere(licensed)]
+    ordered = sorted(places, key=lambda place: -float(score.values[place]))
+    return [(int(score.layer[layer]), int(score["head"][head])) for layer, head in ordered]
+
+
+def roles_frame(run: xr.Dataset) -> pd.DataFrame:
+    """One row for each finished checkpoint, role, layer and head (the index).
+
+    Columns: `score` and `null`, `p` (adjusted over the checkpoint's heads), `has_role`, and `after` and `by`: labels of
+    the checkpoints between which the head takes the role on, for good as far as two consecutive checkpoints (the last
+    may stand alone); `after` is missing where it has it from the first on, both where it never does.
+    """
+    complete = finished(run)
+    licensed = in_role(complete)
+    first = np.asarray(first_sustained(licensed.transpose("checkpoint", ...).values))
+    labels = np.array([*map(str, complete.checkpoint.values), None], dtype=object)
+    dims = [dim for dim in licensed.dims if dim != "checkpoint"]
+    by = xr.DataArray(labels[first], dims=dims)
+    after = xr.DataArray(np.where((first > 0) & (first < len(labels) - 1), labels[first - 1], None), dims=dims)
+    columns = {
+        "score": complete.role_score, "null": complete.role_null, "p": complete.role_p, "has_role": licensed,
+        "after": after.broadcast_like(licensed), "by": by.broadcast_like(licensed),
+    }  # fmt: skip
+    plain = {name: values.drop_vars("role_problem", errors="ignore") for name, values in columns.items()}
+    frame = xr.Dataset(plain).reset_coords(drop=True).to_dataframe(dim_order=["checkpoint", "role", "layer", "head"])
+    return frame[list(columns)]
+
+
+@dataclass(frozen=True)
+class RoleShare:
+    """How much of the single-head effects the heads of one role have at a checkpoint."""
+
+    role: Role
+    share: float
+    """Of the summed sizes of all heads' mean effects, 0 to 1."""
+
+    p: float
+    """How often as many heads of the same layers, drawn at random, have as much or more."""
+
+
+def role_shares(run: xr.Dataset) -> list[RoleShare]:
+    """Of every role that a head has at the one checkpoint of `run`, which holds `effect`.
+
+    The null draws each layer's heads anew, as many as have the role there, so that a layer that matters as a whole
+    proves nothing about its heads (permutation test: Fisher 1935).
+    """
+    size = abs(run.effect.mean("trial")).isel(checkpoint=0).transpose("layer", "head").values.astype(float)
+    licensed = in_role(run).isel(checkpoint=0).transpose("role", "layer", "head").values
+    rng = np.random.default_rng(SEED)
+    order = rng.permuted(np.broadcast_to(np.arange(size.shape[1]), (RELABELLINGS, *size.shape)), axis=2)
+    relabelled = np.take_along_axis(np.broadcast_to(size, order.shape), order, axis=2)
+    shares = []
+    for role, has in zip(ROLES, licensed, strict=True):
+        if has.any() and size.sum() > 0:
+            borne, drawn = size[has].sum(), relabelled[:, has].sum(1)
+            p = (1 + int((drawn >= borne - 1e-9).sum())) / (1 + RELABELLINGS)
+            shares.append(RoleShare(role, float(borne / size.sum()), p))
+    return shares
+
+
+@dataclass(frozen=True)
+class CausalHead:
+    """A head whose patch matters, and its roles."""
+
+    layer: int
+    head: int
+    effect: float
+    """Mean over prompts, in nats."""
+
+    roles: tuple[Role, ...]
+
+
+def causal_heads(run: xr.Dataset) -> list[CausalHead]:
+    """The heads whose exact effect is significant at the one checkpoint of `run` (t-test over prompts, adjusted over
+    heads: Benjamini and Hochberg 1995), the largest first; none for one prompt."""
+    at = run.isel(checkpoint=0)
+    effect = at.effect.transpose("layer", "head", "trial").values.astype(float)
+    _, _, p = t_test(effect)
+    if np.isnan(p).any():
+        return []
+    significant = adjust(p.ravel()).reshape(p.shape) <= 1 - LEVEL
+    licensed = in_role(at).transpose("layer", "head", "role").values
+    mean = effect.mean(-1)
+    heads = [
+        CausalHead(
+            int(at.layer[layer]), int(at["head"][head]), float(mean[layer, head]),
+            tuple(role for role, has in zip(ROLES, licensed[layer, head], strict=True) if has),
+        )
+        for layer, head in np.argwhere(significant)
+    ]  # fmt: skip
+    return sorted(heads, key=lambda head: -abs(head.effect))
+
+
+@dataclass(frozen=True)
+class LossBump:
+    """The interval of training over which the loss on repeated tokens falls most."""
+
+    after: str
+    by: str
+    fall: float
+    """Of the mean loss on repeated tokens between the two checkpoints, in nats."""
+
+
+def loss_bump(run: xr.Dataset) -> LossBump | None:
+    """Between which two consecutive checkpoints the model learns most about repetition.
+
+    The largest fall of the loss on repeated random tokens below that on the first occurrences: the loss that context
+    saves, whose sudden gain is the bump in the loss curve of Olsson et al. 2022.  None where nothing falls by more than
+    sequences differ (paired t-test, adjusted over the intervals: Holm 1979).
+    """
+    complete = finished(run)
+    excess = (complete.loss_second - complete.loss_first).transpose("checkpoint", "sequence").values.astype(float)
+    fall = -np.diff(excess, axis=0)
+    if not len(fall) or np.isnan(fall).all():
+        return None
+    p = _p_of_a_fall(fall)
+    largest = int(np.nan_to_num(fall.mean(1), nan=-np.inf).argmax())
+    if not p[largest] <= 1 - LEVEL:
+        return None
+    labels = [str(label) for label in complete.checkpoint.values]
+    return LossBump(labels[largest], labels[largest + 1], float(fall.mean(1)[largest]))
+
+
+def _p_of_a_fall(fall: Float[np.ndarray, "interval sequence"]) -> Float[np.ndarray, " interval"]:
+    from scipy.special import stdtr  # start-up counts
+
+    n = fall.shape[1]
+    error = np.maximum(fall.std(1, ddof=1), SMALLEST_SPREAD) / np.sqrt(n)
+    return adjust(np.nan_to_num(stdtr(n - 1, -fall.mean(1) / error), nan=1.0), "holm")
