@@ -5,17 +5,18 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
 
 from ..measures.logit_diff import finished
 from ..statistics.bootstrap import LEVEL
 from ..statistics.head_effects import t_test
 from ..statistics.multiple_testing import adjust
-from ..statistics.onset import first_sustained
+from ..statistics.onset import first_sustained, known_steps
 from ..study.role_settings import MARGIN, ROLES, SEED, Role
-from .role_tests import SMALLEST_SPREAD
 
 RELABELLINGS = 999
+
+MOST = 0.75
+"""Share of the largest fall of a loss that makes a bump."""
 
 
 def in_role(run: xr.Dataset) -> xr.DataArray:
@@ -73,7 +74,8 @@ class RoleShare:
     """Of the summed sizes of all heads' mean effects, 0 to 1."""
 
     p: float
-    """How often as many heads of the same layers, drawn at random, have as much or more."""
+    """How often as many heads of the same layers, drawn at random, have as much or more; NaN where all heads of those
+    layers have the role, and there are no others to draw."""
 
 
 def role_shares(run: xr.Dataset) -> list[RoleShare]:
@@ -92,6 +94,7 @@ def role_shares(run: xr.Dataset) -> list[RoleShare]:
         if has.any() and size.sum() > 0:
             borne, drawn = size[has].sum(), relabelled[:, has].sum(1)
             p = (1 + int((drawn >= borne - 1e-9).sum())) / (1 + RELABELLINGS)
+            p = np.nan if (has.all(1) == has.any(1)).all() else p
             shares.append(RoleShare(role, float(borne / size.sum()), p))
     return shares
 
@@ -131,7 +134,7 @@ def causal_heads(run: xr.Dataset) -> list[CausalHead]:
 
 @dataclass(frozen=True)
 class LossBump:
-    """The interval of training over which the loss on repeated tokens falls most."""
+    """The stretch of training over which the loss on repeated tokens falls most."""
 
     after: str
     by: str
@@ -140,28 +143,25 @@ class LossBump:
 
 
 def loss_bump(run: xr.Dataset) -> LossBump | None:
-    """Between which two consecutive checkpoints the model learns most about repetition.
+    """Between which two checkpoints the model learns to use a repetition: the shortest stretch, in steps, over which
+    the loss on repeated random tokens falls by at least `MOST` of its largest fall.
 
-    The largest fall of the loss on repeated random tokens below that on the first occurrences: the loss that context
-    saves, whose sudden gain is the bump in the loss curve of Olsson et al. 2022.  None where nothing falls by more than
-    sequences differ (paired t-test, adjusted over the intervals: Holm 1979).
+    Induction heads form over such a stretch, the bump in the loss curve of Olsson et al. 2022 (arXiv:2209.11895).  None
+    where it falls by no more than sequences differ (paired t-test, adjusted over all stretches: Bonferroni), nor where
+    steps are unknown.
     """
-    complete = finished(run)
-    excess = (complete.loss_second - complete.loss_first).transpose("checkpoint", "sequence").values.astype(float)
-    fall = -np.diff(excess, axis=0)
-    if not len(fall) or np.isnan(fall).all():
+    complete = known_steps(run)
+    loss = complete.loss_second.transpose("checkpoint", "sequence").values.astype(float)
+    if len(loss) < 2 or np.isnan(loss).any():
         return None
-    p = _p_of_a_fall(fall)
-    largest = int(np.nan_to_num(fall.mean(1), nan=-np.inf).argmax())
-    if not p[largest] <= 1 - LEVEL:
+    fall = loss.mean(1)[:, None] - loss.mean(1)
+    steps, first, last = complete.step.values, *np.triu_indices(len(loss), 1)
+    long_enough = fall[first, last] >= MOST * fall[first, last].max()
+    n_stretches, first, last = len(first), first[long_enough], last[long_enough]
+    at = np.lexsort((-fall[first, last], steps[last] - steps[first]))[0]
+    after, by = int(first[at]), int(last[at])
+    _, _, p = t_test((loss[after] - loss[by])[None])
+    if not (fall[after, by] > 0 and n_stretches * p[0] <= 1 - LEVEL):
         return None
-    labels = [str(label) for label in complete.checkpoint.values]
-    return LossBump(labels[largest], labels[largest + 1], float(fall.mean(1)[largest]))
-
-
-def _p_of_a_fall(fall: Float[np.ndarray, "interval sequence"]) -> Float[np.ndarray, " interval"]:
-    from scipy.special import stdtr  # start-up counts
-
-    n = fall.shape[1]
-    error = np.maximum(fall.std(1, ddof=1), SMALLEST_SPREAD) / np.sqrt(n)
-    return adjust(np.nan_to_num(stdtr(n - 1, -fall.mean(1) / error), nan=1.0), "holm")
+    labels = complete.checkpoint.values
+    return LossBump(str(labels[after]), str(labels[by]), float(fall[after, by]))

@@ -84,14 +84,19 @@ def _causal_lines(final: xr.Dataset) -> Iterator[str]:
         f"{format_head(head.layer, head.head)} {head.effect:+.2f} ({', '.join(head.roles) or 'no role'})"
         for head in heads[:SHOWN]
     ]
-    line = f"matters    {', '.join(named)} nats"
-    yield line if len(line) <= WIDTH else f"matters    {', '.join(named[:2])} nats"
-    for share in sorted(role_shares(final), key=lambda share: share.p)[:SHOWN]:
-        borne = f"{share.role} heads: {share.share:.0%} of all effects"
-        if share.p <= 1 - LEVEL:
-            yield f"           {borne}, more than others of their layers (p = {share.p:.3f})"
-        else:
-            yield f"           {borne}; others of their layers may have as much (p = {share.p:.2f})"
+    lines = [f"matters    {', '.join(named[:n])} nats (patched at the last position)" for n in range(len(named), 0, -1)]
+    yield next((line for line in lines if len(line) <= WIDTH), lines[-1])
+    for share in sorted(role_shares(final), key=lambda share: (np.nan_to_num(share.p, nan=2), -share.share))[:SHOWN]:
+        yield f"           {share.role} heads: {share.share:.0%} of all effects{_among_others(share.p)}"
+
+
+def _among_others(p: float) -> str:
+    """What the heads' share of the effects says of them."""
+    if np.isnan(p):
+        return "; they are all heads of their layers"
+    if p <= 1 - LEVEL:
+        return f", more than others of their layers (p = {p:.3f})"
+    return f"; others of their layers may have as much (p = {p:.2f})"
 
 
 def roles_finding(run: xr.Dataset, settings: MechanismSettings) -> Finding:
@@ -149,4 +154,4 @@ def _notes(complete: xr.Dataset, label: str, has_rows: bool) -> Iterator[str]:
         drawn = format_count(n, "sequence")
         yield f"loss on random tokens {first:.2f} nats, on their repetition {second:.2f} ({drawn}) at {label}"
     if bump := loss_bump(complete):
-        yield f"the second falls below the first most between {bump.after} and {bump.by}: {bump.fall:.2f} nats"
+        yield f"the second falls most between {bump.after} and {bump.by}: {bump.fall:.2f} nats"
