@@ -70,4 +70,4 @@ def test_induction_heads_are_those_whose_patch_matters_and_they_form_at_the_loss
     assert heads_in_role(run, "previous token") and len(heads_in_role(run, "previous token")) < N_HEADS
 
     text = "\n".join(mechanism_summary(run, plan.settings, store.study))
-    assert "(induction" in text and f"between {bump.after} and {bump.by}" in text
+    assert "  induction, copying" in text and f"between {bump.after} and {bump.by}" in text

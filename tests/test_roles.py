@@ -488,7 +488,7 @@ def test_the_lines_name_heads_onset_and_what_is_missing() -> None:
     assert "induction        L1.H2 0.90 from step10-20" in text
     assert "no head          previous token, duplicate token, copying, name mover, S-inhibition" in text
     assert "not scored       successor" in text and "between step10 and step20" in text
-    assert re.search(r"matters    L1\.H2 \+[23]\.\d\d \(induction\) nats", text)
+    assert re.search(r"^  L1\.H2    \+[23]\.\d\d  induction$", text, re.MULTILINE)
     assert "induction heads: 9" in text and "; others of their layers may have as much (p = 0.2" in text
     assert max(map(len, lines)) <= 100
     finding = roles_finding(planted_run(), settings)

@@ -88,10 +88,13 @@ def among_top(
     """
     written = writer.written(layer)
     result = np.zeros((*written.shape[:2], len(tokens)))
-    for sign in (1, -1):
-        for heads, rows, logits in vocabulary.blocks(sign * written):
-            least = logits.topk(min(TOP, logits.shape[-1])).values[..., -1:]
-            result[heads, rows] += sign * (logits[..., tokens] >= least).cpu().numpy()
+    nothing = writer.resident.logits(torch.zeros_like(written[:1, :1])).float()
+    for heads, rows, logits in vocabulary.blocks(written):
+        # Norms are odd but for their bias: the logits of minus what is written are these, turned over about nothing's.
+        negative = vocabulary.only_known(2 * nothing - logits)
+        for sign, values in ((1, logits), (-1, negative)):
+            least = values.topk(min(TOP, values.shape[-1])).values[..., -1:]
+            result[heads, rows] += sign * (values[..., tokens] >= least).cpu().numpy()
     return result
 
 

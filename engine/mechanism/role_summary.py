@@ -1,6 +1,6 @@
 """Which heads have a role, since when, and whether the heads that matter are those.  Arrays and frames, no text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -74,8 +74,8 @@ class RoleShare:
     """Of the summed sizes of all heads' mean effects, 0 to 1."""
 
     p: float
-    """How often as many heads of the same layers, drawn at random, have as much or more; NaN where all heads of those
-    layers have the role, and there are no others to draw."""
+    """How often as many heads of the same layers, drawn at random, have as much or more, adjusted over the roles (Holm
+    1979); NaN where all heads of those layers have the role, and there are no others to draw."""
 
 
 def role_shares(run: xr.Dataset) -> list[RoleShare]:
@@ -96,7 +96,9 @@ def role_shares(run: xr.Dataset) -> list[RoleShare]:
             p = (1 + int((drawn >= borne - 1e-9).sum())) / (1 + RELABELLINGS)
             p = np.nan if (has.all(1) == has.any(1)).all() else p
             shares.append(RoleShare(role, float(borne / size.sum()), p))
-    return shares
+    tested = [share.p for share in shares if not np.isnan(share.p)]
+    adjusted = iter(adjust(np.array(tested), "holm").tolist() if tested else [])
+    return [replace(share, p=share.p if np.isnan(share.p) else next(adjusted)) for share in shares]
 
 
 @dataclass(frozen=True)

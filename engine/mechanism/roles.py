@@ -39,7 +39,7 @@ from .repeated_tokens import draw_sequences, repetition_scores, uniform_previous
 from .role_tests import paired_p_values, shuffled_p_values
 from .successor import FEWEST_PAIRS, SuccessorScores, shuffled_words, succession, successor_score
 
-MOST_MENTIONS = 24
+MOST_MENTIONS = 16
 """Distinct words at most whose copying is tried: each takes a product with the whole vocabulary, for every head."""
 
 FEWEST_TRIALS = 2

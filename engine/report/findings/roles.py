@@ -19,9 +19,6 @@ from .finding import Finding
 SHOWN = 3
 """Heads that a line names."""
 
-WIDTH = 100
-"""Columns of a line."""
-
 RULE = f"score at least {MARGIN:g} above its null, adjusted p at most {100 * (1 - LEVEL):.0f} %"
 
 
@@ -80,14 +77,11 @@ def _causal_lines(final: xr.Dataset) -> Iterator[str]:
     if not heads:
         yield "matters    no single head's effect is significant at this checkpoint"
         return
-    named = [
-        f"{format_head(head.layer, head.head)} {head.effect:+.2f} ({', '.join(head.roles) or 'no role'})"
-        for head in heads[:SHOWN]
-    ]
-    lines = [f"matters    {', '.join(named[:n])} nats (patched at the last position)" for n in range(len(named), 0, -1)]
-    yield next((line for line in lines if len(line) <= WIDTH), lines[-1])
+    yield "matters    heads with the largest effects, patched at the last position (nats)"
+    for head in heads[:SHOWN]:
+        yield f"  {format_head(head.layer, head.head):<8} {head.effect:+.2f}  {', '.join(head.roles) or 'no role'}"
     for share in sorted(role_shares(final), key=lambda share: (np.nan_to_num(share.p, nan=2), -share.share))[:SHOWN]:
-        yield f"           {share.role} heads: {share.share:.0%} of all effects{_among_others(share.p)}"
+        yield f"  {share.role} heads: {share.share:.0%} of all effects{_among_others(share.p)}"
 
 
 def _among_others(p: float) -> str:
