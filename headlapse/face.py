@@ -266,6 +266,15 @@ class Store:
         _raise_or_warn(work, nothing=not work.n_complete)
         return CheckpointArrays(self.path / "mechanism", self.path).load()
 
+    def roles(self) -> pd.DataFrame:
+        """What heads are known to do, as `mechanism` measured it: one row for each checkpoint, role, layer and head.
+
+        Columns: `score`, `null` (the same score where what the role goes by is taken away), `p` (adjusted over the
+        heads of the checkpoint), `has_role`, and `after` and `by`, the checkpoints between which the head takes the
+        role on.  Raises `UserError` where roles were not measured.
+        """
+        return results.roles(self.path)
+
     def report(self, out: str | Path | None = None, *, name: str | None = None) -> Path:
         """Write the page of a patched run, the newest unless named, into the folder `out`; where the page is."""
         options = ReportOptions(self.path, out=None if out is None else Path(out), name=name)

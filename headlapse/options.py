@@ -15,6 +15,7 @@ from cyclopts import Group, Parameter
 
 from .engine.runtime.errors import UserError
 from .engine.runtime.format import format_whole, parse_bytes
+from .engine.study.known_heads import CHECKS, CheckName
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
 from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
@@ -38,6 +39,9 @@ LONGEST_TEXT = 100_000
 
 LONGEST_NAME = 200
 """Bytes of a folder's name, with room for what is added to it while it is written."""
+
+FEWEST_KNOWN_TRIALS = 2
+"""Prompt pairs of a check against the literature: one alone tells nothing from chance."""
 
 _TAKEN_NAMES = ("zarr.json",)
 """Files that zarr keeps in the folder where a store's patched runs stand."""
@@ -275,7 +279,7 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
     parts: tuple[Part, ...] = PARTS
     """attribution (what each head adds to the logit difference directly), attention (to the first token, the previous,
     itself, the digits), weights (QK and OV: norms, change, cosines), patching (gradient estimate beside the exact
-    effect), e.g. attribution weights (default: all)"""
+    effect), roles (induction, copying and other known roles), e.g. attribution weights (default: all)"""
 
     direction: Direction = "denoise"
     """of patching, e.g. noise, as of `headlapse patch` (default: denoise)"""
@@ -295,6 +299,31 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--parts", self.parts, PARTS)
         refuse_unknown("--direction", [self.direction], get_args(Direction))
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyKnownOptions:
+    """Options of `headlapse verify-known`."""
+
+    only: tuple[CheckName, ...] = ()
+    """which checks: ioi and greater-than (GPT-2 small), induction (Pythia-70m), e.g. ioi greater-than (default: all)"""
+
+    trials: int = 50
+    """distinct prompt pairs of each, e.g. 100 (default: 50)"""
+
+    device: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """e.g. cpu or cuda:0 (default: cuda where there is one)"""
+
+    memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for what no check can do."""
+        refuse_unknown("--only", self.only, CHECKS)
+        if self.trials < FEWEST_KNOWN_TRIALS:
+            raise UserError(f"--trials {format_whole(self.trials)}: at least {FEWEST_KNOWN_TRIALS} prompt pairs")
+        if self.memory:
+            parse_bytes(self.memory)
 
 
 @dataclass(frozen=True)

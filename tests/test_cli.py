@@ -17,7 +17,7 @@ from headlapse.options import CacheOptions, MechanismOptions, PatchOptions
 from tests.models import save, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("cache", "patch", "mechanism", "report", "doctor", "ls", "info", "rm")
+COMMANDS = ("cache", "patch", "mechanism", "report", "doctor", "verify-known", "ls", "info", "rm")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,8 @@ def test_help_needs_no_torch_and_half_a_second_of_processor() -> None:
         (["cache", "--model", "./nowhere"], "there is no such directory"),
         (["cache", "--checkpoints", "step7"], "--checkpoints step7: not among"),
         (["mechanism", "--parts", "weihgts"], 'Invalid value "weihgts" for --parts'),
+        (["verify-known", "--only", "docstring"], 'Invalid value "docstring" for --only'),
+        (["verify-known", "--trials", "1"], "--trials 1: at least 2"),
         (["ls", "nowhere"], "there is no such folder"),
         (["info", "nowhere"], "nowhere is no store"),
         (["rm", "nowhere"], "nowhere is no store"),

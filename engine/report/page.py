@@ -25,7 +25,7 @@ from .caveats import threats
 from .figures import draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
-from .findings.mechanism import mechanism_text
+from .findings.mechanism import mechanism_findings
 from .findings.published import examples, success_table
 from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
@@ -38,7 +38,19 @@ TIDY_ROWS = 1_000_000
 OPTIONAL = {"heads", "training", "splits", "shapley"}
 """Figures that only some runs have."""
 
-NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"}
+NUMBERS = {
+    "mechanism",
+    "roles",
+    "measures",
+    "answers",
+    "parity",
+    "rates",
+    "shapley",
+    "sizes",
+    "pairs",
+    "onsets",
+    "hypotheses",
+}
 """Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20
@@ -226,7 +238,7 @@ def _mechanism(store: Store) -> list[Finding]:
     if not is_group(mechanism_path(store)):
         return []
     run = MechanismRun(mechanism_path(store))
-    return [mechanism_text(run.load(), run.settings)] if run.complete() else []
+    return list(mechanism_findings(run.load(), run.settings)) if run.complete() else []
 
 
 def _published(store: Store) -> dict[str, Any] | None:
