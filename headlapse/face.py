@@ -28,11 +28,12 @@ from .engine.study.mechanism_settings import PARTS
 from .engine.study.patch_settings import Direction, PatchSettings, Protocol
 from .engine.study.reading import MARGIN, READING, Correction, Reading
 from .engine.study.study import Arithmetic, Dtype
-from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import CacheOptions, CompareOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .comparing import Comparison
     from .diagnosis import Diagnosis
 
 Words = str | int | Iterable[str | int]
@@ -126,6 +127,23 @@ def doctor(
         fix=fix,
     )
     return diagnose(options, cache_folder())
+
+
+def compare(*stores: "Store | str | Path", name: str | None = None, out: str | Path | None = None) -> "Comparison":
+    """The same question over seeds, sizes, architectures or tasks, as `headlapse compare` answers it.
+
+    The result has a `table` (a row a training run), a `summary` (a row a group of seeds and quantity, with intervals
+    over seeds), a `timeline` and a `verdict()`; its page is written where `out` is given, else by its `report()`.
+    Raises `UserError` for stores that were not patched alike.
+    """
+    from .comparing import compare_stores
+
+    paths = tuple(store.path if isinstance(store, Store) else Path(store) for store in stores)
+    options = CompareOptions(paths, name=name, out=None if out is None else Path(out))
+    comparison = compare_stores(options)
+    if options.out is not None:
+        comparison.report(options.out)
+    return comparison
 
 
 class Store:
@@ -256,6 +274,15 @@ class Store:
         work = pipeline.mechanism(options, cache_folder())
         _raise_or_warn(work, nothing=not work.n_complete)
         return CheckpointArrays(self.path / "mechanism", self.path).load()
+
+    def roles(self) -> pd.DataFrame:
+        """What heads are known to do, as `mechanism` measured it: one row for each checkpoint, role, layer and head.
+
+        Columns: `score`, `null` (the same score where what the role goes by is taken away), `p` (adjusted over the
+        heads of the checkpoint), `has_role`, and `after` and `by`, the checkpoints between which the head takes the
+        role on.  Raises `UserError` where roles were not measured.
+        """
+        return results.roles(self.path)
 
     def report(self, out: str | Path | None = None, *, name: str | None = None) -> Path:
         """Write the page of a patched run, the newest unless named, into the folder `out`; where the page is."""

@@ -57,13 +57,23 @@ def heads(store: Path, name: str, reading: Reading = READING) -> pd.DataFrame:
 
 def mechanism_lines(store: Path, verbose: bool = False) -> list[str]:
     """What was measured of the mechanism: every checkpoint where `verbose`, then the final one in a few lines."""
-    from .engine.report.findings.mechanism import mechanism_summary, mechanism_text
+    from .engine.report.findings.mechanism import mechanism_findings, mechanism_summary
 
     group = CheckpointArrays(store / "mechanism", store)
     settings, run = MechanismSettings.from_attributes(group.attrs["mechanism"]), group.load()
     with quiet_libraries():
-        tables = [str(mechanism_text(run, settings))] if verbose else []
+        tables = [str(finding) for finding in mechanism_findings(run, settings)] if verbose else []
         return tables + mechanism_summary(run, settings, study_of(store))
+
+
+def roles(store: Path) -> pd.DataFrame:
+    """The roles of heads, one row for each checkpoint, role, layer and head."""
+    from .engine.mechanism.role_summary import roles_frame
+
+    group = CheckpointArrays(store / "mechanism", store)
+    if "roles" not in MechanismSettings.from_attributes(group.attrs["mechanism"]).parts:
+        raise UserError(f"{store} has no roles; store.mechanism(overwrite=True) measures them")
+    return roles_frame(group.load())
 
 
 def study_of(store: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from headlapse.engine.checkpoints.planted import N_HEADS, planted, tokenizer
 from headlapse.engine.measures.logit_diff import finished
 from headlapse.engine.report.findings.hypotheses import hypotheses_finding
 from headlapse.engine.report.findings.verdict import verdict
@@ -23,7 +24,6 @@ from headlapse.engine.statistics.parity_onset import ParityOnset, date_parity, e
 from headlapse.engine.statistics.permutation import EqualSplits, find_equal_splits, permutation_p_value
 from headlapse.engine.study.patch_settings import PatchSettings
 from tests.models import save
-from tests.planted import N_HEADS, planted, tokenizer
 from tests.simulating import unchecked
 from tests.test_ground_truth import MANY_PAIRS, NOISE, cached_and_patched
 from tests.test_splits import run_of

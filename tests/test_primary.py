@@ -6,6 +6,7 @@ import pytest
 from scipy import stats
 
 import headlapse as hl
+from headlapse.engine.checkpoints.planted import planted, task, tokenizer
 from headlapse.engine.report.findings.verdict import verdict
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.statistics.primary import primary_test
@@ -13,7 +14,6 @@ from headlapse.engine.store.store import Store
 from headlapse.engine.study.primary import Primary, hash_of, parse_primary
 from headlapse.pipeline import open_run
 from tests.models import save
-from tests.planted import planted, task, tokenizer
 from tests.test_ground_truth import MANY_PAIRS, NOISE
 
 WORDS = ("layer:1@step300", "L1.H4@step300")

@@ -98,7 +98,7 @@ def verdict_lines(
     lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading, judges)]
     lines += [*_layer_line(complete, settings, judges), *_parity_line(complete, settings, judges)]
     lines += list(_primary_line(complete, settings, study)) or list(_rule_line(complete, settings, judges))
-    lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
+    lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ (headlapse compare)"))
     return [*lines, *_check_line(complete)]
 
 
