@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..runtime.errors import UserError
-from .subsets import parse_layers
 
 Correction = Literal["bh", "holm"]
 
@@ -34,6 +33,8 @@ class Reading:
 
         Raises `UserError` where they overlap, name what is not there, or leave none.
         """
+        from .subsets import parse_layers  # imports numpy, which options do without
+
         if not self.select_on and not self.test_on:
             return None
         every = range(n_prompts)
