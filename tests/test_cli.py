@@ -58,10 +58,12 @@ def test_help_has_examples_and_a_line_for_every_option(command: str, capsys: pyt
     text = capsys.readouterr().out
     assert f"usage: headlapse {command}" in text and f"\nexamples:\n  headlapse {command}" in text
     assert all(len(line) <= 100 for line in text.splitlines())
-    entries = re.findall(r"^  (?:[A-Z_]+ )?(--[a-z]+)", text, re.MULTILINE)
+    entries = re.findall(r"^  (?:[A-Z_]+ )?(--[a-z-]+)", text, re.MULTILINE)
     options = {"cache": CacheOptions, "patch": PatchOptions, "mechanism": MechanismOptions}.get(command)
     if options is not None:
-        assert sorted(entries) == sorted(f"--{name}" for name in options.__dataclass_fields__ if name != "_")
+        assert sorted(entries) == sorted(
+            f"--{name.replace('_', '-')}" for name in options.__dataclass_fields__ if name != "_"
+        )
 
 
 def test_help_needs_no_torch_and_half_a_second_of_processor() -> None:

@@ -127,7 +127,7 @@ def test_the_size_of_one_seeds_effects_does_not_outweigh_the_others() -> None:
 
 
 def test_with_few_relabellings_nothing_can_be_told() -> None:
-    few = EqualSplits([0, 1], [1, 0], 0, sampled=False)
+    few = EqualSplits([0, 1], [1, 0], 0, sampled=False, mask=np.eye(2, dtype=bool))
     joint = joint_parity([(np.array([1.0, -1.0]), few)] * 2)
     assert joint.least == 0.5
 

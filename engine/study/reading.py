@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..runtime.errors import UserError
-from .subsets import parse_layers
 
 Correction = Literal["bh", "holm"]
 
@@ -36,6 +35,8 @@ class Reading:
         """
         if not self.select_on and not self.test_on:
             return None
+        from .subsets import parse_layers  # imports numpy, which options are declared without
+
         every = range(n_prompts)
         select, test = (
             parse_layers(words, every, flag, "prompt") if words else None
