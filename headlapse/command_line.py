@@ -16,7 +16,15 @@ from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
 from .engine.runtime.format import format_bytes, format_count
 from .engine.runtime.shortage import refuse_small_limits
 from .help_text import HelpText
-from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions, VerifyKnownOptions
+from .options import (
+    CacheOptions,
+    CompareOptions,
+    DoctorOptions,
+    MechanismOptions,
+    PatchOptions,
+    ReportOptions,
+    VerifyKnownOptions,
+)
 
 if TYPE_CHECKING:
     from . import pipeline
@@ -28,7 +36,7 @@ LONGEST_WORD = 10_000
 """Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
 
 _CACHE, _PATCH, _MECHANISM, _REPORT = CacheOptions(), PatchOptions(), MechanismOptions(), ReportOptions()
-_DOCTOR, _VERIFY_KNOWN = DoctorOptions(), VerifyKnownOptions()
+_DOCTOR, _COMPARE, _VERIFY_KNOWN = DoctorOptions(), CompareOptions(), VerifyKnownOptions()
 
 Folder = Annotated[Path, Parameter(parse=False)]
 """The cache folder: no option, handed in by whoever runs the command line."""
@@ -73,10 +81,18 @@ def run(words: list[str], folder: str) -> int:
         "headlapse cache",
         "headlapse cache --model EleutherAI/pythia-160m --task ioi --checkpoints log",
         "headlapse cache --model someone/model --checkpoints main 1000..64000 --plan",
+        "headlapse cache --model EleutherAI/pythia-160m-seed{seed} --seeds 1-9",
     )
 )
 def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) -> int:
     """Run every checkpoint of a model once on a contrastive task and keep every head's activations in a zarr store."""
+    if options.seeds is not None:
+        options.refuse_impossible()
+        return max(_cache_one(of_seed, folder) for of_seed in options.each_seed())
+    return _cache_one(options, folder)
+
+
+def _cache_one(options: CacheOptions, folder: Path) -> int:
     from . import pipeline
 
     if options.plan:
@@ -155,6 +171,30 @@ def report(options: Annotated[ReportOptions, FLAT] = _REPORT, *, folder: Folder)
     from . import pipeline
 
     print(pipeline.report(options, folder))
+    return DONE
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse compare cache/demo-decimal.zarr cache/demo-seed1-decimal.zarr cache/demo-seed2-decimal.zarr",
+        "headlapse compare cache/pythia-160m-seed*-ioi.zarr --name each --verbose",
+    )
+)
+def compare(options: Annotated[CompareOptions, FLAT] = _COMPARE) -> int:
+    """The same question over seeds, sizes, architectures or tasks: effects and onsets with intervals over seeds.
+
+    Training runs are compared at the last point of training that all of them reach, by tokens seen where those are
+    known.  Writes a page as well.
+    """
+    from .comparing import compare_stores
+    from .engine.runtime.quiet import quiet_libraries
+
+    with quiet_libraries():
+        comparison = compare_stores(options)
+        page = comparison.report(options.out)
+    for line in (*(comparison.tables if options.verbose else ()), *comparison.verdict()):
+        print(line)
+    print(f"{'page':<11}{page}")
     return DONE
 
 

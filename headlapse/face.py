@@ -27,11 +27,12 @@ from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.study.mechanism_settings import PARTS
 from .engine.study.patch_settings import Direction, PatchSettings, Protocol
 from .engine.study.study import Arithmetic, Dtype
-from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import CacheOptions, CompareOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .comparing import Comparison
     from .diagnosis import Diagnosis
 
 Words = str | int | Iterable[str | int]
@@ -125,6 +126,23 @@ def doctor(
         fix=fix,
     )
     return diagnose(options, cache_folder())
+
+
+def compare(*stores: "Store | str | Path", name: str | None = None, out: str | Path | None = None) -> "Comparison":
+    """The same question over seeds, sizes, architectures or tasks, as `headlapse compare` answers it.
+
+    The result has a `table` (a row a training run), a `summary` (a row a group of seeds and quantity, with intervals
+    over seeds), a `timeline` and a `verdict()`; its page is written where `out` is given, else by its `report()`.
+    Raises `UserError` for stores that were not patched alike.
+    """
+    from .comparing import compare_stores
+
+    paths = tuple(store.path if isinstance(store, Store) else Path(store) for store in stores)
+    options = CompareOptions(paths, name=name, out=None if out is None else Path(out))
+    comparison = compare_stores(options)
+    if options.out is not None:
+        comparison.report(options.out)
+    return comparison
 
 
 class Store:

@@ -6,8 +6,8 @@ whatever is wrong whatever the model and the store, before torch is imported.
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -28,6 +28,11 @@ COMPUTING = Group("Computing", sort_key=2)
 
 MOST_LAYERS = MOST_HEADS = 1024
 """No model has more: words that are wrong even then are wrong for every model."""
+
+SEED, MOST_SEEDS = "{seed}", 1000
+"""What stands for a seed in a model's name, and how many are taken at once."""
+
+_NO_PLACE = "--seeds {}: --model {} has no place for them; write {} where the number stands"
 
 LONGEST_TEXT = 100_000
 """Greedy tokens of one patched run; more are refused."""
@@ -124,7 +129,11 @@ class CacheOptions(ComputeOptions):
     """Options of `headlapse cache`."""
 
     model: str = "demo"
-    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory (default: demo)"""
+    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory; {seed} in it stands for each of
+    --seeds, e.g. EleutherAI/pythia-160m-seed{seed} (default: demo)"""
+
+    seeds: str | None = None
+    """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
 
     checkpoints: tuple[str, ...] = ()
     """labels, a range, or a set (study = the published eleven, log, all), e.g. step1000 main | step120000..step143000
@@ -155,10 +164,22 @@ class CacheOptions(ComputeOptions):
         """The question.  Raises `UserError` where it is none."""
         return Study(self.model, self.task, self.trials, self.sites, self.dtype)
 
+    def each_seed(self) -> "Iterator[CacheOptions]":
+        """These options for every seed: the model with its number, each into a store of its own."""
+        for seed in parse_seeds(self.seeds) if self.seeds is not None else ():
+            yield replace(self, model=self.model.replace(SEED, str(seed)), seeds=None)
+
     def refuse_impossible(self) -> None:
         from .engine.study.prompts import check_task
 
         super().refuse_impossible()
+        if (self.seeds is None) == (SEED in self.model):
+            without = f"--model {self.model}: give the seeds that {SEED} stands for, e.g. --seeds 1-9"
+            raise UserError(without if self.seeds is None else _NO_PLACE.format(self.seeds, self.model, SEED))
+        if self.seeds is not None:
+            parse_seeds(self.seeds)
+            if self.store is not None:
+                raise UserError(f"--store {self.store}: each of --seeds has a store of its own; leave --store out")
         refuse_unknown("--dtype", [self.dtype], DTYPES)
         if self.store is not None:
             refuse_bad_store(self.store)
@@ -319,6 +340,32 @@ class ReportOptions(StoreOption):
 
 
 @dataclass(frozen=True)
+class CompareOptions:
+    """Options of `headlapse compare`."""
+
+    stores: tuple[Path, ...] = ()
+    """two stores or more, patched alike, e.g. cache/pythia-160m-seed*-decimal.zarr"""
+
+    _: KW_ONLY
+
+    name: str | None = None
+    """which patched run of every store, e.g. parity (default: the newest of each)"""
+
+    out: Path | None = None
+    """folder to write the page and its numbers into, e.g. seeds-report (default: comparison-report beside the first
+    store)"""
+
+    verbose: bool = False
+    """print a line for every training run as well"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for what is no comparison."""
+        if len(self.stores) < 2:
+            given = f"{self.stores[0]} alone" if self.stores else "no store"
+            raise UserError(f"compare was given {given}: name two stores or more (headlapse ls lists those there are)")
+
+
+@dataclass(frozen=True)
 class DoctorOptions(WeightsOption, StoreOption):
     """Options of `headlapse doctor`."""
 
@@ -338,6 +385,19 @@ class DoctorOptions(WeightsOption, StoreOption):
         if self.model is not None and any(given.values()):
             other = next(name for name, is_given in given.items() if is_given)
             raise UserError(f"--model {self.model} and {other}: with --model no store is looked at; give one of them")
+
+
+def parse_seeds(words: str) -> list[int]:
+    """`1-9`, `1,2,5` as numbers.  Raises `UserError` where it cannot be read."""
+    seeds: list[int] = []
+    for word in words.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word, re.ASCII)
+        if match is None or (first := int(match[1])) > (last := int(match[2] or match[1])):
+            raise UserError(f"--seeds {words}: write numbers and ranges, e.g. 1-9 or 1,2,5")
+        if last - first >= MOST_SEEDS:
+            raise UserError(f"--seeds {words}: {last - first + 1:,} seeds; at most {MOST_SEEDS} at once")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def refuse_unknown(option: str, words: Sequence[str], known: Sequence[str]) -> None:

@@ -141,6 +141,7 @@ def test_a_store_is_described_with_problems_runs_and_arrays(here: Path, capsys: 
     assert re.search(r"z +float32 .*checkpoint 2, layer 3, run 2, trial 3", text) and "torch 2" in text
 
 
+@pytest.mark.thorough
 def test_listing_and_describing_and_removing_need_no_torch(cached: Path) -> None:
     code = (
         "import sys\n"
@@ -156,7 +157,7 @@ def test_a_run_and_a_store_are_removed_only_on_consent(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy.zarr"
-    subprocess.run(["cp", "-r", str(store_in(here)), str(copy)], check=True)
+    subprocess.run(["cp", "-a", str(store_in(here)), str(copy)], check=True)
     assert main(["rm", str(copy)]) == 2 and "--yes" in capsys.readouterr().err, "nobody can be asked"
     assert main(["rm", str(copy), "three", "--yes"]) == 2
     assert "has no patched run three; it has one, two" in capsys.readouterr().err
@@ -225,6 +226,7 @@ def test_a_log_has_plain_lines_and_no_bars(cached: Path, tmp_path: Path) -> None
     assert ended.stdout.startswith("cached 1 checkpoint x 6 prompts in ") and ended.stdout.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_completion_is_offered_for_every_shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish"):
         script = tmp_path / shell
@@ -258,6 +260,7 @@ def test_the_wheel_is_complete_and_its_command_runs(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, "no store in cache; headlapse cache makes one\n"), ended.stderr
 
 
+@pytest.mark.thorough
 def test_problems_are_forgotten_once_a_checkpoint_is_there(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

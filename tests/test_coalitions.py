@@ -128,6 +128,7 @@ def test_with_odd_numbers_of_heads_even_is_the_larger_half() -> None:
     assert worst_even(worth)[1][3] == pytest.approx(1 / 10)
 
 
+@pytest.mark.thorough
 def test_the_p_of_parity_is_uniform_where_heads_are_arbitrary() -> None:
     """500 random games of 6 heads: p takes values i/10, each as often; 5 % is not attainable, 10 % is."""
     draw = np.random.default_rng(3)

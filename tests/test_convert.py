@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from headlapse.engine.runtime.exit_status import exit_status_of
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")
 MERGES = ("Ġ Ġ", "i s", "Ġ is", "Ċ Ċ", "Ġ 9", "1 1")

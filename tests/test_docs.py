@@ -29,7 +29,7 @@ MOST_WORDS = 1500
 FOREIGN = {"--no-deps", "--help", "--version", "--install-completion"}
 """Options of pip, and those that every command has."""
 
-SCRIPTS = ("bench", "convert")
+SCRIPTS = ("bench", "controls", "convert")
 """Scripts that are no command."""
 
 BANNED = (

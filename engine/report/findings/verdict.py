@@ -79,7 +79,7 @@ def verdict_lines(
         return [question, *_published_lines(complete, study)]
     lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, correction)]
     lines += [*_layer_line(complete, settings), *_parity_line(complete, settings, correction)]
-    lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
+    lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ (headlapse compare)"))
     return [*lines, *_check_line(complete)]
 
 
