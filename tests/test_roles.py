@@ -417,6 +417,20 @@ def test_p_values_of_no_role_are_too_small_for_any_head_in_one_case_of_twenty() 
     assert 0.03 <= np.mean(found) <= 0.07 and 0.03 <= np.mean(shuffled) <= 0.07
 
 
+@pytest.mark.slow
+def test_random_models_have_roles_no_more_often_than_chance_has_it() -> None:
+    """30 models: of roles that go by shuffles, one in twenty may have a head with each."""
+    found = dict.fromkeys(ROLES, 0)
+    with unchecked():
+        for name in ("llama-gqa", "gpt2", "neox-parallel"):
+            for seed in range(10):
+                roles = scored(tiny(name, seed))
+                for role, of_role in roles.scored.items():
+                    found[role] += bool(((of_role.p <= 0.05 + 1e-9) & (of_role.score - of_role.null >= MARGIN)).any())
+    assert not any(found[role] for role in ("previous token", "duplicate token", "induction", "name mover")), found
+    assert all(found[role] <= 4 for role in ("successor", "copying", "S-inhibition")), found
+
+
 def test_one_unit_tells_nothing_and_shares_that_never_vary_are_no_proof() -> None:
     assert np.isnan(paired_p_values(np.ones((1, 2, 1)))).all()
     assert paired_p_values(np.zeros((1, 2, 5))).min() == 1
