@@ -201,21 +201,14 @@ def _head_lines(
         counts = f"{len(significant)} of {len(heads)} significant at {at}{'' if at == last else f', none at {last}'}"
         n_none = sum(head.has_none for head in heads)
         shown = f", {n_none} none (±{reading.margin:g})" if n_none else ""
-        chosen = (
-            ""
-            if len(heads) <= SHOWN
-            else ", inflated by choosing (--select-on)"
-            if judges is None
-            else ", chosen on others"
-        )
+        chosen = "" if len(heads) <= SHOWN else ", inflated: --select-on" if judges is None else ", chosen on others"
         yield Line(
             "heads",
             fitting(
                 f"{counts}{shown}; mean effect (nats, 95 % interval){chosen}; adjusted p",
                 f"{counts}{shown}; nats [95 % interval]{chosen}; adjusted p",
-                f"{counts}{shown}; nats{chosen}; adjusted p",
-                f"{counts}; nats [95 % interval]{chosen}; adjusted p",
-                f"{counts}; nats{chosen}; adjusted p",
+                f"{counts}{shown}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
+                f"{counts}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
                 counts,
             ),
         )
@@ -354,10 +347,11 @@ def _parity_texts(
         yield f"yes, all layers together ({joint_p})"
     if splits.least_p > 1 - LEVEL:
         words = " ".join(("even odd all", how_to_test(complete.sizes["head"], settings.n_groups)[0]))
-        text = f"cannot tell: {difference}; {n_splits} splits are too few, {joint_p}"
-        yield f"{text} (--subsets {words})"
-        yield f"{text}"
-        yield f"cannot tell: {n_splits} splits are too few, {joint_p}"
+        text = f"cannot tell: {difference}, {n_splits} splits are too few"
+        yield f"{text} (--subsets {words}); {joint_p}"
+        yield f"{text}; {joint_p}"
+        yield f"cannot tell: {difference}, {splits.n_splits - 1:,} splits are too few; {joint_p}"
+        yield f"cannot tell: {n_splits} splits are too few; {joint_p}"
         return
     onset = parity_onset(complete, settings.direction, layer)
     p = permutation_p(complete, splits, layer)
