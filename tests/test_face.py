@@ -47,10 +47,10 @@ def test_importing_loads_no_library() -> None:
 
 
 def test_the_public_names_are_there_and_no_others() -> None:
-    assert set(dir(hl)) >= {"cache", "open", "Store", "PatchedRun", "UserError", "__version__"}
+    assert set(dir(hl)) >= {"cache", "open", "Store", "PatchedRun", "UserError", "__version__", "compare", "doctor"}
     assert all(hasattr(hl, name) for name in dir(hl))
-    with pytest.raises(AttributeError, match="no attribute 'compare'"):
-        _ = hl.compare  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'watch'"):
+        _ = hl.watch  # type: ignore[attr-defined]
 
 
 def test_a_store_is_what_the_command_makes_and_opens_by_path_or_as_the_newest(

@@ -36,6 +36,7 @@ from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.alignment import align
 from headlapse.engine.study.mechanism_settings import PARTS, MechanismSettings
+from headlapse.engine.study.role_settings import ROLES
 from headlapse.engine.study.study import Study
 from tests import reference
 from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
@@ -699,8 +700,10 @@ def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is
 def test_the_report_shows_what_was_measured(files: Path, tmp_path: Path) -> None:
     assert run("cache", "--model", files, "--trials", 3, cache=tmp_path).returncode == 0
     assert run("patch", "--layers", "1", cache=tmp_path).returncode == 0
-    assert run("mechanism", "--parts", "attribution", cache=tmp_path).returncode == 0
+    assert run("mechanism", "--parts", "attribution", "roles", cache=tmp_path).returncode == 0
     reported = run("report", cache=tmp_path)
     assert reported.returncode == 0, reported.stderr
     page = Path(reported.stdout.strip())
     assert "<h2>Mechanism</h2>" in page.read_text() and len(pd.read_csv(page.parent / "mechanism.csv"))
+    assert "<h2>Roles of heads</h2>" in page.read_text() and "score at least 0.3 above its null" in page.read_text()
+    assert len(pd.read_csv(page.parent / "roles.csv")) == len(LABELS) * len(ROLES) * N_LAYERS * N_HEADS

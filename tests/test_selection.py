@@ -1,4 +1,4 @@
-"""Laws of selection: what is chosen on prompts is not flattered by being estimated on the same ones."""
+"""Laws of selection: what is chosen on prompts is not inflated by being estimated on the same ones."""
 
 import numpy as np
 import pytest
@@ -36,10 +36,10 @@ def test_where_the_halves_agree_it_is_the_mean_of_all_prompts_there() -> None:
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3])
-def test_held_out_estimates_are_unbiased_where_the_largest_one_is_flattered(spread: float) -> None:
+def test_held_out_estimates_are_unbiased_where_the_largest_one_is_inflated(spread: float) -> None:
     """5,000 models of 12 layers, 15 prompts: the mean error against the true effects of the chosen layers is zero
     within four standard errors (0.02 nats); choosing and estimating on all prompts flatters by 0.3 nats."""
-    rng, errors, flattered = np.random.default_rng(1), [], []
+    rng, errors, inflated = np.random.default_rng(1), [], []
     with unchecked():
         for _ in range(5000):
             true = spread * rng.standard_normal(12)
@@ -50,9 +50,9 @@ def test_held_out_estimates_are_unbiased_where_the_largest_one_is_flattered(spre
             share = halves(15).mean()
             errors.append(found.effect - (true[second] * share + true[first] * (1 - share)))
             best = int(effects.mean(1).argmax())
-            flattered.append(effects[best].mean() - true[best])
+            inflated.append(effects[best].mean() - true[best])
     assert abs(np.mean(errors)) <= 4 * np.std(errors) / np.sqrt(5000) and np.std(errors) / np.sqrt(5000) < 0.006
-    assert np.mean(flattered) > 0.25
+    assert np.mean(inflated) > 0.25
 
 
 # --- in the verdict ---
@@ -74,10 +74,10 @@ def test_prompts_are_named_by_numbers_and_never_in_both() -> None:
 
 def test_winners_are_marked_unless_other_prompts_chose_them() -> None:
     run, settings = planted_run({(1, 5): 3.0, (2, 3): 1.5, (1, 0): -2.0, (0, 2): 1.0})
-    assert "flattered" in line_about(verdict(run, settings, STUDY), "heads")
+    assert "inflated" in line_about(verdict(run, settings, STUDY), "heads")
     chosen = verdict(run, settings, STUDY, reading=Reading(select_on=("0-6",)))
     assert "8 of 15 prompt pairs" in chosen[0] and len(chosen) <= 12 and max(map(len, chosen)) <= 100
-    assert "chosen on others" in line_about(chosen, "heads") and "flattered" not in " ".join(chosen)
+    assert "chosen on others" in line_about(chosen, "heads") and "inflated" not in " ".join(chosen)
     assert [line.split()[0] for line in chosen if line.startswith("  L")] == ["L1.H5", "L1.H0", "L2.H3"]
 
 

@@ -1,4 +1,4 @@
-"""The effect of the layer with the largest one, not flattered by choosing it.  Pure."""
+"""The effect of the layer with the largest one, not inflated by choosing it.  Pure."""
 
 from dataclasses import dataclass
 

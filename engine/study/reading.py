@@ -37,6 +37,8 @@ class Reading:
 
         if not self.select_on and not self.test_on:
             return None
+        from .subsets import parse_layers  # imports numpy, which options are declared without
+
         every = range(n_prompts)
         select, test = (
             parse_layers(words, every, flag, "prompt") if words else None

@@ -201,7 +201,7 @@ def _head_lines(
         counts = f"{len(significant)} of {len(heads)} significant at {at}{'' if at == last else f', none at {last}'}"
         n_none = sum(head.has_none for head in heads)
         shown = f", {n_none} none (±{reading.margin:g})" if n_none else ""
-        chosen = "" if len(heads) <= SHOWN else ", flattered: --select-on" if judges is None else ", chosen on others"
+        chosen = "" if len(heads) <= SHOWN else ", inflated: --select-on" if judges is None else ", chosen on others"
         yield Line(
             "heads",
             fitting(
