@@ -1,10 +1,12 @@
 """Laws of the joint test: relabelling heads is indexing, exact at its level, and finds what goes through all layers."""
 
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import headlapse
 from headlapse.engine.statistics.joint import SplitDifferences, joint_test
 from headlapse.engine.statistics.permutation import EqualSplits, find_equal_splits, joint_parity, parity
 from headlapse.engine.study.subsets import (
@@ -14,6 +16,8 @@ from headlapse.engine.study.subsets import (
     is_symmetric,
     parse_subsets,
 )
+from headlapse.pipeline import open_run
+from tests.models import save, tiny, tiny_tokenizer
 from tests.simulating import unchecked
 from tests.test_splits import run_of
 
@@ -194,3 +198,19 @@ def test_random_splits_of_grouped_queries_are_drawn_from_the_symmetry_group() ->
     run = run_of(np.random.default_rng(8).standard_normal((1, 1, 12)), ("splits:20",))
     assert find_equal_splits(run) is not None
     assert parse_subsets(("splits:9",), 12).labels == parse_subsets(("splits:9",), 12, n_groups=1).labels
+
+
+@pytest.mark.slow
+def test_a_model_of_grouped_queries_is_patched_along_its_symmetry_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path / "cache"))
+    model = tiny("llama-gqa", 0)
+    n_heads, n_groups = model.config.num_attention_heads, model.config.num_key_value_heads
+    assert 1 < n_groups < n_heads
+    save(model, tmp_path / "model" / "step1", tokenizer=tiny_tokenizer())
+    run = headlapse.cache(tmp_path / "model", trials=3).patch(layers="0")
+    assert run.settings.n_groups == n_groups
+    splits = find_equal_splits(open_run(run.store.path, run.name)[0])
+    assert splits is not None and is_symmetric(splits.mask, n_groups).all()
+    assert splits.n_splits == min(doubling_splits(n_heads) + 1, count_equal_splits(n_heads, n_groups))

@@ -11,7 +11,8 @@ from headlapse.engine.report.findings.verdict import verdict
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.statistics.primary import primary_test
 from headlapse.engine.store.store import Store
-from headlapse.engine.study.primary import Primary, hash_of, parse_primary
+from headlapse.engine.study.primary import Primary, hash_of, parse_primary, refuse_untestable
+from headlapse.engine.study.subsets import parse_subsets
 from headlapse.pipeline import open_run
 from tests.models import save
 from tests.test_ground_truth import MANY_PAIRS, NOISE
@@ -64,7 +65,7 @@ def test_what_is_not_there_or_could_show_nothing_is_refused(store: Path) -> None
         ("layer:2@step300", SUBSETS, "layer 2 is not patched"),
         ("layer:1@step9", SUBSETS, "has no checkpoint step9"),
         ("L1.H7@step300", SUBSETS, "head 7 is not patched alone"),
-        ("layer:1@step300", ("even", "odd", "splits"), "add balanced or splits:200"),
+        ("layer:1@step300", ("even", "odd", "splits"), "tested at 0.05; add balanced or splits:200"),
     ):
         with pytest.raises(UserError, match=message):
             patch(subsets=subsets, layers="1", primary=word, name="refused")
@@ -91,3 +92,13 @@ def test_what_was_changed_since_is_not_tested(store: Path) -> None:
     dataset.attrs["primary"] = dataset.attrs["primary"] | {"tests": ["L1.H5@step300"]}
     lines = verdict(dataset, settings, Store(store).study)
     assert "its hash is another" in next(line for line in lines if line.startswith("primary"))
+
+
+def test_what_even_all_splits_could_not_show_is_refused_with_another_remedy() -> None:
+    """Eight heads have 70 halves: no p below 2/70, which is above half of five percent."""
+    words, subsets = ("layer:1@step1", "layer:0@step1"), parse_subsets(("even", "odd", "balanced"), 8)
+    refuse_untestable(parse_primary(words[:1]), (0, 1), subsets, ["step1"])
+    with pytest.raises(UserError, match=r"70 none below 0\.025; name fewer hypotheses, or one of a head"):
+        refuse_untestable(parse_primary(words), (0, 1), subsets, ["step1"])
+    with pytest.raises(UserError, match=r"all 16 none below 0\.05"):
+        refuse_untestable(parse_primary(words[:1]), (0, 1), subsets, ["step1"], n_groups=4)

@@ -122,7 +122,7 @@ def make_plan(request: PatchRequest, store: Store) -> SweepPlan:
     primary = parse_primary(request.primary)
     if primary and request.joint:
         raise UserError("--primary names single layers, and --joint patches several at once; leave one of them out")
-    refuse_untestable(primary, layers, subsets, [row.label for row in store.rows()])
+    refuse_untestable(primary, layers, subsets, [row.label for row in store.rows()], store.n_groups)
     return SweepPlan(
         settings, trials, alignment, subsets, sites, request.direction, dtype, measures, request.generate, primary
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..runtime.errors import UserError
 from ..runtime.format import format_head
-from .subsets import Subsets
+from .subsets import Subsets, count_halves, is_symmetric
 
 LEVEL = 0.05
 """Of all primary hypotheses of a run together."""
@@ -54,12 +54,10 @@ def _parse(word: str) -> Primary:
 
 
 def refuse_untestable(
-    primaries: Sequence[Primary], layers: Sequence[int], subsets: Subsets, checkpoints: Sequence[str]
+    primaries: Sequence[Primary], layers: Sequence[int], subsets: Subsets, checkpoints: Sequence[str], n_groups: int = 1
 ) -> None:
     """Raise `UserError` for a hypothesis that the run could not test: another layer, head or checkpoint, or too few
     equal splits to give a p below its level."""
-    n_heads = subsets.mask.shape[1]
-    n_halves = int((subsets.mask.sum(1) == n_heads - n_heads // 2).sum())
     for primary in primaries:
         if primary.layer not in layers:
             raise UserError(f"--primary {primary}: layer {primary.layer} is not patched; it is not among --layers")
@@ -67,12 +65,21 @@ def refuse_untestable(
             raise UserError(f"--primary {primary}: the store has no checkpoint {primary.checkpoint}; headlapse info")
         if primary.head is not None and str(primary.head) not in subsets.labels:
             raise UserError(f"--primary {primary}: head {primary.head} is not patched alone; --subsets each patches it")
-        if primary.head is None and ("even" not in subsets.labels or 2 / max(n_halves, 1) > LEVEL / len(primaries)):
-            raise UserError(
-                f"--primary {primary}: {n_halves} halves of the heads give no p below {LEVEL / len(primaries):.2g}; "
-                f"add {'balanced' if n_heads % 2 == 0 else f'size:{n_heads // 2} size:{n_heads - n_heads // 2}'} or "
-                "splits:200 to --subsets"
-            )
+        if primary.head is None:
+            _refuse_few_splits(primary, LEVEL / len(primaries), subsets, n_groups)
+
+
+def _refuse_few_splits(primary: Primary, level: float, subsets: Subsets, n_groups: int) -> None:
+    n_heads = subsets.mask.shape[1]
+    is_half = (subsets.mask.sum(1) == n_heads - n_heads // 2) & is_symmetric(subsets.mask, n_groups)
+    n_halves, n_all = int(is_half.sum()), count_halves(n_heads, n_groups)
+    if "even" in subsets.labels and "odd" in subsets.labels and 2 / max(n_halves, 1) <= level:
+        return
+    every = "balanced" if n_heads % 2 == 0 else f"size:{n_heads // 2} size:{n_heads - n_heads // 2}"
+    what = f"--primary {primary}: {n_halves} halves of the heads give no p below {2 / max(n_halves, 1):.2g}"
+    if 2 / n_all > level:
+        raise UserError(f"{what}, and all {n_all} none below {level:.2g}; name fewer hypotheses, or one of a head")
+    raise UserError(f"{what}, and it is tested at {level:.2g}; add {every} or splits:200 to --subsets even odd")
 
 
 def registered(
