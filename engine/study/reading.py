@@ -33,6 +33,8 @@ class Reading:
 
         Raises `UserError` where they overlap, name what is not there, or leave none.
         """
+        from .subsets import parse_layers  # imports numpy, which options do without
+
         if not self.select_on and not self.test_on:
             return None
         from .subsets import parse_layers  # imports numpy, which options are declared without
