@@ -1,7 +1,7 @@
 """Several stores as training runs to compare: which belong together, and whether they were asked the same."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,9 @@ from .engine.runtime.errors import UserError
 from .engine.statistics import comparison
 from .engine.store import inventory
 from .engine.store.checkpoint_arrays import CheckpointArrays
+from .engine.store.disk import is_group
 from .engine.study.patch_settings import PatchSettings
+from .engine.study.role_settings import ROLES
 from .face import Lines
 from .options import CompareOptions
 from .pipeline import open_run
@@ -35,6 +37,9 @@ class Comparison:
     runs: tuple[str, ...]
     """The patched run of each store."""
 
+    roles: Mapping[str, Mapping[str, list[str]]]
+    """Training run → role → the heads that have it where it is compared; only of runs whose mechanism was measured."""
+
     @property
     def table(self) -> pd.DataFrame:
         """A row a training run: effects, onsets, the heads with the largest effects, even against odd."""
@@ -52,7 +57,7 @@ class Comparison:
 
     def verdict(self) -> Lines:
         """The lines that `headlapse compare` prints."""
-        return Lines(comparison_lines(self.numbers))
+        return Lines(comparison_lines(self.numbers, self.roles))
 
     @cached_property
     def tables(self) -> Lines:
@@ -64,7 +69,9 @@ class Comparison:
         from .engine.report.comparison_page import write_comparison
 
         folder = self.stores[0].absolute().parent / "comparison-report" if out is None else Path(out)
-        return write_comparison(self.numbers, dict(zip(self.numbers.table.index, self.stores, strict=True)), folder)
+        return write_comparison(
+            self.numbers, self.roles, dict(zip(self.numbers.table.index, self.stores, strict=True)), folder
+        )
 
     def _repr_html_(self) -> str:
         return self.verdict()._repr_html_()
@@ -83,7 +90,22 @@ def compare_stores(options: CompareOptions) -> Comparison:
     names = _names(options.stores)
     opened = [_opened(*which) for which in zip(names, options.stores, runs, strict=True)]
     _refuse_unlike(opened, options.stores)
-    return Comparison(comparison.compare(opened), tuple(options.stores), tuple(runs))
+    numbers = comparison.compare(opened)
+    by_name = {name: _roles(store, numbers.at[name]) for name, store in zip(names, options.stores, strict=True)}
+    roles = {name: roles for name, roles in by_name.items() if roles is not None}
+    return Comparison(numbers, tuple(options.stores), tuple(runs), roles)
+
+
+def _roles(store: Path, checkpoint: str) -> dict[str, list[str]] | None:
+    """The heads that have each role at a checkpoint; None where roles were not measured there."""
+    if not is_group(store / "mechanism"):
+        return None
+    from .engine.mechanism.role_summary import heads_in_role
+
+    measured = CheckpointArrays(store / "mechanism", store)
+    if checkpoint not in measured.complete() or "role_score" not in (run := measured.load()):
+        return None
+    return {role: [f"L{layer}.H{head}" for layer, head in heads_in_role(run, role, checkpoint)] for role in ROLES}
 
 
 def _run_of(store: Path, name: str | None) -> str:

@@ -135,6 +135,7 @@ def test_with_few_relabellings_nothing_can_be_told() -> None:
 # --- in words ---
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("words", [("each", "all"), ("even", "odd"), BALANCED, ("splits:9", "all", "each"), ("0,1",)])
 @pytest.mark.parametrize("groups", [("a", "a", "a"), ("a", "a", "b"), ("a", "b", "c"), tuple("aabbcdefg")])
 @pytest.mark.parametrize("n_prompts", [1, 9])

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..runtime.errors import UserError
 from ..statistics.comparison import Comparison
-from .findings.comparison import comparison_table, format_position, lines
+from .findings.comparison import Roles, comparison_table, format_position, lines
 from .page import atomic_file, inline_figure, with_minus_signs
 from .plot_style import COLOURS, FAINT, STYLE, WIDTH, place_steps, to_svg
 
@@ -24,7 +24,7 @@ DRAWN = {"all": "all heads of the layer", "head_1": "the head largest in the end
 LOOKS = {"all": "all", "head_1": "clean", "parity": "even"}
 
 
-def write_comparison(comparison: Comparison, stores: Mapping[str, Path], out: Path) -> Path:
+def write_comparison(comparison: Comparison, roles: Roles, stores: Mapping[str, Path], out: Path) -> Path:
     """Write the page and its tables as CSV into `out`; the page's path.  Every file appears whole, the page last.
 
     `stores`: training run → where its store is.  Raises `UserError` where a file is in the way.
@@ -40,18 +40,18 @@ def write_comparison(comparison: Comparison, stores: Mapping[str, Path], out: Pa
         with atomic_file(out / f"{name}.csv") as partial:
             table.to_csv(partial)
     with atomic_file(out / "index.html") as partial:
-        partial.write_text(_page(comparison, stores), encoding="utf-8")
+        partial.write_text(_page(comparison, roles, stores), encoding="utf-8")
     return out / "index.html"
 
 
-def _page(comparison: Comparison, stores: Mapping[str, Path]) -> str:
+def _page(comparison: Comparison, roles: Roles, stores: Mapping[str, Path]) -> str:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = with_minus_signs
     return templates.get_template("comparison.html.j2").render(
-        lines=list(lines(comparison)),
+        lines=list(lines(comparison, roles)),
         table=comparison_table(comparison),
         figure=inline_figure(to_svg(draw(comparison)), "multiples"),
         unit=comparison.unit,

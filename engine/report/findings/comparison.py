@@ -1,7 +1,7 @@
 """Several training runs side by side, in words: at most a dozen lines, and a table on request."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -14,12 +14,16 @@ SHOWN = 8
 """Kinds of training runs that have a line; the table has all."""
 
 
-def comparison_lines(comparison: Comparison) -> list[str]:
+Roles = Mapping[str, Mapping[str, list[str]]]
+"""Training run → role → heads that have it."""
+
+
+def comparison_lines(comparison: Comparison, roles: Roles | None = None) -> list[str]:
     """The answer: what holds over seeds, with its interval over seeds, and what cannot be said."""
-    return [str(line) for line in lines(comparison)]
+    return [str(line) for line in lines(comparison, roles)]
 
 
-def lines(comparison: Comparison) -> Iterator[Line]:
+def lines(comparison: Comparison, roles: Roles | None = None) -> Iterator[Line]:
     """The same by its parts."""
     groups = list(comparison.over_seeds)
     yield Line("", _question(comparison, groups))
@@ -29,6 +33,8 @@ def lines(comparison: Comparison) -> Iterator[Line]:
         yield from (_of_group(comparison, group) for group in groups[:SHOWN])
         if len(groups) > SHOWN:
             yield Line("", f"and {len(groups) - SHOWN} more: --verbose")
+    if roles:
+        yield Line("roles", _roles(roles, len(comparison.table)))
     yield Line("heads", "numbers of heads mean nothing across training runs: heads are matched by size of effect")
     if len(groups) == len(comparison.table):
         yield Line("seeds", "one training run each: what differs may be the seed alone; no interval over seeds")
@@ -59,6 +65,18 @@ def _of_seeds(comparison: Comparison, group: str) -> Iterator[Line]:
         yield Line("  from", _dated(seeds["head_1_from"], "significant", comparison.unit))
     if "parity" in seeds:
         yield Line("even/odd", _parity(seeds["parity"], comparison.parity.get(group)))
+
+
+def _roles(roles: Roles, n_runs: int) -> str:
+    """`induction in 3 of 3 (L1.H0; L1.H2; L1.H1)`, the roles that most training runs have first."""
+    having = {role: [heads[role] for heads in roles.values() if heads.get(role)] for role in next(iter(roles.values()))}
+    present = sorted((role for role in having if having[role]), key=lambda role: -len(having[role]))
+    measured = f" of {len(roles)}" if len(roles) == n_runs else f" of the {len(roles)} measured"
+    if not present:
+        return f"no head has one in any{measured}"
+    texts = [f"{role} in {len(having[role])}{measured}" for role in present]
+    first = f"{texts[0]} ({'; '.join(heads[0] for heads in having[present[0]])})"
+    return fitting(*(", ".join([first, *texts[1:n]]) for n in range(len(texts), 0, -1)), texts[0])
 
 
 def _over_seeds(over: OverSeeds) -> str:
