@@ -12,10 +12,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-import headlapse
 from headlapse.__main__ import main
 from headlapse.engine.checkpoints import hub_answers
-from headlapse.engine.store.inventory import is_store
 from tests.hub_server import HubServer, Lie
 from tests.models import save, tiny, tiny_tokenizer
 from tests.test_sources import without_waiting
@@ -180,8 +178,7 @@ def test_a_lying_hub_is_refused_in_one_line(
     assert complaint in printed.err and printed.err.startswith("error: "), printed.err
     assert printed.err.count("\n") == 1 and not printed.out
     assert outside(tmp_path) == before
-    stores = filter(is_store, (tmp_path / "stores").glob("*.zarr"))
-    assert not [path for path in stores if headlapse.open(path).checkpoints], "nothing was believed"
+    assert not list((tmp_path / "stores").glob("*.zarr")), "nothing was believed"
 
 
 def outside(tmp_path: Path) -> set[Path]:

@@ -10,10 +10,12 @@ import pytest
 
 from headlapse.engine.capture import run as room
 from headlapse.engine.capture.run import _write_behind, cache_series, pending
+from headlapse.engine.checkpoints.loader import ModelLoader
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.outcome import Outcome
 from headlapse.engine.runtime.resources import Machine
+from headlapse.engine.store.inventory import problems_of
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.study import Study
 from tests.models import save, tiny, tiny_tokenizer
@@ -158,8 +160,31 @@ def test_a_checkpoint_that_the_store_refuses_is_a_problem_and_the_others_are_cap
         ("step0", None), ("step10", "it does not fit"), ("step20", None),
     ]  # fmt: skip
     assert Store(path).complete() == {"step0": 0, "step20": 2}
+    assert problems_of(Store(path)) == {"step10": "it does not fit"}
     assert [outcome.label for outcome in cached(model, path)] == ["step10"]
-    assert store_files(path) == store_files(undisturbed)
+    assert store_files(path) == store_files(undisturbed) and problems_of(Store(path)) == {}
+
+
+def test_what_failed_before_there_was_a_store_is_kept_in_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fail_at(patch, ModelLoader, "load_weights", 1, UserError("no such weights"))
+        assert [one.problem for one in cached(model, tmp_path / "s.zarr")] == ["no such weights", None, None]
+    assert problems_of(Store(tmp_path / "s.zarr")) == {"step0": "no such weights"}
+
+
+def test_a_problem_that_the_disk_does_not_take_either_is_noted_and_the_others_go_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        fail_at(patch, Store, "write", "step10", full)
+        fail_at(patch, Store, "write_problem", "step10", full)
+        outcomes = list(cached(model, tmp_path / "s.zarr"))
+    assert ["make room" in str(one.problem) for one in outcomes] == [False, True, False]
+    [note] = outcomes[1].notes
+    assert "why step10 failed is not kept" in note and "No space left on device" in note
 
 
 @pytest.mark.slow

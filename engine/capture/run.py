@@ -1,11 +1,10 @@
 """Capture a series of checkpoints into a store, through one resident model."""
 
-import functools
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..checkpoints.prefetch import prefetch
 from ..checkpoints.resolve import Checkpoint, demo_seed
 from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
+from ..runtime.format import one_line
 from ..runtime.outcome import Outcome, failed
 from ..runtime.resources import Machine
 from ..store.activations import KINDS, Capture
@@ -103,10 +103,9 @@ def cache_series(
             except Exception as error:  # whatever is wrong with one checkpoint, the others go on
                 if recorder.task_failed:
                     raise
-                outcome = failed(checkpoint.label, error)
-                yield outcome, functools.partial(recorder.keep_problem, outcome)
+                yield failed(checkpoint.label, error), lambda: None
 
-    return _write_behind(captures())
+    return map(recorder.keep_problem, _write_behind(captures()))
 
 
 def _write_behind(jobs: Iterable[tuple[Outcome, Callable[[], None]]]) -> Iterator[Outcome]:
@@ -156,6 +155,8 @@ class _Recorder:
         files, _ = loaded
         resident, memory = self.loader.load_weights(loaded)
         trials, notes = self._tokenize(files, resident.architecture.context)
+        if self.store is None:
+            files.hashing.results()  # weights that are refused leave no store behind
         store = self.store = self.store or self._laid_out(resident.architecture, trials)
         captured = capture(resident, trials, memory)
         refuse_non_finite(captured, trials, checkpoint.label)
@@ -166,14 +167,22 @@ class _Recorder:
 
         return notes, write
 
-    def keep_problem(self, outcome: Outcome) -> None:
-        """Keep why a checkpoint is missing, for `headlapse info`."""
+    def keep_problem(self, outcome: Outcome) -> Outcome:
+        """Keep why a checkpoint is missing, for `headlapse info`; with a note where the disk does not take that either.
+
+        What failed before there was a store is kept once there is one.
+        """
         if outcome.problem:
             self._problems[outcome.label] = outcome.problem
-        if self.store:
-            for label, problem in self._problems.items():
-                self.store.write_problem(label, problem)
+        try:
+            while self.store and self._problems:
+                self.store.write_problem(*next(iter(self._problems.items())))
+                del self._problems[next(iter(self._problems))]
+        except Exception as error:  # a full disk has said so in the outcome; the others go on
+            note = f"why {', '.join(self._problems)} failed is not kept in {self.path}: {one_line(error)}"
             self._problems.clear()
+            return replace(outcome, notes=(*outcome.notes, note))
+        return outcome
 
     def _laid_out(self, architecture: Architecture, trials: Trials) -> Store:
         """The store with room for every checkpoint: new, or the one that another process has just made."""
