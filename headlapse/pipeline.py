@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import xarray as xr
-
 from .engine.checkpoints import known_problems
 from .engine.checkpoints.resolve import Checkpoint, resolve
 from .engine.checkpoints.revisions import RevisionIndex, select
+from .engine.runtime.importing import importing
 from .engine.runtime.outcome import Outcome
 from .engine.runtime.progress import Progress, progress
 from .engine.runtime.quiet import quiet_libraries
@@ -32,6 +31,8 @@ from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
 from .workers import in_processes
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from .engine.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -111,9 +112,10 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     checkpoints = _checkpoints(options, folder)
     study, path = options.study, cache_path(options, folder)
     refuse_foreign(path)
-    from .engine.capture import run
-    from .engine.runtime.resources import Machine
-    from .engine.store.store import Store, duplicate_weights
+    with importing():
+        from .engine.capture import run
+        from .engine.runtime.resources import Machine
+        from .engine.store.store import Store, duplicate_weights
 
     if options.n_workers > 1:
         in_processes("cache", options, folder)
@@ -152,9 +154,10 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
-    from .engine.replay.protocols import protocol_named
-    from .engine.runtime.resources import Machine
-    from .engine.store.store import Store
+    with importing():
+        from .engine.replay.protocols import protocol_named
+        from .engine.runtime.resources import Machine
+        from .engine.store.store import Store
 
     if options.n_workers > 1:
         in_processes("patch", options, folder)
@@ -187,10 +190,11 @@ def mechanism(options: MechanismOptions, folder: Path) -> Work:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
-    from .engine.mechanism import run as mechanism_run
-    from .engine.mechanism import store as mechanism_store
-    from .engine.runtime.resources import Machine
-    from .engine.store.store import Store
+    with importing():
+        from .engine.mechanism import run as mechanism_run
+        from .engine.mechanism import store as mechanism_store
+        from .engine.runtime.resources import Machine
+        from .engine.store.store import Store
 
     if options.n_workers > 1:
         in_processes("mechanism", options, folder)
@@ -294,8 +298,9 @@ def _finished(run: CheckpointArrays, path: Path, store: Path, requested: Sequenc
 def report(options: ReportOptions, folder: Path) -> Path:
     """Write the page of a patched run, with its figures and tables; where the page is."""
     path = store_path(options.store, folder)
-    from .engine.report import page
-    from .engine.store.store import Store
+    with importing():
+        from .engine.report import page
+        from .engine.store.store import Store
 
     with quiet_libraries():
         return page.write_report(Store(path.absolute()), options.out or report_folder(path.absolute()), options.name)
@@ -303,7 +308,8 @@ def report(options: ReportOptions, folder: Path) -> Path:
 
 def cache_path(options: CacheOptions, folder: Path) -> Path:
     """Where `cache` keeps its store."""
-    from .engine.capture.run import store_name
+    with importing():
+        from .engine.capture.run import store_name
 
     return options.store or folder / store_name(options.study)
 
@@ -326,7 +332,7 @@ def report_folder(store: Path) -> Path:
     return store.with_name(f"{store.name.removesuffix('.zarr')}-report")
 
 
-def open_run(store: Path, name: str) -> tuple[xr.Dataset, PatchSettings]:
+def open_run(store: Path, name: str) -> "tuple[xr.Dataset, PatchSettings]":
     """A patched run in memory, with labelled dimensions, and its settings; torch is not needed."""
     group = CheckpointArrays(run_path(store, name), store)
     return group.load(), PatchSettings.from_attributes(group.attrs["patch"])

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import false_discovery_control
 
 from headlapse.engine.statistics.multiple_testing import CORRECTIONS, Correction, adjust
 
@@ -42,3 +43,10 @@ def test_what_is_adjusted_to_a_level_at_most_is_what_the_procedure_rejects_at_it
 def test_holm_never_says_less_than_benjamini_and_hochberg_and_both_never_less_than_p() -> None:
     p = np.random.default_rng(1).random(50) ** 4
     assert (adjust(p, "holm") >= adjust(p, "bh") - 1e-12).all() and (adjust(p, "bh") >= p - 1e-12).all()
+
+
+def test_benjamini_and_hochberg_are_scipys_to_the_last_bit() -> None:
+    draw = np.random.default_rng(2)
+    for n in (1, 2, 17, 300):
+        for p in (draw.random(n) ** 4, np.round(draw.random(n), 1)):
+            np.testing.assert_array_equal(adjust(p), false_discovery_control(p, method="bh"))

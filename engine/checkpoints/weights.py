@@ -1,5 +1,6 @@
 """Read weights from a checkpoint's files."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def weight_bytes(files: Files, dtype: torch.dtype) -> int:
     """Bytes that the weights take in memory as `dtype`.  Raises `UserError` for a file that is cut off."""
     tensors = (tensor for path in files.weights for _, tensor in _tensors(path))
     return sum(t.numel() * (dtype if t.is_floating_point() else t.dtype).itemsize for t in tensors)
+
+
+def most_bytes(files: Files, dtype: torch.dtype) -> float:
+    """What `weight_bytes` is at most, from the sizes of the files alone: a number takes a byte there or more.
+
+    Infinite for a pickle, whose tensors may share their bytes.
+    """
+    if any(path.suffix != ".safetensors" for path in files.weights):
+        return math.inf
+    return dtype.itemsize * sum(path.stat().st_size for path in files.weights)
+
+
+def bytes_of(weights: Weights) -> int:
+    """Bytes that the weights take as they are."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in weights.values())
 
 
 def tensors_of(files: Files) -> Iterator[tuple[str, Tensor]]:

@@ -56,6 +56,16 @@ def effect(run: xr.Dataset, direction: str) -> xr.DataArray:
     return xr.DataArray(difference if direction == "denoise" else -difference)
 
 
+def effects_by_checkpoint(run: xr.Dataset, direction: str) -> Iterator[Float[np.ndarray, "layer subset trial"]]:
+    """`effect` of one checkpoint after another as plain arrays of float64: all of them together may not fit."""
+    target = run.corrupt_logit_diff if direction == "denoise" else run.clean_logit_diff
+    patched = run.logit_diff.transpose("checkpoint", "layer", "subset", "trial").variable
+    unpatched = target.transpose("checkpoint", "trial").variable
+    for index in range(run.sizes["checkpoint"]):
+        difference = patched[index].values - unpatched[index].values
+        yield (difference if direction == "denoise" else -difference).astype(float)
+
+
 def best_layer(run: xr.Dataset, direction: str) -> xr.DataArray:
     """Per checkpoint the layer with the largest effect when all its heads are patched, averaged over trials;
     where `all` was not run, of the subset with the largest effect.

@@ -37,14 +37,15 @@ def load_each(
     """
 
     def load(label: str) -> tuple[Loaded, StoredActivations | None]:
-        provenance = store.whereabouts(label)
+        stored = store.activations(label)
+        provenance = stored.whereabouts
         files = fetch(_recorded(provenance), cache, provenance)
         weights = loader.prefetch(files)  # hashed meanwhile, on other threads
         _refuse_other_weights(provenance, files)
-        activations = None if first_layer is None else store.activations(label)
-        if activations is not None and first_layer is not None:
-            activations.read_all(first_layer)
-        return weights, activations
+        if first_layer is None:
+            return weights, None
+        stored.read_all(first_layer)
+        return weights, stored
 
     for label, loaded in prefetch(labels, load):
         try:

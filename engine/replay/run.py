@@ -165,7 +165,7 @@ def patch_series(
     rounding = RoundingError(plan.dtype, store.study["dtype"])
 
     def patch(label: str, checkpoint: LoadedCheckpoint) -> None:
-        _patch(_CheckpointPatch.prepare(store, plan, label, checkpoint, run.seed, rounding), run, machine, progress)
+        _patch(_CheckpointPatch.prepare(plan, label, checkpoint, run.seed, rounding), run, machine, progress)
 
     first_layer = min(site[0] for site in plan.sites)
     yield from each_outcome(load_each(store, missing, cache, ModelLoader(plan.dtype, machine), first_layer), patch)
@@ -194,11 +194,11 @@ class _CheckpointPatch:
 
     @classmethod
     def prepare(
-        cls, store: Store, plan: SweepPlan, label: str, checkpoint: LoadedCheckpoint, seed: int, rounding: RoundingError
+        cls, plan: SweepPlan, label: str, checkpoint: LoadedCheckpoint, seed: int, rounding: RoundingError
     ) -> "_CheckpointPatch":
         assert checkpoint.activations is not None, "read with the weights"
         measures = _vocabulary_measures(plan, checkpoint, checkpoint.activations) if plan.measures else None
-        answer_logits = store.answer_logits(label)
+        answer_logits = checkpoint.activations.answer_logits()
         pairs = choose_pairs(label, plan.sites, len(plan.subsets), VERIFIED_PAIRS, seed)
         patches = [(plan.sites[site], plan.subsets.mask[subset]) for site, subset in pairs]
         nothing = (plan.sites[0], np.zeros_like(plan.subsets.mask[0]))

@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from ..measures.logit_diff import CLEAR_OF_ZERO, each_checkpoint, effect, finished
+from ..measures.logit_diff import CLEAR_OF_ZERO, effects_by_checkpoint, finished
 from ..study.patch_settings import PatchSettings
 from ..study.reading import MARGIN, Correction
 from .bootstrap import LEVEL
@@ -41,15 +41,14 @@ def head_effects(
         return _empty()
     alone = alone[np.argsort(complete.mask.values[alone].argmax(1), kind="stable")]
     heads, labels = complete.mask.values[alone].argmax(1), complete.subset.values.tolist()
-    by_checkpoint = []
-    for checkpoint in each_checkpoint(complete):
-        values = effect(checkpoint, settings.direction).transpose("checkpoint", "layer", "subset", "trial")
-        nats = values.values[0].astype(float)
-        frame = _of_checkpoint(nats[:, alone], nats[:, labels.index("all")] if "all" in labels else None, margin)
-        levels = ([str(checkpoint.checkpoint.values[0])], complete.layer.values.tolist(), heads.tolist())
-        frame.index = pd.MultiIndex.from_product(levels, names=LEVELS)
-        by_checkpoint.append(frame)
-    frame = pd.concat(by_checkpoint)
+    whole = labels.index("all") if "all" in labels else None
+    by_checkpoint = [
+        _of_checkpoint(nats[:, alone], None if whole is None else nats[:, whole], margin)
+        for nats in effects_by_checkpoint(complete, settings.direction)
+    ]
+    levels = (complete.checkpoint.values.astype(str).tolist(), complete.layer.values.tolist(), heads.tolist())
+    index = pd.MultiIndex.from_product(levels, names=LEVELS)
+    frame = pd.DataFrame({name: np.concatenate([c[name] for c in by_checkpoint]) for name in by_checkpoint[0]}, index)
     for name, of in (("p_adjusted", "p"), ("p_equivalent", "p_equivalent")):
         p = frame[of].to_numpy()
         frame[name] = np.full(len(p), np.nan) if np.isnan(p).any() else adjust(p, correction)
@@ -63,7 +62,8 @@ def _empty() -> pd.DataFrame:
 
 def _of_checkpoint(
     alone: Float[np.ndarray, "layer head trial"], whole: Float[np.ndarray, "layer trial"] | None, margin: float
-) -> pd.DataFrame:
+) -> dict[str, Float[np.ndarray, " row"]]:
+    """Columns of one checkpoint, as `head_effects` has them."""
     low, high = interval(alone)
     mean = alone.mean(-1)
     share = np.full(mean.shape, np.nan)
@@ -72,7 +72,7 @@ def _of_checkpoint(
         share = mean / of_layer[:, None]
     p, equivalent = p_differs(alone), p_equivalent(alone, margin)
     columns = {"effect": mean, "low": low, "high": high, "p": p, "p_equivalent": equivalent, "share": share}
-    return pd.DataFrame({name: values.ravel() for name, values in columns.items()})
+    return {name: values.ravel() for name, values in columns.items()}
 
 
 def _is_clear(whole: Float[np.ndarray, "layer trial"]) -> Bool[np.ndarray, " layer"]:

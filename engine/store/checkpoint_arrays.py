@@ -9,19 +9,22 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 import zarr
 
 from ..runtime.errors import DamageError, UserError
 from ..runtime.format import one_line
 from . import integrity
-from .disk import sync
+from .disk import sync, sync_all
 from .integrity import AXIS, SEAL, damaged
 from .locks import layout_lock
+from .small_files import SmallFiles
 from .zarr_group import CHECKSUMMED, CheckpointRow, axis_dtype, axis_values, dims_of, package_versions, write_attributes
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 class CheckpointArrays:
@@ -42,7 +45,7 @@ class CheckpointArrays:
     def _open(self) -> None:
         self._attributes = integrity.verified_attributes(self.path)
         try:
-            self.group = zarr.open_group(self.path, mode="r+")
+            self.group = zarr.open_group(SmallFiles(self.path), mode="r+")
         except (ValueError, OSError) as error:
             raise UserError(f"{self.path} cannot be read as a zarr store: {one_line(error)}") from error
         self._fixed: dict[str, np.ndarray] = {}
@@ -139,6 +142,10 @@ class CheckpointArrays:
         self._compare(name, label, values, rows if self.has_chunk_a_row(name) else slice(None), record)
         return values if self.has_chunk_a_row(name) or values.ndim == 0 else values[rows]
 
+    def has_values(self, name: str, label: str) -> bool:
+        """Whether anything has been written of a checkpoint's values of one array."""
+        return _within(self.path / name / "c", self.index(label)).exists()
+
     def stored(self, name: str, label: str) -> np.ndarray:
         """A checkpoint's values of one array, complete or not, compared with nothing but zarr's own checksums."""
         return self._read(name, self.index(label))
@@ -157,11 +164,13 @@ class CheckpointArrays:
         texts = self.values("record")
         return {label: self._parse_record(label, texts[index]) for label, index in self.complete().items()}
 
-    def load(self) -> xr.Dataset:
+    def load(self) -> "xr.Dataset":
         """Every array in memory, with labelled dimensions; for results, which are small beside activations.
 
         Every complete checkpoint is compared with its checksums; one that is being written counts as incomplete.
         """
+        import xarray as xr  # with pandas; start-up counts
+
         records = self.records()
         variables = {name: (dims_of(array), self.values(name)) for name, array in self._arrays.items()}
         if self.is_sealed:
@@ -182,17 +191,19 @@ class CheckpointArrays:
             return False
         return True
 
-    def _labelled(self, dataset: xr.Dataset) -> xr.Dataset:
+    def _labelled(self, dataset: "xr.Dataset") -> "xr.Dataset":
         dataset = dataset.drop_vars("record", errors="ignore")
         dataset = dataset.set_coords([name for name in self._attributes["coordinates"].split() if name in dataset])
         dataset.attrs = {name: value for name, value in self._attributes.items() if name not in (SEAL, "coordinates")}
         return dataset
 
-    def dataset(self) -> xr.Dataset:
+    def dataset(self) -> "xr.Dataset":
         """Every array, lazily, with labelled dimensions.  zarr compares each chunk with its own checksum on reading.
 
         Raises `UserError` while checkpoints are being added, or where that was cut off.
         """
+        import xarray as xr
+
         lengths = {array.shape[0] for name, array in self._arrays.items() if self._has_axis(name)}
         if len(lengths) > 1:
             raise UserError(f"{self.path} was cut off while checkpoints were added; run that command again")
@@ -312,7 +323,7 @@ class CheckpointWriter:
         self._checksums: dict[str, dict[int, int]] = {}
         for partial in arrays.partials().get(self._index, ()):
             partial.unlink(missing_ok=True)
-        if _within(arrays.path / "complete" / "c", self._index).exists():
+        if arrays.has_values("complete", label):
             arrays.array("complete")[self._index] = False
 
     def put(self, name: str, values: Any, first: int = 0) -> None:
@@ -332,8 +343,7 @@ class CheckpointWriter:
         After a power cut the mark is there only if everything else is.
         """
         arrays = self._arrays
-        for name in self._checksums:
-            sync(_within(arrays.path / name / "c", self._index))
+        sync_all(_within(arrays.path / name / "c", self._index) for name in self._checksums)
         crc32c = {name: [kept[row] for row in sorted(kept)] for name, kept in self._checksums.items()}
         record = {"label": self._label, **fields, "versions": package_versions(), "crc32c": crc32c}
         last: dict[str, Any] = {"record": json.dumps(record), "complete": True}

@@ -8,7 +8,7 @@ import glob
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,17 +32,35 @@ def last_write_ns(path: Path) -> int:
 
 def sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk, under its name."""
-    for folder, _, names in os.walk(path):
-        for name in names:
-            _fsync(Path(folder) / name)
-        _fsync(Path(folder))
-    if path.is_file():
+    sync_all([path])
+
+
+def sync_all(paths: Iterable[Path]) -> None:
+    """`sync` for several: a folder that holds many of them is waited for once."""
+    parents = set()
+    for path in map(os.fspath, paths):
+        _sync_tree(path)
+        parents.add(os.path.dirname(path))
+    for parent in sorted(parents):
+        if os.path.isdir(parent):
+            _fsync(parent)
+
+
+def _sync_tree(path: str) -> None:
+    try:
+        entries = os.scandir(path)
+    except NotADirectoryError:
         _fsync(path)
-    if path.parent.is_dir():
-        _fsync(path.parent)
+        return
+    except FileNotFoundError:
+        return
+    with entries:
+        for entry in entries:
+            _sync_tree(entry.path) if entry.is_dir(follow_symlinks=False) else _fsync(entry.path)
+    _fsync(path)
 
 
-def _fsync(path: Path) -> None:
+def _fsync(path: str | Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

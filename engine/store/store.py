@@ -8,11 +8,10 @@ import functools
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-import xarray as xr
 import zarr
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -32,6 +31,9 @@ from .inventory import patch_paths, require_store
 from .locks import layout_lock
 from .patched_run import AnyRun, PatchedRun, RunAxes, TextRun, create_patched_run, create_text_run
 from .zarr_group import CheckpointRow
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 Run = TypeVar("Run", bound=AnyRun)
 
@@ -93,7 +95,7 @@ class Store(CheckpointArrays):
 
     def kinds(self) -> list[str]:
         """Which of z, key, value and resid_pre are stored."""
-        return [kind for kind in DIMS if kind in self.group]
+        return [kind for kind in DIMS if kind in self.array_names]
 
     def trials(self) -> Trials:
         """The tokenized prompts, as they were run."""
@@ -109,7 +111,11 @@ class Store(CheckpointArrays):
 
     def whereabouts(self, label: str) -> dict[str, Any]:
         """The provenance of a complete checkpoint, with the place where its weights lie now."""
-        return located(self.provenance(label), self._weights)
+        return self.located(self.provenance(label))
+
+    def located(self, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """A checkpoint's provenance, with the place where its weights lie now."""
+        return located(provenance, self._weights)
 
     def answer_logits(self, label: str) -> Float[np.ndarray, "run trial answer"]:
         """Of the unpatched runs of a complete checkpoint."""
@@ -126,7 +132,8 @@ class Store(CheckpointArrays):
         for kind in self.kinds():
             writer.put(kind, to_numpy(torch.stack([captured.read(kind, layer) for layer in self.layers])))
         writer.put("answer_logits", captured.answer_logits.numpy())
-        self.write_problem(label, "")
+        if self.has_values("problem", label):  # left by an attempt that failed
+            self.write_problem(label, "")
         writer.finish(provenance=dict(provenance))
 
     def write_problem(self, label: str, problem: str) -> None:
@@ -159,7 +166,7 @@ class Store(CheckpointArrays):
             raise UserError(f"{self.path} has no patched run {name}; it has {names}; make one with: headlapse patch")
         return PatchedRun(self.path / "patches" / name, self.path)
 
-    def patch_dataset(self, name: str) -> xr.Dataset:
+    def patch_dataset(self, name: str) -> "xr.Dataset":
         """A patched run in memory, with labelled dimensions."""
         return self.patch(name).load()
 
@@ -232,6 +239,15 @@ class StoredActivations:
         """Stored layer -> index along the `layer` axis."""
 
         self._tensors: dict[tuple[str, int], Tensor] = {}
+
+    @property
+    def whereabouts(self) -> dict[str, Any]:
+        """As `Store.whereabouts`."""
+        return self._store.located(self._record["provenance"])
+
+    def answer_logits(self) -> Float[np.ndarray, "run trial answer"]:
+        """Of the unpatched runs."""
+        return self._store.read("answer_logits", self._label, record=self._record)
 
     def read_all(self, first: int) -> None:
         """Read every kind from layer `first` on at once, which takes less time than layer by layer."""

@@ -17,6 +17,7 @@ from ..runtime.format import shorten
 from . import integrity
 from .disk import sync
 from .integrity import AXIS, SEAL
+from .small_files import SmallFiles
 
 _PACKAGES = ("headlapse", "torch", "transformers", "zarr", "numpy")
 
@@ -71,7 +72,7 @@ def dims_of(array: Any) -> tuple[str, ...]:
 
 def start(path: Path, rows: Sequence[CheckpointRow]) -> zarr.Group:
     """A new group with nothing but its checkpoint axis; `finish_group` ends what this begins."""
-    group = zarr.open_group(path, mode="w")
+    group = zarr.open_group(SmallFiles(path), mode="w")
     for name, values in axis_values(rows).items():
         array = group.create_array(
             name, shape=values.shape, chunks=(_AXIS_CHUNK,), dtype=axis_dtype(values), dimension_names=(AXIS,),
