@@ -13,7 +13,7 @@ from scipy import stats
 import headlapse
 from headlapse.__main__ import main
 from headlapse.engine.report.findings.comparison import comparison_lines, comparison_table
-from headlapse.engine.statistics.comparison import TrainingRun, compare, joint_parity, over_seeds
+from headlapse.engine.statistics.comparison import TrainingRun, compare, over_seeds, parity_over_seeds
 from headlapse.engine.statistics.permutation import EqualSplits, find_equal_splits
 from headlapse.engine.study.subsets import parse_subsets
 from tests.models import save, tiny, tiny_tokenizer
@@ -108,27 +108,27 @@ def test_arbitrary_heads_are_rejected_in_five_percent_of_comparisons(words: Sequ
         for seed in range(2000):
             means = [mask @ (rng.standard_normal(N_HEADS) * rng.permutation(sizes)) for _ in range(3)]
             drawn = [(mean[template.halves] - mean[template.rests], template) for mean in means]
-            rejected += joint_parity(drawn, seed).p <= 0.05
+            rejected += parity_over_seeds(drawn, seed).p <= 0.05
     assert 0.02 <= rejected / 2000 <= 0.065, rejected
 
 
 def test_an_effect_of_one_direction_in_every_seed_is_found_and_of_changing_direction_is_not() -> None:
     rng, even = np.random.default_rng(0), np.where(np.arange(N_HEADS) % 2 == 0, 1.0, -1.0)
     noise = [rng.standard_normal(N_HEADS) for _ in range(4)]
-    assert joint_parity(nulls([even + part for part in noise], BALANCED)).p < 0.01
+    assert parity_over_seeds(nulls([even + part for part in noise], BALANCED)).p < 0.01
     turned = [sign * even + 0.1 * part for sign, part in zip((1, -1, 1, -1), noise, strict=True)]
-    assert joint_parity(nulls(turned, BALANCED)).p > 0.5
+    assert parity_over_seeds(nulls(turned, BALANCED)).p > 0.5
 
 
 def test_the_size_of_one_seeds_effects_does_not_outweigh_the_others() -> None:
     rng, even = np.random.default_rng(1), np.where(np.arange(N_HEADS) % 2 == 0, 1.0, -1.0)
     effects = [1000 * rng.standard_normal(N_HEADS), *(even + 0.2 * rng.standard_normal(N_HEADS) for _ in range(3))]
-    assert joint_parity(nulls(effects, BALANCED)).p < 0.05
+    assert parity_over_seeds(nulls(effects, BALANCED)).p < 0.05
 
 
 def test_with_few_relabellings_nothing_can_be_told() -> None:
     few = EqualSplits([0, 1], [1, 0], 0, sampled=False, mask=np.eye(2, dtype=bool))
-    joint = joint_parity([(np.array([1.0, -1.0]), few)] * 2)
+    joint = parity_over_seeds([(np.array([1.0, -1.0]), few)] * 2)
     assert joint.least == 0.5
 
 

@@ -293,11 +293,11 @@ def _joint_parity(
     for group, members in groups.groupby(groups, sort=False).groups.items():
         of_group = [nulls[name] for name in members]
         if len(of_group) > 1 and all(null is not None for null in of_group):
-            tests[str(group)] = joint_parity([null for null in of_group if null is not None])
+            tests[str(group)] = parity_over_seeds([null for null in of_group if null is not None])
     return tests
 
 
-def joint_parity(nulls: Sequence[tuple[Float[np.ndarray, " split"], EqualSplits]], seed: int = 0) -> JointParity:
+def parity_over_seeds(nulls: Sequence[tuple[Float[np.ndarray, " split"], EqualSplits]], seed: int = 0) -> JointParity:
     """Whether even heads differ from odd ones, in the same direction, over training runs: two-sided.
 
     The statistic is the mean over training runs of even minus odd, each divided by the standard deviation of its equal
