@@ -8,6 +8,8 @@ import pandas as pd
 from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
 from ...statistics.comparison import Comparison, JointParity, OverSeeds
+from ...statistics.hypotheses import PART
+from ...study.reading import MARGIN
 from .verdict import WIDTH, Line, fitting, format_estimate, format_p
 
 SHOWN = 8
@@ -64,7 +66,7 @@ def _of_seeds(comparison: Comparison, group: str) -> Iterator[Line]:
     if "head_1_from" in seeds:
         yield Line("  from", _dated(seeds["head_1_from"], "significant", comparison.unit))
     if "parity" in seeds:
-        yield Line("even/odd", _parity(seeds["parity"], comparison.parity.get(group)))
+        yield Line("even/odd", _parity(seeds["parity"], comparison.parity.get(group), seeds.get("all")))
 
 
 def _roles(roles: Roles, n_runs: int) -> str:
@@ -113,15 +115,19 @@ def format_position(value: float) -> str:
     return f"{value:.0f}"
 
 
-def _parity(over: OverSeeds, joint: JointParity | None) -> str:
-    """No p over seeds, no verdict over seeds."""
+def _parity(over: OverSeeds, joint: JointParity | None, whole: OverSeeds | None) -> str:
+    """No p over seeds, no verdict over seeds; and no pattern only where the interval over seeds excludes one of the
+    size that is asked about within a training run, a part of the whole layer's effect."""
     if joint is None:
         return fitting(
             f"not tested: {_over_seeds(over)}; not every run has equal splits", f"not tested: {_estimate(over)}"
         )
     if joint.least > 1 - LEVEL:
         return fitting(f"cannot tell: {_estimate(over)}; of so few relabellings p is at least {joint.least:.2f}")
-    verdict, test = "yes" if joint.p <= 1 - LEVEL else "no pattern", f"joint permutation {format_p(joint.p)}"
+    size = math.nan if whole is None else max(PART * abs(whole.mean), MARGIN)
+    is_excluded = over.low > -size and over.high < size
+    verdict = "yes" if joint.p <= 1 - LEVEL else "no pattern" if is_excluded else "cannot tell"
+    test = f"joint permutation {format_p(joint.p)}"
     return fitting(f"{verdict}: {_over_seeds(over)}, {test}", f"{verdict}: {_estimate(over)}, {test}")
 
 
