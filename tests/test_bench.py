@@ -13,10 +13,11 @@ from torch import nn
 
 from headlapse.engine.bench import contestants, random_models
 from headlapse.engine.bench.contestants import Workload, choose_tools, installed, multiplying
-from headlapse.engine.bench.end_to_end import Pace, run_command
+from headlapse.engine.bench.end_to_end import CommandRun, Pace, run_command
+from headlapse.engine.bench.overhead import Overhead, overheads
 from headlapse.engine.bench.peers import Hooks, generate_published
 from headlapse.engine.bench.scaling import Growth
-from headlapse.engine.bench.table import WORKLOADS, choose_workloads, patch_workloads
+from headlapse.engine.bench.table import WORKLOADS, choose_workloads, overhead_line, patch_workloads
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.replay.reference import hooked_logit_diff
 from headlapse.engine.runtime.errors import UserError
@@ -131,6 +132,21 @@ def test_linear_growth_has_exponent_one_and_quadratic_two() -> None:
     sizes = (1, 2, 4, 8)
     assert Growth("", sizes, (3.0, 6.0, 12.0, 24.0), (0,) * 4).exponent == pytest.approx(1)
     assert Growth("", sizes, (1.0, 4.0, 16.0, 64.0), (0,) * 4).exponent == pytest.approx(2)
+
+
+def test_what_a_checkpoint_costs_is_the_slope_and_start_up_what_is_left() -> None:
+    runs = tuple(CommandRun(0.0, 5.0 + 0.03 * size, 10**6) for size in (10, 20, 40))
+    overhead = Overhead("cache", (10, 20, 40), runs)
+    assert (overhead.each, overhead.start_up) == (pytest.approx(0.03), pytest.approx(5))
+    assert overhead_line(overhead).startswith("cache: 30 ms a checkpoint, 5.0 s to start (10: 5.3 s, 1.0 MB; 20: ")
+
+
+@pytest.mark.slow
+def test_overhead_is_that_of_whole_commands_over_series_of_each_length(tmp_path: Path) -> None:
+    for overhead in overheads(ROOT / "scripts", tmp_path, sizes=(2,)):
+        [run] = overhead.runs
+        assert run.cpu > 1 and run.peak > 10**8
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_rest_of_a_checkpoints_time_is_what_neither_reading_nor_products_take() -> None:

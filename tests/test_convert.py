@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from headlapse.engine.runtime.exit_status import exit_status_of
+from tests.forked import exit_status
+from tests.test_kills import STRIDE, Recorder, files_of
 
 pytestmark = pytest.mark.thorough
 
@@ -191,6 +196,41 @@ def test_a_conversion_that_breaks_off_leaves_nothing(convert, script, tmp_path: 
     with pytest.raises(SystemExit, match="130"):
         convert(tmp_path / "small.gguf", tmp_path / "new" / "out")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def convert_until(gguf: Path, out: Path, kill_at: int, log: Path) -> None:
+    """Convert in this process, which dies at its file operation of that number."""
+    Recorder(kill_at, out.parent, log)
+    sys.argv = [str(SCRIPT), str(gguf), str(out)]
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def cut_power(log: Path, out: Path) -> None:
+    """Empty what was not made durable."""
+    durable = {Path(line.split("\t")[1]).name for line in log.read_text().splitlines() if line.startswith("sync")}
+    for file in filter(Path.is_file, out.rglob("*")):
+        if file.name not in durable:
+            file.write_bytes(b"")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to see which file is made durable")
+def test_a_conversion_cut_off_at_any_file_operation_is_finished_by_the_next_one(tmp_path: Path):
+    """HEADLAPSE_KILLS=1 tries every one; nothing is left beside what it makes."""
+    gguf, place, log, stride = tmp_path / "small.gguf", tmp_path / "place", tmp_path / "log", max(1, STRIDE // 12)
+    write_gguf(gguf)
+    assert exit_status(convert_until, gguf, tmp_path / "whole" / "out", 10**6, log) == 0
+    expected, n_kills = files_of(tmp_path / "whole"), 0
+    for kill_at in range(stride // 2, 10**6, stride):
+        shutil.rmtree(place, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        if exit_status(convert_until, gguf, place / "out", kill_at, log) != -signal.SIGKILL:
+            break
+        n_kills += 1
+        cut_power(log, place / "out")
+        assert exit_status(convert_until, gguf, place / "out", 10**6, log) == 0
+        assert files_of(place) == expected, f"after a kill at file operation {kill_at}"
+    assert n_kills * stride > 5
 
 
 def test_a_missing_file_is_refused_in_one_line_and_nothing_is_made(tmp_path: Path):

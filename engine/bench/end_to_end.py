@@ -48,14 +48,27 @@ class Pace:
         return max(0.0, 1 - (self.reading + self.products) / self.seconds)
 
 
+@dataclass(frozen=True)
+class CommandRun:
+    """What a whole command took."""
+
+    seconds: float
+
+    cpu: float
+    """Seconds of processor time, of all its threads and processes."""
+
+    peak: int
+    """Bytes."""
+
+
 def pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pace:
     """Capture and patch the first checkpoints of a series, in a process of its own and a store that is not kept."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(_pace, directory, n_checkpoints, n_trials, device).result()
 
 
-def run_command(script: Path, *arguments: object) -> tuple[float, int]:
-    """Seconds and peak bytes of a whole command, its output unseen.  Raises `UserError` when it fails."""
+def run_command(script: Path, *arguments: object) -> CommandRun:
+    """Time and memory of a whole command, its output unseen.  Raises `UserError` when it fails."""
     command = [sys.executable, str(script), *map(str, arguments)]
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -67,7 +80,8 @@ def run_command(script: Path, *arguments: object) -> tuple[float, int]:
     seconds = time.perf_counter() - started
     if process.returncode:
         raise UserError(f"{' '.join(command)} failed: {output.strip().splitlines()[-1]}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return CommandRun(seconds, usage.ru_utime + usage.ru_stime, peak)
 
 
 def _pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pace:

@@ -52,7 +52,18 @@ def write_random(shape: str, directory: Path, dtype: Arithmetic, seed: int = 0) 
     """Write a checkpoint of random weights, initialised as GPT-NeoX's are, unless `directory` holds one."""
     if (directory / CONFIG).exists():
         return
-    config = pythia_config(shape)
+    _write(pythia_config(shape), directory, dtype, seed)
+
+
+def write_tiny(directory: Path, seed: int) -> None:
+    """Write a checkpoint that computes next to nothing: two layers of eight heads, 64 wide, with a small vocabulary."""
+    config = pythia_config("pythia-14m")
+    config.num_hidden_layers, config.num_attention_heads, config.hidden_size = 2, 8, 64
+    config.intermediate_size, config.vocab_size = 128, 512
+    _write(config, directory, "float32", seed)
+
+
+def _write(config: GPTNeoXConfig, directory: Path, dtype: Arithmetic, seed: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
         parameters = model.state_dict()

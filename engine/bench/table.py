@@ -16,12 +16,13 @@ import torch
 from ..runtime.errors import UserError
 from ..runtime.format import format_bytes
 from .contestants import OURS, Contestant, Timing, Tool, Workload, fastest
-from .end_to_end import SUBSETS, pace, run_command
+from .end_to_end import SUBSETS, CommandRun, pace, run_command
+from .overhead import Overhead, overheads
 from .random_models import SHAPES, write_series
 from .scaling import growths
 
 PATCHES = ("parity", "each", "splits", "lattice")
-WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth")
+WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth", "overhead")
 """Everything that can be timed: the words of `--workloads`."""
 
 
@@ -53,6 +54,7 @@ class Bench:
             "generation": self._generation,
             "study": self._study,
             "growth": self._growth,
+            "overhead": self._overhead,
         }
 
     def _patch(self, word: str) -> Iterator[str]:
@@ -84,10 +86,11 @@ class Bench:
                 "--device", self.device,
             )  # fmt: skip
             patch = run_command(self.scripts / "patch.py", store, "--subsets", *SUBSETS, "--device", self.device)
-        commands = {"cache.py": cache, "patch.py": patch, "both": (cache[0] + patch[0], max(cache[1], patch[1]))}
+        both = CommandRun(cache.seconds + patch.seconds, cache.cpu + patch.cpu, max(cache.peak, patch.peak))
+        commands = {"cache.py": cache, "patch.py": patch, "both": both}
         table = {
-            name: {"seconds": f"{seconds:.1f}", "peak memory": format_bytes(peak)}
-            for name, (seconds, peak) in commands.items()
+            name: {"seconds": f"{run.seconds:.1f}", "peak memory": format_bytes(run.peak)}
+            for name, run in commands.items()
         }
         yield pd.DataFrame.from_dict(table, orient="index").to_string()
         if torch.device(self.device).type == "cpu":
@@ -112,6 +115,22 @@ class Bench:
             seconds = ", ".join(f"{size}: {took:.3g}" for size, took in zip(growth.sizes, growth.seconds, strict=True))
             peaks = ", ".join(format_bytes(peak) for peak in growth.peaks)
             yield f"{growth.what}: {seconds}; exponent {growth.exponent:.2f}; {peaks}"
+
+    def _overhead(self) -> Iterator[str]:
+        yield "overhead of headlapse: processor time of a checkpoint of two tiny layers; what start-up takes is apart"
+        self.series.parent.mkdir(parents=True, exist_ok=True)
+        for overhead in overheads(self.scripts, self.series.parent):
+            yield overhead_line(overhead)
+
+
+def overhead_line(overhead: Overhead) -> str:
+    """A command's processor time: each checkpoint's, start-up, and all of it with the peak memory at each size."""
+    sizes = (
+        f"{size}: {run.cpu:.1f} s, {format_bytes(run.peak)}"
+        for size, run in zip(overhead.sizes, overhead.runs, strict=True)
+    )
+    each = f"{1000 * overhead.each:.0f} ms a checkpoint, {overhead.start_up:.1f} s to start"
+    return f"{overhead.command}: {each} ({'; '.join(sizes)})"
 
 
 def in_turn(

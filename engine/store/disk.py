@@ -72,12 +72,17 @@ def _fsync(path: str | Path) -> None:
 def atomic_write(path: Path, store: Path) -> Iterator[Path]:
     """A folder to write a new group of `store` into; it is renamed to `path` once the body has ended without an error.
 
-    The layout lock has to be held.  Readers of the store do not see the folder: it lies beside the store.
+    The layout lock has to be held.  Readers of the store do not see the folder: it lies beside the store.  What is left
+    of it after an error is removed, what a kill leaves is removed the next time.
     """
     partial = _beside(store, f"{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     sync(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(partial, path)
