@@ -387,7 +387,8 @@ def test_an_interrupted_run_goes_on_where_it_was(cached: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_a_store_without_whole_answers_refuses_to_score_them(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only stores of format 1 are so old."""
-    monkeypatch.setattr(Store, "array_names", ["tokens"])
+    kept = [name for name in Store(cached).array_names if "continuation" not in name]
+    monkeypatch.setattr(Store, "array_names", kept)
     refused = run("patch", *ASKED, "sequence", cache=cached.parent)
     assert refused.returncode == 2 and "cached before whole answers were kept; cache again" in refused.stderr
     assert run("patch", *ASKED, "kl", cache=cached.parent).returncode == 0
