@@ -12,23 +12,30 @@ TORCH := 2.13.0
 COMPILE = echo torch==$(TORCH) | $(RUN) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
 	--fork-strategy fewest --no-annotate --custom-compile-command 'make constraints' --constraint /dev/stdin $(UPGRADE)
 
-.PHONY: help demo test check lint imports test-newest test-oldest constraints mutants clean
+.PHONY: help demo seeds test check lint imports test-newest test-oldest constraints mutants clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-demo: $(VENV)/installed  ## set up, then cache, patch and report the embedded series
+demo: $(VENV)/installed  ## set up, then cache, patch and report the embedded series, and two controls
 	$(VENV)/bin/headlapse cache
-	$(VENV)/bin/headlapse patch --protocol published --layers all
+	$(VENV)/bin/headlapse patch --protocol published --layers all --checkpoints step48..step256
 	$(VENV)/bin/headlapse patch --subsets lattice
-	$(VENV)/bin/headlapse mechanism
+	$(VENV)/bin/headlapse mechanism --parts roles
 	$(VENV)/bin/headlapse report
+	$(RUN) scripts/controls.py
+
+seeds: demo  ## the embedded series from two more seeds, compared with the first
+	$(VENV)/bin/headlapse cache --model 'demo-seed{seed}' --seeds 1-2
+	for seed in 1 2; do $(VENV)/bin/headlapse patch cache/demo-seed$$seed-decimal.zarr --subsets even odd all each balanced \
+		> cache/demo-seed$$seed.txt || exit 1; done
+	$(VENV)/bin/headlapse compare cache/demo-decimal.zarr cache/demo-seed1-decimal.zarr cache/demo-seed2-decimal.zarr
 
 test: lint imports  ## set up, then run everything: lint, types, all tests
 	$(RUN) $(PYTEST)
 
 check: lint  ## lint, types and the fast tests
-	$(RUN) $(PYTEST) --quiet -m 'not slow'
+	$(RUN) $(PYTEST) --quiet -m 'not slow and not thorough'
 
 lint: $(VENV)/installed  ## ruff and strict mypy
 	$(RUN) -m ruff check --quiet .

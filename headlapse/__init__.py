@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from .face import PatchedRun as PatchedRun
     from .face import Store as Store
     from .face import cache as cache
+    from .face import compare as compare
     from .face import doctor as doctor
     from .face import open_store as open
     from .version import __version__ as __version__
 
-__all__ = ["PatchedRun", "Store", "UserError", "VerificationError", "__version__", "cache", "doctor", "open"]
+__all__ = ["PatchedRun", "Store", "UserError", "VerificationError", "__version__", "cache", "compare", "doctor", "open"]
 
 _HOMES = {
     "PatchedRun": ("face", "PatchedRun"),
@@ -30,6 +31,7 @@ _HOMES = {
     "VerificationError": ("engine.runtime.errors", "VerificationError"),
     "__version__": ("version", "__version__"),
     "cache": ("face", "cache"),
+    "compare": ("face", "compare"),
     "doctor": ("face", "doctor"),
     "open": ("face", "open_store"),
 }

@@ -16,7 +16,15 @@ from .engine.runtime.exit_status import DONE, FAILED, REFUSED, print_problems
 from .engine.runtime.format import format_bytes, format_count
 from .engine.runtime.shortage import refuse_small_limits
 from .help_text import HelpText
-from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import (
+    CacheOptions,
+    CompareOptions,
+    DoctorOptions,
+    MechanismOptions,
+    PatchOptions,
+    ReportOptions,
+    VerifyKnownOptions,
+)
 
 if TYPE_CHECKING:
     from . import pipeline
@@ -28,7 +36,7 @@ LONGEST_WORD = 10_000
 """Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
 
 _CACHE, _PATCH, _MECHANISM, _REPORT = CacheOptions(), PatchOptions(), MechanismOptions(), ReportOptions()
-_DOCTOR = DoctorOptions()
+_DOCTOR, _COMPARE, _VERIFY_KNOWN = DoctorOptions(), CompareOptions(), VerifyKnownOptions()
 
 Folder = Annotated[Path, Parameter(parse=False)]
 """The cache folder: no option, handed in by whoever runs the command line."""
@@ -60,7 +68,7 @@ def run(words: list[str], folder: str) -> int:
         raise UserError(f"{left}: more than this command takes; {_help(words)} shows what it does take") from None
     except CycloptsError as error:
         raise UserError(f"{' '.join(str(error).split())} ({_help(words)} shows what there is)") from None
-    if command in (cache, patch, mechanism, report):
+    if command in (cache, patch, mechanism, report, verify_known):
         refuse_small_limits()
     given = {"folder": Path(folder)} if "folder" in injected else {}
     with _own_log():
@@ -73,10 +81,18 @@ def run(words: list[str], folder: str) -> int:
         "headlapse cache",
         "headlapse cache --model EleutherAI/pythia-160m --task ioi --checkpoints log",
         "headlapse cache --model someone/model --checkpoints main 1000..64000 --plan",
+        "headlapse cache --model EleutherAI/pythia-160m-seed{seed} --seeds 1-9",
     )
 )
 def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) -> int:
     """Run every checkpoint of a model once on a contrastive task and keep every head's activations in a zarr store."""
+    if options.seeds is not None:
+        options.refuse_impossible()
+        return max(_cache_one(of_seed, folder) for of_seed in options.each_seed())
+    return _cache_one(options, folder)
+
+
+def _cache_one(options: CacheOptions, folder: Path) -> int:
     from . import pipeline
 
     if options.plan:
@@ -116,11 +132,11 @@ def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) ->
     work = pipeline.patch(options, folder)
     if work.n_complete:
         if options.verbose:
-            for table in patch_tables(work.store, work.name, options.correction):
+            for table in patch_tables(work.store, work.name, options.reading):
                 print(table)
         speed = f"{work.n_runs / max(work.seconds, 1e-9):,.0f}/s, "
         print(f"{_amount(work, f'{work.n_runs:,} patched runs', speed)}; {work.name} is in {work.store}")
-        for line in patch_lines(work.store, work.name, options.correction):
+        for line in patch_lines(work.store, work.name, options.reading):
             print(line)
     _print_problems(work)
     return _status(work)
@@ -160,6 +176,30 @@ def report(options: Annotated[ReportOptions, FLAT] = _REPORT, *, folder: Folder)
 
 @app.command(
     help_epilogue=_examples(
+        "headlapse compare cache/demo-decimal.zarr cache/demo-seed1-decimal.zarr cache/demo-seed2-decimal.zarr",
+        "headlapse compare cache/pythia-160m-seed*-ioi.zarr --name each --verbose",
+    )
+)
+def compare(options: Annotated[CompareOptions, FLAT] = _COMPARE) -> int:
+    """The same question over seeds, sizes, architectures or tasks: effects and onsets with intervals over seeds.
+
+    Training runs are compared at the last point of training that all of them reach, by tokens seen where those are
+    known.  Writes a page as well.
+    """
+    from .comparing import compare_stores
+    from .engine.runtime.quiet import quiet_libraries
+
+    with quiet_libraries():
+        comparison = compare_stores(options)
+        page = comparison.report(options.out)
+    for line in (*(comparison.tables if options.verbose else ()), *comparison.verdict()):
+        print(line)
+    print(f"{'page':<11}{page}")
+    return DONE
+
+
+@app.command(
+    help_epilogue=_examples(
         "headlapse doctor",
         "headlapse doctor cache/demo-decimal.zarr --fix",
         "headlapse doctor --model EleutherAI/pythia-12b",
@@ -180,6 +220,26 @@ def doctor(options: Annotated[DoctorOptions, FLAT] = _DOCTOR, *, folder: Folder)
         print(f"note: {line}")
     print(diagnosis.summary)
     return FAILED if diagnosis.problems else DONE
+
+
+@app.command(
+    name="verify-known",
+    help_epilogue=_examples("headlapse verify-known", "headlapse verify-known --only ioi --trials 100"),
+)
+def verify_known(options: Annotated[VerifyKnownOptions, FLAT] = _VERIFY_KNOWN, *, folder: Folder) -> int:
+    """Whether public models' heads are found to be what the literature says: IOI, greater-than, induction.
+
+    Caches GPT-2 small and Pythia-70m where the hub, or its cache on this machine, has them, measures roles and effects
+    of their heads, and compares.  Exit status 1 where a model cannot be had, or a finding is not as published.
+    """
+    from .verification import verify_known
+
+    verification = verify_known(options, folder)
+    for line in verification.lines:
+        print(line)
+    if verification.lacking:
+        print(f"error: {verification.problem}", file=sys.stderr)
+    return FAILED if verification.lacking or not verification.all_agree else DONE
 
 
 @app.command(name="ls", help_epilogue=_examples("headlapse ls"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.checkpoints import known_problems, same_weights
-from .engine.checkpoints.resolve import DEMO, Checkpoint, resolve
+from .engine.checkpoints.resolve import Checkpoint, demo_seed, resolve
 from .engine.checkpoints.weight_findings import (
     MainDiffers,
     NamedWeights,
@@ -155,7 +155,7 @@ def _check_weights(store: CheckpointArrays, weights: Path | None, folder: Path, 
 
 
 def _can_be_fetched(provenance: Mapping[str, Any]) -> bool:
-    return provenance["model"] == DEMO or not Path(provenance["location"]).is_absolute()
+    return demo_seed(provenance["model"]) is not None or not Path(provenance["location"]).is_absolute()
 
 
 def _files(label: str, step: int, provenance: Mapping[str, Any], folder: Path, lines: _Lines) -> "OnDisk | None":
@@ -203,7 +203,7 @@ def _compare_tensors(at_hand: "Sequence[OnDisk]", by_file: Sequence[WeightFindin
 
 
 def _diagnose_model(model: str, folder: Path) -> Diagnosis:
-    if model == DEMO or Path(model).expanduser().is_dir():
+    if demo_seed(model) is not None or Path(model).expanduser().is_dir():
         return _diagnose_folder(model, folder)
     return _diagnose_hub(model)
 

@@ -14,7 +14,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import xarray as xr
@@ -26,12 +26,14 @@ from .engine.store import inventory
 from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.study.mechanism_settings import PARTS
 from .engine.study.patch_settings import Direction, PatchSettings, Protocol
+from .engine.study.reading import MARGIN, READING, Correction, Reading
 from .engine.study.study import Arithmetic, Dtype
-from .options import CacheOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import CacheOptions, CompareOptions, DoctorOptions, MechanismOptions, PatchOptions, ReportOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from .comparing import Comparison
     from .diagnosis import Diagnosis
 
 Words = str | int | Iterable[str | int]
@@ -127,6 +129,23 @@ def doctor(
     return diagnose(options, cache_folder())
 
 
+def compare(*stores: "Store | str | Path", name: str | None = None, out: str | Path | None = None) -> "Comparison":
+    """The same question over seeds, sizes, architectures or tasks, as `headlapse compare` answers it.
+
+    The result has a `table` (a row a training run), a `summary` (a row a group of seeds and quantity, with intervals
+    over seeds), a `timeline` and a `verdict()`; its page is written where `out` is given, else by its `report()`.
+    Raises `UserError` for stores that were not patched alike.
+    """
+    from .comparing import compare_stores
+
+    paths = tuple(store.path if isinstance(store, Store) else Path(store) for store in stores)
+    options = CompareOptions(paths, name=name, out=None if out is None else Path(out))
+    comparison = compare_stores(options)
+    if options.out is not None:
+        comparison.report(options.out)
+    return comparison
+
+
 class Store:
     """A store of captured checkpoints."""
 
@@ -165,7 +184,11 @@ class Store:
         checkpoints: Words = "all",
         measures: Words = (),
         protocol: Protocol = "corrected",
-        correction: Literal["bh", "holm"] = "bh",
+        primary: Words = (),
+        correction: Correction = "bh",
+        margin: float = MARGIN,
+        select_on: Words = (),
+        test_on: Words = (),
         generate: int = 0,
         name: str | None = None,
         device: str | None = None,
@@ -178,8 +201,8 @@ class Store:
     ) -> "PatchedRun":
         """Patch heads between clean and corrupt runs at every checkpoint, as `headlapse patch` does.
 
-        `correction` adjusts the p-values of the run that is returned.  Raises `UserError` for what the store cannot
-        answer, and `VerificationError` where replay differs from stock transformers.
+        `correction`, `margin`, `select_on` and `test_on` are how the run that is returned is read.  Raises `UserError`
+        for what the store cannot answer, and `VerificationError` where replay differs from stock transformers.
         """
         options = PatchOptions(
             self.path,
@@ -191,7 +214,11 @@ class Store:
             checkpoints=_words(checkpoints),
             measures=_words(measures),  # type: ignore[arg-type]  # checked just below, by refuse_impossible
             protocol=protocol,
+            primary=_words(primary),
             correction=correction,
+            margin=margin,
+            select_on=_words(select_on),
+            test_on=_words(test_on),
             generate=generate,
             name=name,
             device=device,
@@ -204,7 +231,7 @@ class Store:
         )
         work = pipeline.patch(options, cache_folder())
         _raise_or_warn(work, nothing=not work.n_complete)
-        return PatchedRun(self, work.name, correction)
+        return PatchedRun(self, work.name, options.reading)
 
     def run(self, name: str) -> "PatchedRun":
         """A patched run by its name.  Raises `UserError` where there is none of that name."""
@@ -248,6 +275,15 @@ class Store:
         _raise_or_warn(work, nothing=not work.n_complete)
         return CheckpointArrays(self.path / "mechanism", self.path).load()
 
+    def roles(self) -> pd.DataFrame:
+        """What heads are known to do, as `mechanism` measured it: one row for each checkpoint, role, layer and head.
+
+        Columns: `score`, `null` (the same score where what the role goes by is taken away), `p` (adjusted over the
+        heads of the checkpoint), `has_role`, and `after` and `by`, the checkpoints between which the head takes the
+        role on.  Raises `UserError` where roles were not measured.
+        """
+        return results.roles(self.path)
+
     def report(self, out: str | Path | None = None, *, name: str | None = None) -> Path:
         """Write the page of a patched run, the newest unless named, into the folder `out`; where the page is."""
         options = ReportOptions(self.path, out=None if out is None else Path(out), name=name)
@@ -274,8 +310,13 @@ class Store:
 class PatchedRun:
     """A patched run of a store."""
 
-    def __init__(self, store: Store, name: str, correction: Literal["bh", "holm"] = "bh") -> None:
-        self.store, self.name, self.correction = store, name, correction
+    def __init__(self, store: Store, name: str, reading: Reading = READING) -> None:
+        self.store, self.name, self.reading = store, name, reading
+
+    @property
+    def correction(self) -> Correction:
+        """How its p-values are adjusted."""
+        return self.reading.correction
 
     @property
     def path(self) -> Path:
@@ -295,18 +336,19 @@ class PatchedRun:
     def heads(self) -> pd.DataFrame:
         """What each head does when it is patched alone: one row for each checkpoint, layer and head.
 
-        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), `p`, `p_adjusted` and `share` of
-        the whole layer's effect.  Empty where no head was patched alone.
+        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), `p`, `p_adjusted`, `p_equivalent`
+        (that the effect is as large as the margin; adjusted as well) and `share` of the whole layer's effect.  Empty
+        where no head was patched alone.
         """
-        return results.heads(self.store.path, self.name, self.correction)
+        return results.heads(self.store.path, self.name, self.reading)
 
     def verdict(self) -> Lines:
         """The lines that `headlapse patch` ends in."""
-        return Lines(results.patch_lines(self.store.path, self.name, self.correction))
+        return Lines(results.patch_lines(self.store.path, self.name, self.reading))
 
     def tables(self) -> Lines:
         """Every table that `headlapse patch --verbose` prints."""
-        return Lines(results.patch_tables(self.store.path, self.name, self.correction))
+        return Lines(results.patch_tables(self.store.path, self.name, self.reading))
 
     def report(self, out: str | Path | None = None) -> Path:
         """Write the page of this run into the folder `out`; where the page is."""

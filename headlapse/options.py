@@ -4,35 +4,46 @@ The docstring beneath a field is its help.  A command takes one of these datacla
 whatever is wrong whatever the model and the store, before torch is imported.
 """
 
+import math
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, get_args
 
 from cyclopts import Group, Parameter
 
 from .engine.runtime.errors import UserError
 from .engine.runtime.format import format_whole, parse_bytes
+from .engine.study.known_heads import CHECKS, CheckName
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
+from .engine.study.reading import MARGIN, Correction, Reading
 from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
 from .engine.study.tasks.registry import TASKS
-
-Correction = Literal["bh", "holm"]
-"""As in `statistics.multiple_testing`, which imports numpy and more."""
 
 COMPUTING = Group("Computing", sort_key=2)
 
 MOST_LAYERS = MOST_HEADS = 1024
 """No model has more: words that are wrong even then are wrong for every model."""
 
+SEED, MOST_SEEDS = "{seed}", 1000
+"""What stands for a seed in a model's name, and how many are taken at once."""
+
+_NO_PLACE = "--seeds {}: --model {} has no place for them; write {} where the number stands"
+
 LONGEST_TEXT = 100_000
 """Greedy tokens of one patched run; more are refused."""
 
 LONGEST_NAME = 200
 """Bytes of a folder's name, with room for what is added to it while it is written."""
+
+MOST_PROMPTS = 1_000_000
+"""No store has more: numbers of prompts that are wrong even then are wrong for every store."""
+
+FEWEST_KNOWN_TRIALS = 2
+"""Prompt pairs of a check against the literature: one alone tells nothing from chance."""
 
 _TAKEN_NAMES = ("zarr.json",)
 """Files that zarr keeps in the folder where a store's patched runs stand."""
@@ -120,7 +131,11 @@ class CacheOptions(ComputeOptions):
     """Options of `headlapse cache`."""
 
     model: str = "demo"
-    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory (default: demo)"""
+    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory; {seed} in it stands for each of
+    --seeds, e.g. EleutherAI/pythia-160m-seed{seed} (default: demo)"""
+
+    seeds: str | None = None
+    """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
 
     checkpoints: tuple[str, ...] = ()
     """labels, a range, or a set (study = the published eleven, log, all), e.g. step1000 main | step120000..step143000
@@ -151,10 +166,22 @@ class CacheOptions(ComputeOptions):
         """The question.  Raises `UserError` where it is none."""
         return Study(self.model, self.task, self.trials, self.sites, self.dtype)
 
+    def each_seed(self) -> "Iterator[CacheOptions]":
+        """These options for every seed: the model with its number, each into a store of its own."""
+        for seed in parse_seeds(self.seeds) if self.seeds is not None else ():
+            yield replace(self, model=self.model.replace(SEED, str(seed)), seeds=None)
+
     def refuse_impossible(self) -> None:
         from .engine.study.prompts import check_task
 
         super().refuse_impossible()
+        if (self.seeds is None) == (SEED in self.model):
+            without = f"--model {self.model}: give the seeds that {SEED} stands for, e.g. --seeds 1-9"
+            raise UserError(without if self.seeds is None else _NO_PLACE.format(self.seeds, self.model, SEED))
+        if self.seeds is not None:
+            parse_seeds(self.seeds)
+            if self.store is not None:
+                raise UserError(f"--store {self.store}: each of --seeds has a store of its own; leave --store out")
         refuse_unknown("--dtype", [self.dtype], DTYPES)
         if self.store is not None:
             refuse_bad_store(self.store)
@@ -170,8 +197,9 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     subsets: tuple[str, ...] = ()
     """which heads: even odd none all, each (single heads), but (all but one), balanced (every equal split), lattice
     (all subsets), size:K (all of K heads), random:N, splits:N (even, odd and N random equal splits, each with its
-    complement), orders:N (beginnings of N random orders and their reverses, for Shapley values), or heads themselves,
-    e.g. even odd 0,2,4 size:6 random:100 (default: even odd all each)"""
+    complement; splits alone: as many as double the default run), orders:N (beginnings of N random orders and their
+    reverses, for Shapley values), or heads themselves, e.g. even odd 0,2,4 size:6 random:100 (default: even odd all
+    each splits)"""
 
     layers: tuple[str, ...] = ()
     """which layers, one at a time, e.g. all | 6 | 4-8 11 (default: all)"""
@@ -199,6 +227,21 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     correction: Correction = "bh"
     """multiple-comparison correction over layers and checkpoints, e.g. holm (default: bh)"""
 
+    primary: tuple[str, ...] = ()
+    """what is expected, written into the run with date and hash before anything is patched, and tested at its own 5 %:
+    even against odd heads of a layer, or a head, at a checkpoint, e.g. layer:6@step143000 L3.H1@step512 (default:
+    nothing)"""
+
+    margin: float = MARGIN
+    """nats: "no effect" is said only of what is surely smaller, e.g. 0.2 (default: 0.5)"""
+
+    select_on: tuple[str, ...] = ()
+    """prompts, by number from 0, on which the verdict chooses the layer and the heads that it names, e.g. 0-6 (default:
+    the layer is chosen on one half and estimated on the other; heads on all)"""
+
+    test_on: tuple[str, ...] = ()
+    """prompts on which they are estimated and tested, e.g. 7-14 (default: all that --select-on leaves)"""
+
     generate: int = 0
     """greedy tokens of every patched run as well, e.g. 20 (default: none)"""
 
@@ -214,13 +257,19 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
     overwrite: bool = False
     """replace an existing run of that name"""
 
+    @property
+    def reading(self) -> Reading:
+        """How the numbers are read."""
+        return Reading(self.correction, self.margin, self.select_on, self.test_on)
+
     def request(self, default: PatchRequest) -> PatchRequest:
         """What is asked of every checkpoint, with the subsets and layers of `default` where none are named."""
-        how = (self.joint, self.positions, self.direction, self.dtype, self.measures, self.generate)
+        how = (self.joint, self.positions, self.direction, self.dtype, self.measures, self.generate, self.primary)
         return PatchRequest(self.subsets or default.subsets, self.layers or default.layers, *how)
 
     def refuse_impossible(self) -> None:
         from .engine.study.alignment import patched_positions
+        from .engine.study.primary import parse_primary
         from .engine.study.subsets import count_subsets, parse_layers
 
         super().refuse_impossible()
@@ -230,6 +279,8 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--correction", [self.correction], get_args(Correction))
         refuse_unknown("--direction", [self.direction], get_args(Direction))
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
+        if not 0 < self.margin < math.inf:
+            raise UserError(f"--margin {self.margin}: a margin is a number of nats above 0, e.g. 0.5")
         if self.name is not None:
             refuse_bad_name(self.name)
         if not 0 <= self.generate <= LONGEST_TEXT:
@@ -240,6 +291,8 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         if self.layers:
             parse_layers(self.layers, range(MOST_LAYERS))
         patched_positions(self.positions)
+        parse_primary(self.primary)
+        self.reading.prompts(MOST_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -254,7 +307,7 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
     parts: tuple[Part, ...] = PARTS
     """attribution (what each head adds to the logit difference directly), attention (to the first token, the previous,
     itself, the digits), weights (QK and OV: norms, change, cosines), patching (gradient estimate beside the exact
-    effect), e.g. attribution weights (default: all)"""
+    effect), roles (induction, copying and other known roles), e.g. attribution weights (default: all)"""
 
     direction: Direction = "denoise"
     """of patching, e.g. noise, as of `headlapse patch` (default: denoise)"""
@@ -276,6 +329,31 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class VerifyKnownOptions:
+    """Options of `headlapse verify-known`."""
+
+    only: tuple[CheckName, ...] = ()
+    """which checks: ioi and greater-than (GPT-2 small), induction (Pythia-70m), e.g. ioi greater-than (default: all)"""
+
+    trials: int = 50
+    """distinct prompt pairs of each, e.g. 100 (default: 50)"""
+
+    device: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """e.g. cpu or cuda:0 (default: cuda where there is one)"""
+
+    memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
+    """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for what no check can do."""
+        refuse_unknown("--only", self.only, CHECKS)
+        if self.trials < FEWEST_KNOWN_TRIALS:
+            raise UserError(f"--trials {format_whole(self.trials)}: at least {FEWEST_KNOWN_TRIALS} prompt pairs")
+        if self.memory:
+            parse_bytes(self.memory)
+
+
 @dataclass(frozen=True)
 class ReportOptions(StoreOption):
     """Options of `headlapse report`."""
@@ -287,6 +365,32 @@ class ReportOptions(StoreOption):
 
     name: str | None = None
     """which patched run, e.g. parity (default: the newest; the page lists them all)"""
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """Options of `headlapse compare`."""
+
+    stores: tuple[Path, ...] = ()
+    """two stores or more, patched alike, e.g. cache/pythia-160m-seed*-decimal.zarr"""
+
+    _: KW_ONLY
+
+    name: str | None = None
+    """which patched run of every store, e.g. parity (default: the newest of each)"""
+
+    out: Path | None = None
+    """folder to write the page and its numbers into, e.g. seeds-report (default: comparison-report beside the first
+    store)"""
+
+    verbose: bool = False
+    """print a line for every training run as well"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for what is no comparison."""
+        if len(self.stores) < 2:
+            given = f"{self.stores[0]} alone" if self.stores else "no store"
+            raise UserError(f"compare was given {given}: name two stores or more (headlapse ls lists those there are)")
 
 
 @dataclass(frozen=True)
@@ -309,6 +413,19 @@ class DoctorOptions(WeightsOption, StoreOption):
         if self.model is not None and any(given.values()):
             other = next(name for name, is_given in given.items() if is_given)
             raise UserError(f"--model {self.model} and {other}: with --model no store is looked at; give one of them")
+
+
+def parse_seeds(words: str) -> list[int]:
+    """`1-9`, `1,2,5` as numbers.  Raises `UserError` where it cannot be read."""
+    seeds: list[int] = []
+    for word in words.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", word, re.ASCII)
+        if match is None or (first := int(match[1])) > (last := int(match[2] or match[1])):
+            raise UserError(f"--seeds {words}: write numbers and ranges, e.g. 1-9 or 1,2,5")
+        if last - first >= MOST_SEEDS:
+            raise UserError(f"--seeds {words}: {last - first + 1:,} seeds; at most {MOST_SEEDS} at once")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
 
 
 def refuse_unknown(option: str, words: Sequence[str], known: Sequence[str]) -> None:

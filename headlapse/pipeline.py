@@ -167,6 +167,7 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
         store = Store(path, options.weights)
         plan = protocol.make_plan(request, store)
         name = options.name or protocol.name_of(request)
+        options.reading.prompts(store.trials().n_trials)
         machine = Machine.from_options(options.device, options.memory, plan.dtype)
         run = protocol.open_run(store, plan, name, options.overwrite)
         missing = _missing(options.share(requested), run)

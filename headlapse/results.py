@@ -8,32 +8,32 @@ import pandas as pd
 
 from .engine.runtime.errors import UserError
 from .engine.runtime.quiet import quiet_libraries
-from .engine.statistics.multiple_testing import Correction
 from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.store.disk import last_write_ns
 from .engine.study.mechanism_settings import MechanismSettings
+from .engine.study.reading import READING, Reading
 from .pipeline import open_run, report_folder, run_path
 
 
-def patch_tables(store: Path, name: str, correction: Correction = "bh") -> Iterator[str]:
+def patch_tables(store: Path, name: str, reading: Reading = READING) -> Iterator[str]:
     """Every table of a patched run, with how to read it."""
     from .engine.report.findings.all_findings import tell
     from .engine.report.findings.self_check import self_check_text
 
     run, settings = open_run(store, name)
     with quiet_libraries():
-        yield from tell(run, settings, study_of(store), correction)
+        yield from tell(run, settings, study_of(store), reading)
     if "self_check" in run:
         yield self_check_text(run)
 
 
-def patch_lines(store: Path, name: str, correction: Correction = "bh") -> list[str]:
+def patch_lines(store: Path, name: str, reading: Reading = READING) -> list[str]:
     """The verdict on a patched run: at most twelve lines, with the page where there is one."""
     from .engine.report.findings.verdict import verdict
 
     run, settings = open_run(store, name)
     with quiet_libraries():
-        return verdict(run, settings, study_of(store), _page(store, name), correction)
+        return verdict(run, settings, study_of(store), _page(store, name), reading)
 
 
 def _page(store: Path, name: str) -> str:
@@ -45,25 +45,35 @@ def _page(store: Path, name: str) -> str:
     return f"{page}{' (older than this run: headlapse report)' if is_older else ''}"
 
 
-def heads(store: Path, name: str, correction: Correction = "bh") -> pd.DataFrame:
+def heads(store: Path, name: str, reading: Reading = READING) -> pd.DataFrame:
     """What each head does when it is patched alone: one row for each checkpoint, layer and head."""
     from .engine.statistics.head_effects import head_effects
 
     run, settings = open_run(store, name)
     if settings.protocol == "published":
         raise UserError(f"{name} was made by the published protocol, which has no effects of heads; see its verdict")
-    return head_effects(run, settings, correction)
+    return head_effects(run, settings, reading.correction, reading.margin)
 
 
 def mechanism_lines(store: Path, verbose: bool = False) -> list[str]:
     """What was measured of the mechanism: every checkpoint where `verbose`, then the final one in a few lines."""
-    from .engine.report.findings.mechanism import mechanism_summary, mechanism_text
+    from .engine.report.findings.mechanism import mechanism_findings, mechanism_summary
 
     group = CheckpointArrays(store / "mechanism", store)
     settings, run = MechanismSettings.from_attributes(group.attrs["mechanism"]), group.load()
     with quiet_libraries():
-        tables = [str(mechanism_text(run, settings))] if verbose else []
+        tables = [str(finding) for finding in mechanism_findings(run, settings)] if verbose else []
         return tables + mechanism_summary(run, settings, study_of(store))
+
+
+def roles(store: Path) -> pd.DataFrame:
+    """The roles of heads, one row for each checkpoint, role, layer and head."""
+    from .engine.mechanism.role_summary import roles_frame
+
+    group = CheckpointArrays(store / "mechanism", store)
+    if "roles" not in MechanismSettings.from_attributes(group.attrs["mechanism"]).parts:
+        raise UserError(f"{store} has no roles; store.mechanism(overwrite=True) measures them")
+    return roles_frame(group.load())
 
 
 def study_of(store: Path) -> dict[str, Any]:

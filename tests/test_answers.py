@@ -36,6 +36,8 @@ from tests.test_generation import ALL, EVEN, NONE, ODD, in_precision
 from tests.test_scripts import messages
 from tests.test_scripts import run as script
 
+pytestmark = pytest.mark.thorough
+
 N_TOKENS = 6
 LABELS = ["step0", "step10"]
 

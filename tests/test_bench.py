@@ -26,6 +26,8 @@ from tests.models import MAIN, N_HEADS, N_LAYERS, random_subsets, random_trials,
 from tests.test_capture import dressed
 from tests.test_scripts import run_here
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.mark.parametrize("name", MAIN)
 @pytest.mark.parametrize("together", [1, 4])

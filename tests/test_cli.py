@@ -17,7 +17,7 @@ from headlapse.options import CacheOptions, MechanismOptions, PatchOptions
 from tests.models import save, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("cache", "patch", "mechanism", "report", "doctor", "ls", "info", "rm")
+COMMANDS = ("cache", "patch", "mechanism", "report", "doctor", "verify-known", "ls", "info", "rm")
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +58,12 @@ def test_help_has_examples_and_a_line_for_every_option(command: str, capsys: pyt
     text = capsys.readouterr().out
     assert f"usage: headlapse {command}" in text and f"\nexamples:\n  headlapse {command}" in text
     assert all(len(line) <= 100 for line in text.splitlines())
-    entries = re.findall(r"^  (?:[A-Z_]+ )?(--[a-z]+)", text, re.MULTILINE)
+    entries = re.findall(r"^  (?:[A-Z_]+ )?(--[a-z-]+)", text, re.MULTILINE)
     options = {"cache": CacheOptions, "patch": PatchOptions, "mechanism": MechanismOptions}.get(command)
     if options is not None:
-        assert sorted(entries) == sorted(f"--{name}" for name in options.__dataclass_fields__ if name != "_")
+        assert sorted(entries) == sorted(
+            f"--{name.replace('_', '-')}" for name in options.__dataclass_fields__ if name != "_"
+        )
 
 
 def test_help_needs_no_torch_and_half_a_second_of_processor() -> None:
@@ -100,6 +102,8 @@ def test_help_needs_no_torch_and_half_a_second_of_processor() -> None:
         (["cache", "--model", "./nowhere"], "there is no such directory"),
         (["cache", "--checkpoints", "step7"], "--checkpoints step7: not among"),
         (["mechanism", "--parts", "weihgts"], 'Invalid value "weihgts" for --parts'),
+        (["verify-known", "--only", "docstring"], 'Invalid value "docstring" for --only'),
+        (["verify-known", "--trials", "1"], "--trials 1: at least 2"),
         (["ls", "nowhere"], "there is no such folder"),
         (["info", "nowhere"], "nowhere is no store"),
         (["rm", "nowhere"], "nowhere is no store"),
@@ -139,6 +143,7 @@ def test_a_store_is_described_with_problems_runs_and_arrays(here: Path, capsys: 
     assert re.search(r"z +float32 .*checkpoint 2, layer 3, run 2, trial 3", text) and "torch 2" in text
 
 
+@pytest.mark.thorough
 def test_listing_and_describing_and_removing_need_no_torch(cached: Path) -> None:
     code = (
         "import sys\n"
@@ -154,7 +159,7 @@ def test_a_run_and_a_store_are_removed_only_on_consent(
     here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = tmp_path / "copy.zarr"
-    subprocess.run(["cp", "-r", str(store_in(here)), str(copy)], check=True)
+    subprocess.run(["cp", "-a", str(store_in(here)), str(copy)], check=True)
     assert main(["rm", str(copy)]) == 2 and "--yes" in capsys.readouterr().err, "nobody can be asked"
     assert main(["rm", str(copy), "three", "--yes"]) == 2
     assert "has no patched run three; it has one, two" in capsys.readouterr().err
@@ -223,6 +228,7 @@ def test_a_log_has_plain_lines_and_no_bars(cached: Path, tmp_path: Path) -> None
     assert ended.stdout.startswith("cached 1 checkpoint x 6 prompts in ") and ended.stdout.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_completion_is_offered_for_every_shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish"):
         script = tmp_path / shell
@@ -256,6 +262,7 @@ def test_the_wheel_is_complete_and_its_command_runs(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, "no store in cache; headlapse cache makes one\n"), ended.stderr
 
 
+@pytest.mark.thorough
 def test_problems_are_forgotten_once_a_checkpoint_is_there(
     cached: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
 from tests.test_store import HEADS, TRIALS, some_capture, some_store
 
+pytestmark = pytest.mark.thorough
+
 LABEL = "step10"
 SUBSETS = parse_subsets(["even", "none"], HEADS)
 SHAPE = (1, len(SUBSETS.labels), TRIALS)

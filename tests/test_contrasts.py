@@ -22,6 +22,8 @@ from headlapse.engine.study.tasks.contrast import Contrast
 from headlapse.engine.study.tasks.decimals import CHAT, PLAIN
 from headlapse.engine.study.tasks.registry import TASKS, Task
 
+pytestmark = pytest.mark.thorough
+
 CONTEXT = 64
 N = 200
 WORDS = [task for task in TASKS if task not in ("published", "induction")]

@@ -23,6 +23,8 @@ from headlapse.engine.runtime.exit_status import exit_status_of
 from tests.forked import exit_status
 from tests.test_kills import STRIDE, Recorder, files_of
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "convert.py"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>")
 MERGES = ("Ġ Ġ", "i s", "Ġ is", "Ċ Ċ", "Ġ 9", "1 1")

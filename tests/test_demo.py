@@ -38,6 +38,8 @@ from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.study.prompts import draw_trials
 from tests.forked import exit_status
 
+pytestmark = pytest.mark.thorough
+
 TINY = Recipe(steps=(0, 3, 6, 8), n_layers=2, n_heads=2, d_model=16, batch=8, warmup=2, decay=4)
 PLAIN = Document(9, ("8", "11"), versions=False)
 QA = replace(PLAIN, versions=True)

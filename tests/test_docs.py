@@ -29,7 +29,7 @@ MOST_WORDS = 1500
 FOREIGN = {"--no-deps", "--help", "--version", "--install-completion"}
 """Options of pip, and those that every command has."""
 
-SCRIPTS = ("bench", "convert")
+SCRIPTS = ("bench", "controls", "convert")
 """Scripts that are no command."""
 
 BANNED = (
@@ -132,12 +132,12 @@ def declared(*words: str) -> frozenset[str]:
 
 def commands() -> list[str]:
     """The subcommands that the command line has."""
-    return sorted(set(re.findall(r"^  ([a-z]+) ", help_of("-m", "headlapse"), re.MULTILINE)))
+    return sorted(set(re.findall(r"^  ([a-z][a-z-]+) ", help_of("-m", "headlapse"), re.MULTILINE)))
 
 
 def sections() -> dict[str, str]:
     """The part of commands.md about each command, by its name."""
-    parts = re.split(r"^## headlapse (\w+)\n", read("docs/commands.md"), flags=re.MULTILINE)
+    parts = re.split(r"^## headlapse ([\w-]+)\n", read("docs/commands.md"), flags=re.MULTILINE)
     return {name: text.partition("\n## ")[0] for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 

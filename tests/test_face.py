@@ -47,10 +47,10 @@ def test_importing_loads_no_library() -> None:
 
 
 def test_the_public_names_are_there_and_no_others() -> None:
-    assert set(dir(hl)) >= {"cache", "open", "Store", "PatchedRun", "UserError", "__version__"}
+    assert set(dir(hl)) >= {"cache", "open", "Store", "PatchedRun", "UserError", "__version__", "compare", "doctor"}
     assert all(hasattr(hl, name) for name in dir(hl))
-    with pytest.raises(AttributeError, match="no attribute 'compare'"):
-        _ = hl.compare  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no attribute 'watch'"):
+        _ = hl.watch  # type: ignore[attr-defined]
 
 
 def test_a_store_is_what_the_command_makes_and_opens_by_path_or_as_the_newest(
@@ -85,6 +85,7 @@ def test_a_patched_run_has_numbers_heads_verdict_and_page(
     assert store["heads"].settings == run.settings and "heads" in repr(run)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
 def test_a_loaded_model_is_captured_as_it_is_and_left_as_it_was(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -138,6 +139,7 @@ def test_errors_are_exceptions_with_the_commands_line(store: hl.Store, capsys: p
             wrong()
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_cannot_be_had_is_a_warning_and_none_at_all_an_error(folder: Path, tmp_path: Path) -> None:
     for label in ("step0", "step10"):
         save(tiny("neox-parallel"), tmp_path / "series" / label, tokenizer=tiny_tokenizer())
@@ -149,6 +151,7 @@ def test_a_checkpoint_that_cannot_be_had_is_a_warning_and_none_at_all_an_error(f
         hl.cache(tmp_path / "series", trials=2, checkpoints="step10", store=tmp_path / "t.zarr")
 
 
+@pytest.mark.thorough
 def test_a_users_own_warning_filters_stay(store: hl.Store) -> None:
     with warnings.catch_warnings():
         before = list(warnings.filters)

@@ -14,6 +14,8 @@ from headlapse.engine.report.result import read_result
 from headlapse.engine.store.store import Store
 from tests.test_report import HEADS, some_run, some_store
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:

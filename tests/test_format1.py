@@ -21,6 +21,8 @@ from headlapse.engine.store.store import Store
 from headlapse.engine.study.patch_settings import PatchSettings
 from tests.models import save, tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.thorough
+
 LABELS = ("step0", "step10")
 
 

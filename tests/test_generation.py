@@ -31,6 +31,8 @@ from tests.models import D_MODEL, N_HEADS, VOCAB, save, tiny, tiny_tokenizer
 from tests.reference import OUTPUT_PROJECTION
 from tests.test_capture import dressed
 
+pytestmark = pytest.mark.thorough
+
 NAMES = ("neox-parallel", "neox-sequential", "gpt2", "llama-gqa")
 N_TOKENS = 8
 EVEN = tuple(head % 2 == 0 for head in range(N_HEADS))

@@ -1,7 +1,7 @@
 """What is planted is found, where it was planted and as large; what is not there is found as often as chance has it.
 
-The planted model (`tests/planted.py`): each even head of layer 1 writes 1/4 nat per unit that the digit is above five.
-Digits are 1, 2 and 3 above five in the clean prompts and as far below in the corrupt ones, so that by hand
+The planted model (`engine/checkpoints/planted.py`): each even head of layer 1 writes 1/4 nat per unit that the digit is
+above five.  Digits are 1, 2 and 3 above five in the clean prompts and as far below in the corrupt ones, so that by hand
   clean and corrupt logit difference   6 heads x 1/4 x (1, 2, 3) = 1.5, 3, 4.5 nats, and -1.5, -3, -4.5
   a patched even head                  1/4 x 2 x (1, 2, 3) = 0.5, 1, 1.5 nats more, 1 on average
   a patched odd head                   nothing
@@ -21,6 +21,8 @@ from transformers import GPTNeoXConfig
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.capture.run import cache_series
 from headlapse.engine.checkpoints.model import ResidentModel
+from headlapse.engine.checkpoints.planted import LAYER, N_HEADS, N_LAYERS, PAIRS, planted, task, tokenizer
+from headlapse.engine.checkpoints.renumbered import renumber_heads
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.measures.logit_diff import finished
 from headlapse.engine.replay.replay import replay
@@ -31,8 +33,9 @@ from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.statistics.head_subsets import head_subset_statistics
 from headlapse.engine.statistics.hypotheses import hypotheses
+from headlapse.engine.statistics.joint import ROUNDING
 from headlapse.engine.statistics.onset import onsets
-from headlapse.engine.statistics.permutation import ROUNDING, parity, permutation_p_value
+from headlapse.engine.statistics.permutation import parity, permutation_p_value
 from headlapse.engine.statistics.rates import rates
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.alignment import align
@@ -41,7 +44,6 @@ from headlapse.engine.study.prompts import Trials, draw_trials
 from headlapse.engine.study.study import Study
 from headlapse.engine.study.subsets import parse_subsets
 from tests.models import SHAPE, random_trials, randomised, redrawn, save
-from tests.planted import LAYER, N_HEADS, N_LAYERS, PAIRS, permuted, planted, task, tokenizer
 from tests.simulating import unchecked
 from tests.test_scripts import run
 
@@ -135,8 +137,9 @@ def test_even_against_odd_is_six_nats_and_no_halving_gives_more(even_run: xr.Dat
     found = frame.xs(LAYER, level="layer").iloc[0]
     assert found["difference"] == pytest.approx(6.0, abs=1e-5)
     assert found["p"] == found["p_even"] == found["p_odd"] == pytest.approx(LEAST_P)
-    # Prompts give 3, 6 and 9 nats: of 27 resamples one has the mean 3 and one 9, which a 95 % interval holds.
-    assert (found["low"], found["high"]) == (pytest.approx(3.0, abs=1e-5), pytest.approx(9.0, abs=1e-5))
+    # Prompts give 3, 6 and 9 nats: symmetric, so that the interval is Student's.
+    reach = stats.t.isf(0.025, 2) * 3 / np.sqrt(3)
+    assert (found["low"], found["high"]) == (pytest.approx(6 - reach, abs=1e-4), pytest.approx(6 + reach, abs=1e-4))
     assert found["p_adjusted"] == pytest.approx(N_LAYERS * LEAST_P)
 
 
@@ -154,7 +157,7 @@ def test_even_heads_restore_every_failing_prompt_and_odd_ones_none(even_run: xr.
     assert frame["restored"].to_dict() == {"even": 3, "odd": 0, "all": 3}
     expected = {"even": 1, "odd": 0, "all": 1}
     for column in ("recovery", "recovery_low", "recovery_high"):
-        assert frame[column].to_dict() == pytest.approx(expected, abs=1e-5)
+        assert frame[column].to_dict() == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -170,7 +173,9 @@ def test_who_carries_it_by_every_coalition(tmp_path: Path) -> None:
     one, is_even = found.isel(checkpoint=0, layer=0), np.arange(N_HEADS) % 2 == 0
     for name in ("shapley", "banzhaf"):
         np.testing.assert_allclose(one[name], 1.0 * is_even, **CLOSE)
-    np.testing.assert_allclose([one.shapley_low, one.shapley_high], [0.5 * is_even, 1.5 * is_even], **CLOSE)
+    reach = stats.t.isf(0.025, 2) * 0.5 / np.sqrt(3)
+    expected = [(1 - reach) * is_even, (1 + reach) * is_even]
+    np.testing.assert_allclose([one.shapley_low, one.shapley_high], expected, rtol=0, atol=1e-4)
     np.testing.assert_allclose(one.interaction.values[~np.eye(N_HEADS, dtype=bool)], 0, **CLOSE)
     for name in ("sufficient", "necessary"):
         assert (int(one[name]), int(one[f"{name}_count"])) == (5, 6)
@@ -191,11 +196,9 @@ def test_the_finding_is_where_it_was_planted(carriers: Sequence[int], tmp_path: 
 def test_permuting_the_heads_moves_the_finding_to_where_they_went(tmp_path: Path) -> None:
     """What was even is now the first half, of which as many are even as odd."""
     order = (0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11)
-    runs = []
-    for name, model in (("before", planted(CARRY, NOISE)), ("after", permuted(planted(CARRY, NOISE), order))):
-        (tmp_path / name).mkdir()
-        runs.append(cached_and_patched(save(model, tmp_path / name / "m", tokenizer=tokenizer()), tmp_path / name))
-    before, after = runs
+    save(planted(CARRY, NOISE), tmp_path / "before" / "m", tokenizer=tokenizer())
+    renumber_heads(tmp_path / "before" / "m", tmp_path / "after" / "m", LAYER, order)
+    before, after = (cached_and_patched(tmp_path / name / "m", tmp_path / name) for name in ("before", "after"))
     moved_to = tuple(np.flatnonzero(np.array(order) % 2 == 0))
     strength, p = finding(before, range(0, N_HEADS, 2))
     assert p == pytest.approx(LEAST_P) and strength == pytest.approx(6.0, abs=0.5)
@@ -217,6 +220,7 @@ def test_the_strength_of_a_series_is_what_was_planted_at_each_step(series_run: x
     np.testing.assert_allclose(strength, [0, 0, 0, 0, 3, 6, 6, 6, 6], rtol=0, atol=0.5)
 
 
+@pytest.mark.thorough
 def test_even_stands_out_from_the_onset_on_and_not_before_nor_elsewhere(series_run: xr.Dataset) -> None:
     frame = parity(series_run)
     assert frame is not None
@@ -226,6 +230,7 @@ def test_even_stands_out_from_the_onset_on_and_not_before_nor_elsewhere(series_r
     assert (frame["p_adjusted"][is_planted] <= 0.05).all() and (frame["p_adjusted"][~is_planted] > 0.05).all()
 
 
+@pytest.mark.thorough
 def test_the_onset_is_dated_within_its_interval(series_run: xr.Dataset) -> None:
     """Even and odd part by 6 (step - 300) / 200 nats, which is past 0.5 from step 317 on.
 
@@ -239,6 +244,7 @@ def test_the_onset_is_dated_within_its_interval(series_run: xr.Dataset) -> None:
         assert frame.loc[("even − odd divergence", layer, "nats"), "censored"] == "right"
 
 
+@pytest.mark.thorough
 def test_an_onset_outside_the_checkpoints_is_censored(series_run: xr.Dataset) -> None:
     for steps, side in ((range(0, ONSET + 1), "right"), (range(500, 900), "left")):
         frame = onsets(series_run.sel(checkpoint=series_run.step.isin(steps)), "denoise")
@@ -246,6 +252,7 @@ def test_an_onset_outside_the_checkpoints_is_censored(series_run: xr.Dataset) ->
         assert found["censored"] == side
 
 
+@pytest.mark.thorough
 def test_the_hypotheses_find_the_third_of_the_training_it_was_planted_in(series_run: xr.Dataset) -> None:
     evaluation = hypotheses(series_run, "denoise", LAYER)
     assert evaluation is not None
@@ -299,7 +306,7 @@ def test_the_verdict_of_the_default_run_names_the_one_head_that_does_everything(
     assert effect["effect"] == pytest.approx(2.5, abs=0.3) and effect["low"] < 2.5 < effect["high"]
     assert format_estimate(effect["effect"], effect["low"], effect["high"]) in row
     assert "from step 200-300" in row and "p < .001" in row
-    assert "not tested" in next(line for line in lines if line.startswith("even/odd"))
+    assert "7 random splits are too few" in next(line for line in lines if line.startswith("even/odd"))
     assert "stock transformers within" in next(line for line in lines if line.startswith("checked"))
 
 

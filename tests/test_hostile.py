@@ -23,6 +23,8 @@ from tests import hostile
 from tests.hostile import DIGITS
 from tests.models import CONFIGS
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parent.parent
 LAST = "9" * 18
 

@@ -166,6 +166,7 @@ def same(chunks: list[Path]) -> bool:
     return len({chunk.read_bytes() for chunk in chunks[:2]}) == 1
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_whose_mark_is_gone_counts_as_unfinished(tmp_path: Path) -> None:
     store = Store(filled(tmp_path / "s.zarr", "float32"))
     [mark] = [file for file in files_of(store.path / "complete" / "c") if file.name == "0"]

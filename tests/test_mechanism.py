@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,11 +30,13 @@ from headlapse.engine.mechanism.summary import approximation
 from headlapse.engine.replay.layers import LayerRunner
 from headlapse.engine.replay.patch_inputs import Direction, PatchInputs
 from headlapse.engine.report.findings.mechanism import mechanism_summary, mechanism_text
+from headlapse.engine.report.findings.roles import role_lines
 from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.runtime.resources import Machine
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.alignment import align
 from headlapse.engine.study.mechanism_settings import PARTS, MechanismSettings
+from headlapse.engine.study.role_settings import ROLES
 from headlapse.engine.study.study import Study
 from tests import reference
 from tests.models import D_MODEL, MAIN, N_HEADS, N_LAYERS, random_trials, save, tiny, tiny_tokenizer
@@ -398,9 +401,9 @@ def visited(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     labels: list[str] = []
     write = MechanismRun.write
 
-    def note(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str]) -> None:
+    def note(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str], **fields: Any) -> None:
         labels.append(label)
-        write(self, label, values, neighbours)
+        write(self, label, values, neighbours, **fields)
 
     monkeypatch.setattr(MechanismRun, "write", note)
     return labels
@@ -410,6 +413,7 @@ def results_of(store: Store) -> xr.Dataset:
     return xr.open_zarr(mechanism_path(store), consolidated=False).drop_vars("record").load()
 
 
+@pytest.mark.thorough
 def test_the_results_open_in_xarray_with_labelled_dimensions(whole: Store) -> None:
     results = results_of(whole)
     dims = {str(name): tuple(map(str, array.dims)) for name, array in results.data_vars.items()}
@@ -426,6 +430,12 @@ def test_the_results_open_in_xarray_with_labelled_dimensions(whole: Store) -> No
         "to_last": ("checkpoint", "circuit", "layer", "head"),
         "effect": ("checkpoint", "layer", "head", "trial"),
         "estimate": ("checkpoint", "layer", "head", "trial"),
+        "role_score": ("checkpoint", "layer", "head", "role"),
+        "role_null": ("checkpoint", "layer", "head", "role"),
+        "role_p": ("checkpoint", "layer", "head", "role"),
+        "name_copying": ("checkpoint", "layer", "head"),
+        "loss_first": ("checkpoint", "sequence"),
+        "loss_second": ("checkpoint", "sequence"),
     }
     assert list(results.to.values) == list(ATTENDED_TO) and list(results.circuit.values) == ["QK", "OV"]
     assert results.complete.all() and list(results.checkpoint.values) == LABELS
@@ -480,13 +490,14 @@ def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one
     xr.testing.assert_identical(results_of(store).drop_attrs(), results_of(whole).drop_attrs())
 
 
+@pytest.mark.thorough
 def test_what_was_cut_off_is_measured_again(store: Store, monkeypatch: pytest.MonkeyPatch, visited: list[str]) -> None:
     write = MechanismRun.write
 
-    def cut(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str]) -> None:
+    def cut(self: MechanismRun, label: str, values: Values, neighbours: dict[str, str], **fields: Any) -> None:
         if label == "step10":
             raise KeyboardInterrupt
-        write(self, label, values, neighbours)
+        write(self, label, values, neighbours, **fields)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(MechanismRun, "write", cut)
@@ -509,6 +520,7 @@ def test_checkpoints_whose_neighbours_changed_are_compared_anew(
     xr.testing.assert_identical(results, results_of(whole).drop_attrs()[list(results.data_vars)])
 
 
+@pytest.mark.thorough
 def test_parts_are_measured_alone_and_other_parts_need_overwrite(store: Store, whole: Store) -> None:
     results = measured(store, parts=["attention", "patching"]).load()
     assert set(results.data_vars) == {"attention", "effect", "estimate"}
@@ -595,9 +607,14 @@ def test_each_part_has_a_table_of_its_own(whole: Store, part: str, columns: list
 
 @pytest.mark.parametrize("parts", [PARTS, *((part,) for part in PARTS)])
 def test_the_summary_is_eight_short_lines_that_name_the_heads(whole: Store, parts: tuple[str, ...]) -> None:
+    """And, before them, at most sixteen about roles: `tests/test_roles.py`."""
     results = results_of(whole)
     lines = mechanism_summary(results, make_plan(whole, parts).settings, whole.study)
-    assert 2 <= len(lines) <= 8 and max(map(len, lines)) <= 100
+    if "roles" in parts:
+        about_roles = list(role_lines(results, make_plan(whole, parts).settings))
+        assert lines[1 : 1 + len(about_roles)] == about_roles and len(about_roles) <= 16
+        del lines[1 : 1 + len(about_roles)]
+    assert 2 - (parts == ("roles",)) <= len(lines) <= 8 and max(map(len, lines)) <= 100
     assert "at step20, the last of 3 checkpoints" in lines[0]
     text = "\n".join(lines[1:])
     final = results.sel(checkpoint="step20")
@@ -683,8 +700,10 @@ def test_contributions_that_miss_the_stored_logit_difference_fail_and_nothing_is
 def test_the_report_shows_what_was_measured(files: Path, tmp_path: Path) -> None:
     assert run("cache", "--model", files, "--trials", 3, cache=tmp_path).returncode == 0
     assert run("patch", "--layers", "1", cache=tmp_path).returncode == 0
-    assert run("mechanism", "--parts", "attribution", cache=tmp_path).returncode == 0
+    assert run("mechanism", "--parts", "attribution", "roles", cache=tmp_path).returncode == 0
     reported = run("report", cache=tmp_path)
     assert reported.returncode == 0, reported.stderr
     page = Path(reported.stdout.strip())
     assert "<h2>Mechanism</h2>" in page.read_text() and len(pd.read_csv(page.parent / "mechanism.csv"))
+    assert "<h2>Roles of heads</h2>" in page.read_text() and "score at least 0.3 above its null" in page.read_text()
+    assert len(pd.read_csv(page.parent / "roles.csv")) == len(LABELS) * len(ROLES) * N_LAYERS * N_HEADS

@@ -23,6 +23,7 @@ def test_kernels_is_no_regular_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+@pytest.mark.thorough
 def test_scripts_say_what_they_do_without_importing_torch() -> None:
     for script in ("cache.py", "patch.py", "mechanism.py", "report.py"):
         code = (

@@ -21,6 +21,8 @@ from headlapse.engine.study.prompts import draw_trials
 from headlapse.engine.study.study import Study
 from tests.models import save, tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.thorough
+
 Usage = namedtuple("Usage", "total used free")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -33,6 +33,8 @@ from tests.test_generation import reference
 from tests.test_scripts import run as script
 from tests.test_sweep import cached
 
+pytestmark = pytest.mark.thorough
+
 LABELS = ["step0", "step10"]
 
 

@@ -9,7 +9,7 @@ import xarray as xr
 from scipy import stats
 
 from headlapse.engine.report.findings.rates import rates_finding
-from headlapse.engine.statistics.bootstrap import interval
+from headlapse.engine.statistics.means import interval
 from headlapse.engine.statistics.rates import rates, share
 from headlapse.engine.study.patch_settings import PatchSettings
 

@@ -148,6 +148,7 @@ def fail_at(
     return failed
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_the_store_refuses_is_a_problem_and_the_others_are_captured(
     model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_disk_that_is_full_for_a_while_costs_what_was_written_then(
     assert store_files(path) == store_files(undisturbed)
 
 
+@pytest.mark.thorough
 def test_a_capture_that_breaks_leaves_the_checkpoint_before_it_written_whole(
     model: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

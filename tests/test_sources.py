@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -83,13 +84,19 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Stands in for the module that trains; the directories in which it was called to train."""
     trained: list[Path] = []
 
-    def train(directory: Path) -> None:
+    @dataclass(frozen=True)
+    class Recipe:
+        seed: int = 0
+
+    def train(directory: Path, recipe: Recipe) -> None:
+        assert directory.name == (f"demo-seed{recipe.seed}" if recipe.seed else "demo")
         trained.append(directory)
         for step in DEMO_STEPS:
             written(directory / f"step{step}", COMMON, {"model.safetensors": weights(step)})
 
     room = ModuleType("headlapse.engine.checkpoints.demo")
     monkeypatch.setattr(room, "STEPS", DEMO_STEPS, raising=False)
+    monkeypatch.setattr(room, "SERIES", Recipe(), raising=False)
     monkeypatch.setattr(room, "train", train, raising=False)
     monkeypatch.setitem(sys.modules, room.__name__, room)
     return trained
@@ -350,10 +357,13 @@ def test_log_of_a_repository_without_steps_is_refused(hub: HubServer, cache: Pat
 # Files of the embedded series and of directories
 
 
-def test_the_embedded_series_is_grown_to_its_end_before_any_step_is_handed_out(demo: list[Path], cache: Path) -> None:
-    checkpoints = resolve("demo", (), cache)
+@pytest.mark.parametrize("name", ["demo", "demo-seed3"])
+def test_the_embedded_series_is_grown_to_its_end_before_any_step_is_handed_out(
+    name: str, demo: list[Path], cache: Path
+) -> None:
+    checkpoints = resolve(name, (), cache)
     found = [fetch(checkpoint, cache) for checkpoint in checkpoints]
-    assert demo == [cache / "demo"] * len(checkpoints), "growing a complete series does nothing: asked every time"
+    assert demo == [cache / name] * len(checkpoints), "growing a complete series does nothing: asked every time"
     assert [files.directory.name for files in found] == labels(checkpoints)
     assert found[2].sha256 == {"model.safetensors": sha256(weights(64))} and found[2].commit is None
 
@@ -717,6 +727,7 @@ def test_a_broken_config_on_the_hub_is_refused(hub: HubServer, cache: Path) -> N
     assert "config.json is not JSON" in refusal(fetch, on_hub("main"), cache)
 
 
+@pytest.mark.thorough
 def test_the_environment_says_where_the_hub_and_the_cache_are(hub: HubServer, cache: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from headlapse.engine.checkpoints.fetch import fetch\n"

@@ -138,7 +138,7 @@ def test_distinct_settings_have_distinct_names_however_many_subsets_are_listed()
 @pytest.mark.parametrize(
     ("sweep", "name"),
     [
-        (PatchRequest(), "denoise-last-even+odd+all+each"),
+        (PatchRequest(), "denoise-last-even+odd+all+each+splits"),
         (PatchRequest(("0,2", "size:3"), positions="end:3", direction="noise"), "noise-end3-0.2+size3"),
         (PatchRequest(("all",), ("4-8", "11"), True, dtype="float16"), "denoise-last-all-layers4-8+11-joint-float16"),
     ],
@@ -170,7 +170,7 @@ def test_a_sweep_is_spelled_out_with_all_that_its_numbers_depend_on(kept: Store)
     }  # fmt: skip
     assert (plan.direction, plan.dtype, plan.alignment.spec) == ("noise", "bfloat16", "end:2")
     assert plan.subsets.labels == ("even", "0,2") and plan.n_runs == 1 * 2 * 3
-    assert make_plan(PatchRequest(), kept).n_runs == N_LAYERS * (3 + N_HEADS) * 3
+    assert make_plan(PatchRequest(), kept).n_runs == N_LAYERS * (3 + N_HEADS + 2 * 5) * 3
     assert make_plan(PatchRequest(), kept).dtype == "float32", "the store's, where nothing is said"
 
 
@@ -190,6 +190,7 @@ def test_a_layer_that_was_not_kept_is_refused(model: Path, tmp_path: Path) -> No
 # --- the series ---
 
 
+@pytest.mark.thorough
 def test_only_the_missing_checkpoints_are_done_and_the_others_stay_as_they_are(store: Store) -> None:
     plan, patch = opened(store)
     patched(store, plan, patch, ["step10"])
@@ -236,6 +237,7 @@ def test_streaming_changes_no_bit_where_every_run_goes_alone(
     assert (streamed.values("self_check") > 0).all()
 
 
+@pytest.mark.thorough
 def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "BLOCK_BYTES", 1)
     plan, patch = opened(store)
@@ -250,6 +252,7 @@ def test_a_drift_in_any_block_is_loud(store: Store, monkeypatch: pytest.MonkeyPa
     assert problem and "replay differs" in problem and not patch.complete()
 
 
+@pytest.mark.thorough
 def test_more_subsets_than_anyone_waits_for_are_refused_with_the_time_and_what_to_take(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +263,7 @@ def test_more_subsets_than_anyone_waits_for_are_refused_with_the_time_and_what_t
         make_plan(PatchRequest(subsets=("lattice",)), store)
 
 
+@pytest.mark.thorough
 def test_the_time_told_is_that_of_the_rows_that_go_through_later_layers(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -311,6 +315,7 @@ def test_patching_hashes_no_weights_but_those_that_were_touched(own: Path, tmp_p
     assert problems(store, "touched") == dict.fromkeys(LABELS) and hashed == ["step10"]
 
 
+@pytest.mark.thorough
 def test_weights_exchanged_for_some_of_the_same_size_are_refused_and_only_they(
     own: Path, tmp_path: Path, hashed: list[str]
 ) -> None:
@@ -356,6 +361,7 @@ def test_replay_that_drifts_is_loud_and_leaves_its_checkpoint_incomplete(
     assert np.isnan(patch.values("logit_diff")[1]).all() and np.isnan(patch.values("self_check")[1]).all()
 
 
+@pytest.mark.thorough
 def test_one_drifting_run_among_those_verified_is_enough(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, patch = opened(store)
     exact, (site, subset) = room.replay, choose_pairs("step0", plan.sites, len(plan.subsets), VERIFIED_PAIRS, SEED)[-1]

@@ -1,5 +1,6 @@
 """Laws of the verdict: it names what was planted in its first lines, and says no more than was tested."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.simulating import unchecked
 
 STUDY = {"model": "org/tiny", "task": "decimal"}
 STEPS = (0, 1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-DEFAULT = ("even", "odd", "all", "each")
+DEFAULT = ("even", "odd", "all", "each", "splits")
 N_LAYERS, N_HEADS = 4, 8
 
 
@@ -61,7 +62,7 @@ def lines_of(heads: dict[tuple[int, int], float], page: str | None = None, **opt
     run, settings = planted_run(heads, **options)  # type: ignore[arg-type]
     lines = verdict(run, settings, STUDY, page)
     assert len(lines) <= 12 and all(len(line) <= 100 for line in lines), lines
-    assert not [line for line in lines if "nan" in line or "inf" in line]
+    assert not [line for line in lines if re.search(r"\b(nan|inf)\b", line)]
     return lines
 
 
@@ -72,7 +73,7 @@ def line_about(lines: Sequence[str], label: str) -> str:
 def test_the_default_run_names_the_head_that_does_everything_within_five_lines_with_interval_and_onset() -> None:
     lines = lines_of({(1, 5): 3.0})
     row = next(line for line in lines[:5] if line.startswith("  L1.H5"))
-    assert "p < .001" in row and "from step 32-48" in row and "100 % of layer 1" in row
+    assert "p < .001" in row and "from step 32-48" in row and "% of layer 1" in row
     run, settings = planted_run({(1, 5): 3.0})
     frame = head_effects(run, settings).loc[("step256", 1, 5)]
     assert format_estimate(frame["effect"], frame["low"], frame["high"]) in row
@@ -80,7 +81,7 @@ def test_the_default_run_names_the_head_that_does_everything_within_five_lines_w
 
 
 def test_heads_are_ranked_by_the_size_of_their_effect_whichever_way_it_goes() -> None:
-    lines = lines_of({(1, 5): 3.0, (2, 3): 1.5, (1, 0): -2.0, (0, 2): 0.5})
+    lines = lines_of({(1, 5): 3.0, (2, 3): 1.5, (1, 0): -2.0, (0, 2): 0.8})
     assert [line.split()[0] for line in lines if line.startswith("  L")] == ["L1.H5", "L1.H0", "L2.H3"]
     assert "4 of 32 significant at step256" in line_about(lines, "heads")
     assert "-2." in next(line for line in lines if line.startswith("  L1.H0"))
@@ -101,7 +102,7 @@ def test_where_no_head_matters_it_says_so_and_names_no_head_as_one_that_does(see
 
 
 def test_what_has_no_null_is_not_judged_and_how_to_test_it_is_said() -> None:
-    line = line_about(lines_of({(1, 5): 3.0}), "even/odd")
+    line = line_about(lines_of({(1, 5): 3.0}, words=DEFAULT[:-1]), "even/odd")
     assert line.startswith("not tested") and "--subsets balanced" in line
     assert "p =" not in line and "p <" not in line and "pattern" not in line
     assert not line_about(lines_of({(1, 5): 3.0}, words=("all", "each")), "even/odd"), "nobody asked for it"
@@ -111,11 +112,19 @@ def test_with_a_null_yes_no_and_cannot_tell_are_three_things() -> None:
     words = ("even", "odd", "all", "balanced")
     even = {(layer, head): 1.0 for layer in range(N_LAYERS) for head in range(0, N_HEADS, 2)}
     yes = line_about(lines_of(even, words=words), "even/odd")
-    assert yes.startswith("yes: +4.") and "permutation p = .029 of 70 splits" in yes
-    no = line_about(lines_of({(1, 5): 3.0}, words=words), "even/odd")
-    assert no.startswith("no pattern: -3.") and "of 70 splits" in no
-    few = line_about(lines_of(even, words=("even", "odd", "all", "splits:9")), "even/odd")
-    assert few.startswith("cannot tell") and "p is at least 0.10" in few
+    assert yes.startswith("yes: +4.") and "from step 32-48, p = .029 of 70 splits" in yes
+    alike = {(1, head): 2 + 0.1 * head for head in range(N_HEADS)}
+    no = line_about(lines_of(alike, words=words), "even/odd")
+    assert no.startswith("no pattern: -0.") and "of 70 splits" in no
+    one = line_about(lines_of({(1, 5): 3.0}, words=words), "even/odd")
+    assert one.startswith("cannot tell (power 48 %): -3."), "one head hides a pattern of the other half"
+    few = line_about(lines_of({(1, 5): 3.0}, seed=1), "even/odd")
+    assert few.startswith("cannot tell: ") and "5 random splits are too few" in few
+
+
+def test_the_default_run_finds_what_goes_through_all_layers() -> None:
+    even = {(layer, head): 1.0 for layer in range(N_LAYERS) for head in range(0, N_HEADS, 2)}
+    assert line_about(lines_of(even), "even/odd").startswith("yes, all layers together (joint test p = .021): +4.")
 
 
 @pytest.mark.slow
@@ -156,7 +165,7 @@ def test_every_kind_of_run_has_a_verdict(
     lines = lines_of({(1, 5): 3.0}, steps=steps, words=words, **options)
     assert line_about(lines, "task") and line_about(lines, "seeds") and line_about(lines, "checked")
     if options.get("n_prompts") == 1:
-        assert not [line for line in lines if " p = " in line and "permutation" not in line]
+        assert not [line for line in lines if " p = " in line and " splits" not in line], "those need no prompts"
     if options.get("joint") or words in (("all",), ("even", "odd"), ("none",), ("splits:5",)):
         assert "single heads" in line_about(lines, "heads"), "what was not run is named"
 

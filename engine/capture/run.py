@@ -15,7 +15,7 @@ from ..checkpoints.fetch import fetch
 from ..checkpoints.files import Files, sha256, stamp, vocabulary_file
 from ..checkpoints.loader import Loaded, ModelLoader
 from ..checkpoints.prefetch import prefetch
-from ..checkpoints.resolve import DEMO, Checkpoint
+from ..checkpoints.resolve import Checkpoint, demo_seed
 from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
@@ -257,7 +257,7 @@ def _non_finite(what: str, label: str) -> str:
 
 def _is_directory(model: str) -> bool:
     """As in `resolve`: the embedded series takes precedence over a folder of its name."""
-    return model != DEMO and Path(model).expanduser().is_dir()
+    return demo_seed(model) is None and Path(model).expanduser().is_dir()
 
 
 def _provenance(checkpoint: Checkpoint, files: Files) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..runtime.format import format_names
 from . import files, hub
 from .files import Files
 from .hashing import Hashing, require_content
-from .resolve import DEMO, Checkpoint
+from .resolve import Checkpoint, demo_seed
 from .revisions import unknown
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,10 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     hashed again.  The embedded series is trained in the folder `cache`.
     Raises `UserError` when the files cannot be had.
     """
-    if checkpoint.model != DEMO and not os.path.isabs(checkpoint.location):
+    is_demo = demo_seed(checkpoint.model) is not None
+    if not is_demo and not os.path.isabs(checkpoint.location):
         return _from_hub(checkpoint, recorded)
-    directory = _trained(checkpoint, cache) if checkpoint.model == DEMO else Path(checkpoint.location)
+    directory = _trained(checkpoint, cache) if is_demo else Path(checkpoint.location)
     return _from_directory(directory, recorded=recorded)
 
 
@@ -37,8 +39,9 @@ def on_disk(checkpoint: Checkpoint, cache: Path) -> Files | None:
 
     Raises `UserError` for files that are there and are not whole, or cannot be read.
     """
-    if checkpoint.model == DEMO or os.path.isabs(checkpoint.location):
-        directory = cache / DEMO / checkpoint.label if checkpoint.model == DEMO else Path(checkpoint.location)
+    is_demo = demo_seed(checkpoint.model) is not None
+    if is_demo or os.path.isabs(checkpoint.location):
+        directory = cache / checkpoint.model / checkpoint.label if is_demo else Path(checkpoint.location)
         return _from_directory(directory) if directory.is_dir() else None
     folder = hub.cached(checkpoint.location, checkpoint.commit or checkpoint.label)
     return _from_directory(folder, folder.name) if folder is not None and files.is_whole(folder) else None
@@ -49,7 +52,7 @@ def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
 
     None for the embedded series while it is not trained.  Raises `UserError` when they cannot be had.
     """
-    if checkpoint.model == DEMO or os.path.isabs(checkpoint.location):
+    if demo_seed(checkpoint.model) is not None or os.path.isabs(checkpoint.location):
         directory = Path(checkpoint.location)
         return files.config_file(directory).parent if directory.is_dir() else None
     revision = find_revision(checkpoint)
@@ -91,14 +94,16 @@ def files_beside_weights(revision: hub.Revision) -> list[str]:
 
 
 def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
-    from .demo import train
+    from .demo import SERIES, train
 
+    series, seed = checkpoint.model, demo_seed(checkpoint.model)
+    assert seed is not None, "only the embedded series is trained"
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # of several processes one trains, the others wait for it
-        hold(stack, cache / f".{DEMO}.lock", patience=-1)
+        hold(stack, cache / f".{series}.lock", patience=-1)
         # Even where this step is on disk: an interrupted training is completed before its checkpoints are used.
-        train(cache / DEMO)
-    return cache / DEMO / checkpoint.label
+        train(cache / series, replace(SERIES, seed=seed))
+    return cache / series / checkpoint.label
 
 
 def _from_directory(

@@ -25,6 +25,9 @@ at most."""
 MOST_PAGES = 100
 """Of one listing; a page has a thousand files."""
 
+MOST_REDIRECTS = 10
+"""One after another, within a host: older clients follow them for ever."""
+
 LONGEST_WAIT = 300.0
 """Seconds that a hub may ask to be left alone for."""
 
@@ -32,6 +35,7 @@ SLOWEST, PATIENCE = 1000.0, 60.0
 """Bytes per second at least, over so many seconds."""
 
 _guarding = threading.Lock()
+_redirects = threading.local()
 
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _ETAG = re.compile(r'(W/)?"?[0-9A-Za-z][0-9A-Za-z._:+=-]{0,127}"?')
@@ -90,6 +94,7 @@ def _check(response: "httpx.Response", pages: Counter[str]) -> None:
     """Raise `DistrustedAnswer` for an answer that must not reach the client, before its body is read."""
     _check_wait(response)
     _check_headers(response)
+    _check_redirects(response)
     bounded = _bounded_stream(response)
     response.stream = bounded
     if _is_listing(response.request) and response.is_success:
@@ -122,6 +127,15 @@ def _check_headers(response: "httpx.Response") -> None:
         raise _distrusted(response, f"the name {value!r}")
     if response.url.scheme == "https" and headers.get("Location", "").startswith("http:"):
         raise _distrusted(response, "a redirect to an unencrypted address")
+
+
+def _check_redirects(response: "httpx.Response") -> None:
+    """A thread follows one redirect after another, so that those which nothing else comes between make a chain."""
+    within_host = response.is_redirect and response.headers.get("Location", "").startswith("/")
+    _redirects.in_a_row = getattr(_redirects, "in_a_row", 0) + 1 if within_host else 0
+    if _redirects.in_a_row > MOST_REDIRECTS:
+        _redirects.in_a_row = 0
+        raise _distrusted(response, f"more than {MOST_REDIRECTS} redirects in a row")
 
 
 def _check_pages(response: "httpx.Response", pages: Counter[str]) -> None:

@@ -1,6 +1,6 @@
 """From a model name to its checkpoints: labels with their steps.
 
-A name is `demo` (trained on the spot), a local directory or a hub id; no other stage has to know which.
+A name is `demo` or `demo-seed2` (trained on the spot), a local directory or a hub id; no other stage has to know which.
 """
 
 import functools
@@ -15,6 +15,10 @@ from . import files, hub
 from .revisions import PYTHIA, RevisionIndex, select, step_of
 
 DEMO = "demo"
+_DEMO_SEED = re.compile(rf"{DEMO}(-seed([1-9][0-9]{{0,8}}))?")
+
+PYTHIA_TOKENS_PER_STEP = 2_097_152
+"""1,024 sequences of 2,048 tokens, in every size (Biderman et al. 2023, arXiv:2304.01373)."""
 
 _PYTHIA_NAME = re.compile(r"EleutherAI/pythia-[0-9.]+[mb](-deduped)?(-(data-|weight-)?seed[0-9]+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
@@ -39,6 +43,17 @@ class Checkpoint:
 
     commit: str | None = None
     """The commit to keep to.  None takes what the label stands for now, and is the value outside the hub."""
+
+
+def demo_seed(model: str) -> int | None:
+    """The seed of the embedded series that a name stands for: `demo` is 0, `demo-seed2` is 2; None for other models."""
+    match = _DEMO_SEED.fullmatch(model)
+    return int(match[2] or 0) if match else None
+
+
+def tokens_per_step(model: str) -> int | None:
+    """Tokens that the model saw in each step of its training; None where that is not known."""
+    return PYTHIA_TOKENS_PER_STEP if _PYTHIA_NAME.fullmatch(model) else None
 
 
 def resolve(model: str, words: Sequence[str], cache: Path) -> list[Checkpoint]:
@@ -70,8 +85,8 @@ def published(repo: str) -> dict[str, int]:
 def _index(model: str, cache: Path) -> tuple[RevisionIndex, Path | None]:
     """The checkpoints that the name stands for, and the directory that holds them; None for the hub."""
     path = os.path.expanduser(model)
-    if model == DEMO:
-        return RevisionIndex(model, _demo_steps, "all"), (cache / DEMO).resolve()
+    if demo_seed(model) is not None:
+        return RevisionIndex(model, _demo_steps, "all"), (cache / model).resolve()
     if os.path.isdir(path):
         return _local_index(model, Path(path).resolve())
     if os.path.exists(path):

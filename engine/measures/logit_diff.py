@@ -14,6 +14,9 @@ from jaxtyping import Float
 NAMED = ("even", "odd", "all")
 """Subsets that have columns of their own in the timeline."""
 
+PATTERN = 0.3
+"""Even minus odd success rate above which the published study speaks of a pattern."""
+
 CLEAR_OF_ZERO = 0.5
 """Nats between clean and corrupt below which a recovered fraction means nothing and is left out."""
 

@@ -7,7 +7,7 @@ content part between equal positions, where the rotations of query and key cance
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +78,7 @@ def circuits(resident: ResidentModel, layers: Sequence[int]) -> dict[int, tuple[
     calls = resident.layer_calls(torch.zeros(inputs.shape[:2], dtype=torch.long, device=resident.device))
     by_layer = {}
     for layer in layers:
-        projected = _project(resident, layer, inputs, calls[layer])
+        projected = project(resident, layer, inputs, calls[layer], keep_norm=False)
         weights = [_linear_part(resident, outputs, check[0]) for outputs in projected]
         query, key, value = (_by_query_head(resident, weight) for weight in weights)
         output = output_weight(resident, layer).transpose(1, 2).clone()
@@ -127,13 +127,14 @@ class _ProjectionRecorder(AttentionMode):
         raise _AttentionReached
 
 
-def _project(
-    resident: ResidentModel, layer: int, inputs: Float[Tensor, "one row d_model"], call: LayerCall
+def project(
+    resident: ResidentModel, layer: int, inputs: Float[Tensor, "one row d_model"], call: LayerCall, keep_norm: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The layer's query, key and value of `inputs`, each (head, row, width), the norm before attention skipped."""
+    """The layer's query, key and value of `inputs`, each (head, row, width); the norm before attention is skipped
+    unless `keep_norm`."""
     args, kwargs = call
     block, recorder = resident.layer_modules()[layer], _ProjectionRecorder()
-    with _norm_skipped(block, inputs), attending(recorder):
+    with nullcontext() if keep_norm else _norm_skipped(block, inputs), attending(recorder):
         try:
             block(inputs, *args, **kwargs)
         except _AttentionReached:

@@ -1,20 +1,24 @@
 """The mechanism at every checkpoint of a store: weights are read again, no prompt is.
 
-Attribution, attention and patching are computed from the stored activations; only the read position is run.
+Attribution, attention and patching are computed from the stored activations; only the read position is run.  Roles are
+scored on random tokens and single words besides.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checkpoints.files import vocabulary_file
 from ..checkpoints.loader import ModelLoader
 from ..checkpoints.model import ResidentModel
+from ..checkpoints.tokenizer import load_tokenizer
 from ..replay.cached_checkpoints import LoadedCheckpoint, each_outcome, load_each
 from ..replay.layers import LayerRunner
 from ..replay.patch_inputs import PatchInputs
@@ -33,6 +37,7 @@ from .attention import attention, shares
 from .attribution_patching import estimated_effect
 from .circuits import CIRCUITS, Circuit, circuits
 from .direct_logit_attribution import attribute
+from .roles import RoleInputs, RoleScores, score_roles
 from .store import NEIGHBOURS, MechanismRun
 
 Values = dict[str, np.ndarray]
@@ -117,13 +122,22 @@ def measure_series(
     loader = ModelLoader(plan.dtype, machine)
     first_layer = plan.layers[0] if plan.reads_activations else None
 
+    tokenizers: list[Any] = []
+
     def measure(label: str, checkpoint: LoadedCheckpoint) -> None:
         values = _measure_activations(store, plan, label, checkpoint) if plan.reads_activations else {}
         neighbours: dict[str, str] = {}
+        fields: dict[str, Any] = {}
+        if "roles" in plan.settings.parts:
+            # The first checkpoint's serves all: the store's prompts have the same tokens at each.
+            tokenizers[:] = tokenizers or [load_tokenizer(vocabulary_file(checkpoint.files.directory).parent)]
+            roles = _roles(plan, checkpoint, tokenizers[0])
+            values |= roles.arrays()
+            fields["roles"] = dict(roles.drawn)
         if compares:
             weights, neighbours = comparison.with_neighbours(label, missing[label])
             values |= weights
-        run.write(label, values, neighbours)
+        run.write(label, values, neighbours, **fields)
         advance(1)
 
     def visit(label: str, checkpoint: LoadedCheckpoint, is_measured: bool) -> None:
@@ -206,16 +220,7 @@ def _measure_activations(store: Store, plan: MechanismPlan, label: str, checkpoi
     """Every part of one checkpoint that its activations give."""
     assert checkpoint.activations is not None
     values: Values = {}
-    alignment = align(plan.trials, "last")
-    runners = {
-        run: LayerRunner(
-            checkpoint.resident,
-            PatchInputs.from_capture(
-                checkpoint.resident, checkpoint.activations, plan.trials, alignment, _DIRECTION_INTO[run]
-            ),
-        )
-        for run in RUNS
-    }
+    runners = _runners(plan, checkpoint)
     if "attribution" in plan.settings.parts:
         values |= _attribution(plan, runners)
         values["self_check"] = _self_check(store, plan, label, values)
@@ -226,6 +231,25 @@ def _measure_activations(store: Store, plan: MechanismPlan, label: str, checkpoi
         values["effect"] = exact_effect(plan, checkpoint.resident, checkpoint.activations, checkpoint.memory)
         values["estimate"] = estimated_effect(runners[target], plan.layers).cpu().numpy()
     return values
+
+
+def _runners(plan: MechanismPlan, checkpoint: LoadedCheckpoint) -> dict[str, LayerRunner]:
+    """By run, at the read position."""
+    assert checkpoint.activations is not None
+    resident, alignment = checkpoint.resident, align(plan.trials, "last")
+    return {
+        run: LayerRunner(
+            resident,
+            PatchInputs.from_capture(resident, checkpoint.activations, plan.trials, alignment, _DIRECTION_INTO[run]),
+        )
+        for run in RUNS
+    }
+
+
+@torch.no_grad()
+def _roles(plan: MechanismPlan, checkpoint: LoadedCheckpoint, tokenizer: Any) -> RoleScores:
+    runners = _runners(plan, checkpoint)
+    return score_roles(RoleInputs(checkpoint.resident, tokenizer, plan.trials, runners, plan.layers, checkpoint.memory))
 
 
 def _attribution(plan: MechanismPlan, runners: Mapping[str, LayerRunner]) -> Values:

@@ -11,6 +11,7 @@ from ..store.checkpoint_arrays import CheckpointArrays
 from ..store.store import Store, open_group
 from ..store.zarr_group import CheckpointRow
 from ..study.mechanism_settings import MechanismSettings, Part
+from ..study.role_settings import N_SEQUENCES, ROLES
 from ..study.study import RUNS
 from .attention import ATTENDED_TO
 from .circuits import CIRCUITS
@@ -27,12 +28,25 @@ ARRAYS: dict[Part, dict[str, tuple[str, ...]]] = {
     "attention": {"attention": (*_HEADS, "run", "trial", "to")},
     "weights": dict.fromkeys(("norm", "change", "to_previous", "to_last"), ("circuit", *_HEADS)),
     "patching": {"effect": (*_HEADS, "trial"), "estimate": (*_HEADS, "trial")},
+    "roles": {
+        "role_score": (*_HEADS, "role"),
+        "role_null": (*_HEADS, "role"),
+        "role_p": (*_HEADS, "role"),
+        "role_problem": ("role",),
+        "name_copying": _HEADS,
+        "loss_first": ("sequence",),
+        "loss_second": ("sequence",),
+    },
 }
-"""Arrays of every part, float32, with their dims after `checkpoint`.
+"""Arrays of every part, float32 but for `TEXTS`, with their dims after `checkpoint`.
 
-Units: `attribution*`, `self_check`, `effect` and `estimate` in nats; `attention` is a share of 0 to 1; `norm` is a
-Frobenius norm, `change` relative to the norm before, `to_previous` and `to_last` are cosines.
+Units: `attribution*`, `self_check`, `effect`, `estimate` and `loss*` in nats; `attention` is a share of 0 to 1; `norm`
+is a Frobenius norm, `change` relative to the norm before, `to_previous` and `to_last` are cosines; `role_score` and
+`role_null` are of 0 to 1, or of -1 to 1 (`copying`, `name mover`, and `name_copying`).
 """
+
+TEXTS = ("role_problem",)
+"""Arrays that hold text."""
 
 NEIGHBOURS = ("previous", "last")
 """Names of the arrays that hold the labels of the two checkpoints a checkpoint's weights were compared with: the one
@@ -46,14 +60,15 @@ class MechanismRun(CheckpointArrays):
     def settings(self) -> MechanismSettings:
         return MechanismSettings.from_attributes(self.attrs["mechanism"])
 
-    def write(self, label: str, values: Mapping[str, np.ndarray], neighbours: Mapping[str, str]) -> None:
-        """Write one checkpoint's arrays; the completion mark is cleared first and set last."""
+    def write(self, label: str, values: Mapping[str, np.ndarray], neighbours: Mapping[str, str], **fields: Any) -> None:
+        """Write one checkpoint's arrays, and `fields` into its record; the completion mark is cleared first and set
+        last."""
         writer = self.writer(label)
         for name, value in values.items():
             writer.put(name, value)
         for name, neighbour in neighbours.items():
             writer.put(name, neighbour)
-        writer.finish()
+        writer.finish(**fields)
 
     def missing(self, wanted: Mapping[str, Mapping[str, str]]) -> list[str]:
         """The labels of `wanted` (label -> neighbours) that are unfinished or were compared with other neighbours."""
@@ -96,19 +111,21 @@ def _create(path: Path, settings: MechanismSettings, checkpoints: Sequence[Check
     arrays = {name: dims for part in settings.parts for name, dims in ARRAYS[part].items()}
     axes: dict[str, Any] = {"run": RUNS, "to": ATTENDED_TO, "circuit": CIRCUITS}
     axes |= {"layer": np.array(store.layers), "head": np.arange(store.n_heads)}
+    axes |= {"role": ROLES, "sequence": np.arange(N_SEQUENCES)}
     for name, values in axes.items():
         if any(name in dims for dims in arrays.values()):
             zarr_group.put_axis(group, name, values)
     sizes = {name: len(values) for name, values in axes.items()} | {"trial": store.array("tokens").shape[1]}
     for name, dims in arrays.items():
         shape = tuple(sizes[dim] for dim in dims)
-        zarr_group.put_empty(group, name, (len(checkpoints), *shape), (1, *shape), "float32", ("checkpoint", *dims))
+        dtype = str if name in TEXTS else "float32"
+        zarr_group.put_empty(group, name, (len(checkpoints), *shape), (1, *shape), dtype, ("checkpoint", *dims))
     if "weights" in settings.parts:
         for name in NEIGHBOURS:
             zarr_group.put_empty(group, name, (len(checkpoints),), (1,), str, ("checkpoint",))
     attributes = {
         "mechanism": settings.to_attributes(),
         "versions": zarr_group.package_versions(),
-        "coordinates": "step complete previous last",
+        "coordinates": "step complete previous last role_problem",
     }
     zarr_group.finish_group(group, path, checkpoints, attributes)

@@ -80,6 +80,8 @@ def make_plan(request: PatchRequest, store: Store) -> PublishedPlan:
             raise UserError(
                 f"--protocol published copies from the start, one layer at a time, and scores texts; leave --{flag} out"
             )
+    if request.primary:
+        raise UserError("--protocol published tests nothing of its own; leave --primary out")
     if request.generate:
         raise UserError(f"--protocol published generates {N_TOKENS} tokens as it is; leave --generate out")
     model_layers = range(store.layers[-1] + 1)

@@ -22,6 +22,7 @@ from ..store.patched_run import Answers, PatchedRun
 from ..store.store import Store, StoredActivations
 from ..study.alignment import Alignment, align
 from ..study.patch_settings import Direction, PatchRequest, PatchSettings
+from ..study.primary import Primary, parse_primary, refuse_untestable
 from ..study.prompts import Trials
 from ..study.study import MEASURES, Arithmetic, Measure
 from ..study.subsets import Subsets, parse_layers, parse_subsets
@@ -86,6 +87,9 @@ class SweepPlan:
     n_tokens: int = 0
     """Greedy tokens to generate from every patched run."""
 
+    primary: tuple[Primary, ...] = ()
+    """Written into the run before anything is patched."""
+
     @property
     def n_runs(self) -> int:
         """Patched runs at one checkpoint."""
@@ -101,20 +105,27 @@ def make_plan(request: PatchRequest, store: Store) -> SweepPlan:
     layers = parse_layers(request.layers, store.layers)
     sites = (tuple(layers),) if request.joint else tuple((layer,) for layer in layers)
     trials = store.trials()
-    subsets = parse_subsets(request.subsets, store.n_heads, estimate=functools.partial(_estimate, store, layers))
+    estimate = functools.partial(_estimate, store, layers)
+    subsets = parse_subsets(request.subsets, store.n_heads, estimate=estimate, n_groups=store.n_groups)
     refuse_too_many(request.generate, len(sites), len(subsets), trials.n_trials)
     dtype: Arithmetic = request.dtype or store.study["dtype"]
     measures = _in_order(request.measures)
     settings = PatchSettings(
         "corrected", request.direction, request.positions, tuple(layers), request.joint, request.subsets, dtype,
-        measures, request.generate,
+        measures, request.generate, n_groups=store.n_groups,
     )  # fmt: skip
     if "sequence" in measures and trials.continuation is None:
         raise UserError(
             f"--measures sequence: {store.path} was cached before whole answers were kept; cache again with --overwrite"
         )
     alignment = align(trials, request.positions)
-    return SweepPlan(settings, trials, alignment, subsets, sites, request.direction, dtype, measures, request.generate)
+    primary = parse_primary(request.primary)
+    if primary and request.joint:
+        raise UserError("--primary names single layers, and --joint patches several at once; leave one of them out")
+    refuse_untestable(primary, layers, subsets, [row.label for row in store.rows()], store.n_groups)
+    return SweepPlan(
+        settings, trials, alignment, subsets, sites, request.direction, dtype, measures, request.generate, primary
+    )
 
 
 def _estimate(store: Store, layers: Sequence[int], n_subsets: int) -> str:
@@ -131,7 +142,9 @@ def open_run(store: Store, plan: SweepPlan, name: str, overwrite: bool = False) 
     """The patched run `name` of the store, made where it is not there; with `overwrite`, what is to replace it."""
     first_layers = [site[0] for site in plan.sites]
     labels, mask = plan.subsets.labels, plan.subsets.mask
-    return store.open_patch(name, plan.settings, first_layers, labels, mask, plan.measures, plan.n_tokens, overwrite)
+    return store.open_patch(
+        name, plan.settings, first_layers, labels, mask, plan.measures, plan.n_tokens, overwrite, plan.primary
+    )
 
 
 def patch_series(

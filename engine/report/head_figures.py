@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ..measures.logit_diff import effect
-from ..statistics.bootstrap import interval
+from ..statistics.means import interval
 from ..statistics.permutation import find_equal_splits, permutation_p_value
 from .plot_style import COLOURS, FAINT, MARKERS, WIDTH, label_steps, place_steps
 from .result import Result, head_name

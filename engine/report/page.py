@@ -25,7 +25,7 @@ from .caveats import threats
 from .figures import draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
-from .findings.mechanism import mechanism_text
+from .findings.mechanism import mechanism_findings
 from .findings.published import examples, success_table
 from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
@@ -38,7 +38,10 @@ TIDY_ROWS = 1_000_000
 OPTIONAL = {"heads", "training", "splits", "shapley"}
 """Figures that only some runs have."""
 
-NUMBERS = {"mechanism", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets", "hypotheses"}
+NUMBERS = {
+    *("mechanism", "roles", "measures", "answers", "parity", "rates", "shapley", "sizes", "pairs", "onsets"),
+    *("hypotheses", "primary", "energy"),
+}
 """Tables that only some runs have."""
 
 SHOWN_PROMPTS = 20
@@ -63,14 +66,14 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"--out {out}: there is a file in the way; name a directory") from None
-    with _atomic_file(out / "timeline.csv") as partial:
+    with atomic_file(out / "timeline.csv") as partial:
         result.table.to_csv(partial)
-    with _atomic_file(out / "patched.csv") as partial:
+    with atomic_file(out / "patched.csv") as partial:
         _write_patched(result, partial)
-    shown = [*findings(result.run, result.settings), *_mechanism(store)]
+    shown = [*findings(result.run, result.settings, study=store.study), *_mechanism(store)]
     drawn = _write_figures(result, _numbers(shown).get("shapley"), out)
     _write_numbers(shown, out)
-    with _atomic_file(out / "index.html") as partial:
+    with atomic_file(out / "index.html") as partial:
         partial.write_text(_page(store, result, drawn, shown), encoding="utf-8")
     return out / "index.html"
 
@@ -85,9 +88,9 @@ def _write_figures(result: Result, shares: pd.DataFrame | None, out: Path) -> di
     figures = draw(result, shares)
     drawn = {stem: to_svg(figure) for stem, figure in figures.items()}
     for stem, figure in figures.items():
-        with _atomic_file(out / f"{stem}.svg") as partial:
+        with atomic_file(out / f"{stem}.svg") as partial:
             partial.write_text(drawn[stem], encoding="utf-8")
-        with _atomic_file(out / f"{stem}.png") as partial:
+        with atomic_file(out / f"{stem}.png") as partial:
             write_png(figure, partial)
     for stem in OPTIONAL - set(figures):  # left by a report of another run
         for suffix in ("png", "svg"):
@@ -99,7 +102,7 @@ def _write_numbers(shown: Sequence[Finding], out: Path) -> None:
     """What every finding rests on, as CSV."""
     named = _numbers(shown)
     for name, numbers in named.items():
-        with _atomic_file(out / f"{name}.csv") as partial:
+        with atomic_file(out / f"{name}.csv") as partial:
             numbers.to_csv(partial)
     for name in NUMBERS - set(named):  # left by a report of another run
         (out / f"{name}.csv").unlink(missing_ok=True)
@@ -135,7 +138,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    templates.filters["signs"] = _signs
+    templates.filters["signs"] = with_minus_signs
     trials, run = store.trials(), store.patch(result.name)
     return templates.get_template("page.html.j2").render(
         result=result,
@@ -151,7 +154,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         n_sites=result.run.sizes["layer"],
         prompts=trials.contrasts[:SHOWN_PROMPTS],
         example=_example(trials, result.settings.positions),
-        figures={stem: _inline(svg, stem) for stem, svg in drawn.items()},
+        figures={stem: inline_figure(svg, stem) for stem, svg in drawn.items()},
         mapped=heads_of(result.mapped),
         judge="all heads" if "all" in result.run.subset.values else "the subset with the largest effect",
         is_tidy=_is_tidy(result),
@@ -174,12 +177,12 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
     )
 
 
-def _signs(text: str) -> str:
+def with_minus_signs(text: str) -> str:
     """Words with real minus signs, as the figures have them."""
     return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
-def _inline(svg: str, stem: str) -> Markup:
+def inline_figure(svg: str, stem: str) -> Markup:
     """A figure as an element that takes its ink and its paper from the page and shares no id with another figure."""
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{stem}-", svg)
@@ -226,7 +229,7 @@ def _mechanism(store: Store) -> list[Finding]:
     if not is_group(mechanism_path(store)):
         return []
     run = MechanismRun(mechanism_path(store))
-    return [mechanism_text(run.load(), run.settings)] if run.complete() else []
+    return list(mechanism_findings(run.load(), run.settings)) if run.complete() else []
 
 
 def _published(store: Store) -> dict[str, Any] | None:
@@ -275,7 +278,7 @@ def _warnings(store: Store, result: Result) -> list[str]:
 
 
 @contextmanager
-def _atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A file to write that takes the name `path` once the body is through."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial

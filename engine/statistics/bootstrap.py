@@ -1,4 +1,4 @@
-"""How sure a mean over distinct prompts is.  Pure."""
+"""Means over prompts drawn with replacement, and how far noise moves them.  Pure."""
 
 import functools
 
@@ -9,34 +9,6 @@ LEVEL = 0.95
 """Of intervals."""
 
 RESAMPLES = 4999
-
-
-def interval(values: Float[np.ndarray, "*cell trial"]) -> tuple[Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"]]:
-    """Percentile bootstrap of the mean over distinct prompts (Efron and Tibshirani 1993, chapter 13); NaN for one.
-
-    Expanded, for plain percentiles are too narrow where prompts are few (Hesterberg 2015,
-    doi:10.1080/00031305.2015.1089789).  Of normal values it then covers 94 to 96 % from eight prompts on, 91 % with
-    five; skewed ones it covers less.
-    """
-    n = values.shape[-1]
-    if n < 2:
-        unknown = np.full(values.shape[:-1], np.nan)
-        return unknown, unknown
-    from scipy.stats import bootstrap  # takes most of a second, and only this table needs it
-
-    bounds = bootstrap(
-        (values,), np.mean, axis=-1, confidence_level=_expanded(n), n_resamples=RESAMPLES, batch=100,
-        method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return np.asarray(bounds.low), np.asarray(bounds.high)
-
-
-def _expanded(n: int) -> float:
-    """The level of percentiles at which they are as far apart as Student's interval is wide, were values normal."""
-    from scipy.stats import norm, t
-
-    reach = np.sqrt(n / (n - 1)) * t.ppf((1 + LEVEL) / 2, n - 1)
-    return float(min(2 * norm.cdf(reach) - 1, 1 - 1 / RESAMPLES))
 
 
 def resampled_means(

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .bootstrap import LEVEL, noise_of_means
+from .drops import turns
 
 MARGIN, POSITIVE = 6.0, 2.0
 """Of BIC, strong and positive evidence (Kass and Raftery 1995): the first between sudden and gradual, the second for or
@@ -14,6 +15,8 @@ against a constant, which cannot lead by more than its fewer parameters."""
 
 GAP = 0.1
 """Share of the range covered within which a change is sudden, and above which an unobserved stretch hides which."""
+
+NON_MONOTONE = "non-monotone"
 
 STEEPEST, WIDEST = 0.005, 0.5
 """Widths of a logistic rise that are tried, as shares of the range covered."""
@@ -30,7 +33,7 @@ class Shape:
     """How a mean changes over training."""
 
     verdict: str
-    """`sudden`, `gradual`, `none` or `undecided`."""
+    """`sudden`, `gradual`, `non-monotone`, `none` or `undecided`."""
 
     bic: dict[str, float]
     """Of the best constant, of a step and a steep logistic curve (sudden), of a line and a slow logistic curve
@@ -61,7 +64,8 @@ def evaluate_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray
     no curve is praised for following noise.  `none`: the constant is better than all others by `POSITIVE`.  `sudden`,
     `gradual`: better than the other by `MARGIN`, and than the constant by `POSITIVE`; a sudden change lies between
     checkpoints that are close as well, for where they are not, nobody looked.  Everything else is `undecided`, and so
-    is a change that other prompts might not show (`changes`).
+    is a change that other prompts might not show (`changes`).  `non-monotone`: whatever fits best, the mean surely goes
+    up and surely goes down (`drops.turns`), which no curve that is tried does.
     """
     n = len(x)
     if n < 4 or np.ptp(x) == 0:
@@ -86,6 +90,8 @@ def evaluate_shape(x: Float[np.ndarray, " checkpoint"], values: Float[np.ndarray
         "slow": bic(float(((family.slow @ around) ** 2).max()), 4),
     }
     gap = float((x[jump] - x[jump - 1]) / np.ptp(x))
+    if turns(values):
+        return Shape(NON_MONOTONE, bics, gap)
     verdict, surely = _verdict(bics, gap), True
     if verdict in ("sudden", "gradual"):
         surely = changes(x, values)

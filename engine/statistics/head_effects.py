@@ -9,26 +9,29 @@ from jaxtyping import Bool, Float
 
 from ..measures.logit_diff import CLEAR_OF_ZERO, effects_by_checkpoint, finished
 from ..study.patch_settings import PatchSettings
+from ..study.reading import MARGIN, Correction
 from .bootstrap import LEVEL
-from .multiple_testing import Correction, adjust
+from .means import interval, p_differs, p_equivalent
+from .multiple_testing import adjust
 from .onset import first_sustained
-from .permutation import ROUNDING
 
-COLUMNS = ("effect", "low", "high", "p", "p_adjusted", "share")
+COLUMNS = ("effect", "low", "high", "p", "p_adjusted", "p_equivalent", "share")
 LEVELS = ("checkpoint", "layer", "head")
 
 
-def head_effects(run: xr.Dataset, settings: PatchSettings, correction: Correction = "bh") -> pd.DataFrame:
+def head_effects(
+    run: xr.Dataset, settings: PatchSettings, correction: Correction = "bh", margin: float = MARGIN
+) -> pd.DataFrame:
     """One row for each finished checkpoint, layer and head that was patched alone; empty where none was.
 
     Columns: `effect`, the mean over distinct prompts of the patched minus the unpatched target run's logit difference,
-    towards the source run (nats); `low` and `high`, Student's 95 % interval over prompts, and `p`, his t-test of no
-    effect (Student 1908), NaN for one prompt; `p_adjusted` over all rows; `share` of the effect of the whole layer
-    (`all`) at that checkpoint, NaN where that was not run or is not clear of zero.
+    towards the source run (nats); `low` and `high`, its 95 % interval over prompts (`means.interval`), and `p` of no
+    effect (`means.p_differs`), NaN for one prompt; `p_adjusted` over all rows; `p_equivalent` of an effect of `margin`
+    nats or more (`means.p_equivalent`), adjusted as well; `share` of the effect of the whole layer (`all`) at that
+    checkpoint, NaN where that was not run or is not clear of zero.
 
-    The t-test and not sign flips over prompts: n prompts have 2^n flips, so that their p is never below 2^(1 - n), and
-    five prompts could show nothing.  Without an effect it rejects 5 % of normal values at any number of prompts; of
-    exponential ones about their mean 12 % at five and 9 % at fifteen, of lognormal ones (skewness 6) 18 and 15 %.
+    Not sign flips over prompts: n prompts have 2^n flips, so that their p is never below 2^(1 - n), and five prompts
+    could show nothing.
 
     Heads of several layers patched at once (`joint`) are no single heads, and give no row.
     """
@@ -40,15 +43,16 @@ def head_effects(run: xr.Dataset, settings: PatchSettings, correction: Correctio
     heads, labels = complete.mask.values[alone].argmax(1), complete.subset.values.tolist()
     whole = labels.index("all") if "all" in labels else None
     by_checkpoint = [
-        _of_checkpoint(nats[:, alone], None if whole is None else nats[:, whole])
+        _of_checkpoint(nats[:, alone], None if whole is None else nats[:, whole], margin)
         for nats in effects_by_checkpoint(complete, settings.direction)
     ]
     levels = (complete.checkpoint.values.astype(str).tolist(), complete.layer.values.tolist(), heads.tolist())
     index = pd.MultiIndex.from_product(levels, names=LEVELS)
     frame = pd.DataFrame({name: np.concatenate([c[name] for c in by_checkpoint]) for name in by_checkpoint[0]}, index)
-    p = frame["p"].to_numpy()
-    frame.insert(4, "p_adjusted", np.full(len(p), np.nan) if np.isnan(p).any() else adjust(p, correction))
-    return frame
+    for name, of in (("p_adjusted", "p"), ("p_equivalent", "p_equivalent")):
+        p = frame[of].to_numpy()
+        frame[name] = np.full(len(p), np.nan) if np.isnan(p).any() else adjust(p, correction)
+    return frame[list(COLUMNS)]
 
 
 def _empty() -> pd.DataFrame:
@@ -57,45 +61,26 @@ def _empty() -> pd.DataFrame:
 
 
 def _of_checkpoint(
-    alone: Float[np.ndarray, "layer head trial"], whole: Float[np.ndarray, "layer trial"] | None
+    alone: Float[np.ndarray, "layer head trial"], whole: Float[np.ndarray, "layer trial"] | None, margin: float
 ) -> dict[str, Float[np.ndarray, " row"]]:
     """Columns of one checkpoint, as `head_effects` has them."""
-    low, high, p = t_test(alone)
+    low, high = interval(alone)
     mean = alone.mean(-1)
     share = np.full(mean.shape, np.nan)
     if whole is not None:
         of_layer = np.where(_is_clear(whole), whole.mean(-1), np.nan)
         share = mean / of_layer[:, None]
-    columns = {"effect": mean, "low": low, "high": high, "p": p, "share": share}
+    p, equivalent = p_differs(alone), p_equivalent(alone, margin)
+    columns = {"effect": mean, "low": low, "high": high, "p": p, "p_equivalent": equivalent, "share": share}
     return {name: values.ravel() for name, values in columns.items()}
 
 
 def _is_clear(whole: Float[np.ndarray, "layer trial"]) -> Bool[np.ndarray, " layer"]:
     """Whether the effect of a whole layer is large enough to be shared out, and surely of its sign."""
-    low, high, _ = t_test(whole)
+    low, high = interval(whole)
     one_sign = np.isnan(low) | (low > 0) | (high < 0)
     is_clear: Bool[np.ndarray, " layer"] = (np.abs(whole.mean(-1)) >= CLEAR_OF_ZERO) & one_sign
     return is_clear
-
-
-def t_test(
-    values: Float[np.ndarray, "*cell trial"],
-) -> tuple[Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"]]:
-    """Student's interval of the mean over prompts, and two-sided p of his test against zero; NaN for one prompt.
-
-    A standard error below that of float32 replay's rounding is taken to be as large: what all prompts share to the
-    last digit would otherwise be certain, rounding included.
-    """
-    from scipy.special import stdtr, stdtrit  # start-up counts
-
-    n = values.shape[-1]
-    mean = values.mean(-1)
-    if n < 2:
-        unknown = np.full(mean.shape, np.nan)
-        return unknown, unknown, unknown
-    error = np.maximum(values.std(-1, ddof=1), ROUNDING) / np.sqrt(n)
-    reach = error * stdtrit(n - 1, (1 + LEVEL) / 2)
-    return mean - reach, mean + reach, 2 * stdtr(n - 1, -np.abs(mean) / error)
 
 
 @dataclass(frozen=True)
@@ -108,6 +93,7 @@ class HeadEffect:
     low: float
     high: float
     p_adjusted: float
+    p_equivalent: float
     share: float
 
     after: str | None
@@ -119,6 +105,11 @@ class HeadEffect:
     @property
     def is_significant(self) -> bool:
         return self.p_adjusted <= 1 - LEVEL
+
+    @property
+    def has_none(self) -> bool:
+        """Whether its effect is shown to be smaller than the margin."""
+        return self.p_equivalent <= 1 - LEVEL and not self.is_significant
 
     def __str__(self) -> str:
         return f"L{self.layer}.H{self.head}"

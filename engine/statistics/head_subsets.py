@@ -4,6 +4,7 @@ Pure.
 """
 
 import math
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -17,7 +18,9 @@ from ..measures.logit_diff import CLEAR_OF_ZERO, each_checkpoint, effect, finish
 from ..study.patch_settings import PatchSettings
 from ..study.subsets import draw_orders, label_of
 from . import shapley
-from .bootstrap import interval
+from .bootstrap import LEVEL
+from .means import interval, p_differs
+from .multiple_testing import adjust
 
 SHARE = 0.8
 """Of the effect of all heads: a sufficient subset has as much alone, and without a necessary one as much is lost."""
@@ -39,12 +42,14 @@ def all_subset_rows(mask: Bool[np.ndarray, "subset head"]) -> Int[np.ndarray, " 
 def head_subset_statistics(run: xr.Dataset, direction: str) -> xr.Dataset | None:
     """Everything below, by checkpoint and layer, from the effect of every subset in nats; None unless all were run.
 
-    `shapley` (head) with `shapley_low` and `shapley_high`, the bootstrap interval over prompts; `banzhaf` (head);
-    `interaction` (head, other), Shapley's; `sufficient` and `necessary` (heads, -1 for none), how many such sets there
-    are (`_count`) and the best of them (`_set`); `curve` (size, quantile): smallest, median and largest effect of that
-    many heads; `worst_even` (size): the smallest effect of so many even heads; `worst_even_p`: its permutation p-value
-    over all halves; `parity`: share of the variance over subsets that the numbers of even and of odd heads explain
-    beyond the number of heads (`parity_p`: its permutation p-value over all equal splits).
+    `shapley` (head) with `shapley_low` and `shapley_high`, the interval over prompts; `banzhaf` (head);
+    `interaction` (head, other), Shapley's, with `interaction_low` and `interaction_high`; `energy` (degree) with
+    `energy_low` and `energy_high`, shares of the variance over subsets by how many heads they take; `sufficient` and
+    `necessary` (heads, -1 for none), how many such sets there are (`_count`) and the best of them (`_set`); `curve`
+    (size, quantile): smallest, median and largest effect of that many heads; `worst_even` (size): the smallest effect
+    of so many even heads; `worst_even_p`: its permutation p-value over all halves; `parity`: share of the variance over
+    subsets that the numbers of even and of odd heads explain beyond the number of heads (`parity_p`: its permutation
+    p-value over all equal splits).
     """
     complete = finished(run)
     rows = all_subset_rows(complete.mask.values)
@@ -68,17 +73,23 @@ def _of_layer(values: Float[np.ndarray, "subset trial"]) -> xr.Dataset:
     necessary = shapley.smallest_necessary(mean, (1 - SHARE) * whole if np.isfinite(whole) else -np.inf)
     worst, worst_p = worst_even(mean)
     share, share_p = parity_share(mean)
+    interactions = shapley.shapley_interactions(values)
+    interaction_low, interaction_high = interval(interactions)
+    shares, shares_low, shares_high = energy_interval(values)
     variables: dict[str, Any] = {
+        "energy": ("degree", shares), "energy_low": ("degree", shares_low), "energy_high": ("degree", shares_high),
+        "interaction_low": (("head", "other"), interaction_low),
+        "interaction_high": (("head", "other"), interaction_high),
         "shapley": ("head", by_trial.mean(1)), "shapley_low": ("head", low), "shapley_high": ("head", high),
         "banzhaf": ("head", shapley.banzhaf(mean)),
-        "interaction": (("head", "other"), shapley.shapley_interactions(mean)),
+        "interaction": (("head", "other"), interactions.mean(-1)),
         "curve": (("size", "quantile"), _curve(mean)),
         "worst_even": ("size", worst), "worst_even_p": ("size", worst_p), "parity": share, "parity_p": share_p,
     }  # fmt: skip
     for name, smallest in (("sufficient", sufficient), ("necessary", necessary)):
         variables[name], variables[f"{name}_count"] = smallest.size, smallest.count
         variables[f"{name}_set"] = label_of(smallest.heads, n_heads) if smallest.size >= 0 else ""
-    return xr.Dataset(variables, coords={"quantile": [0.0, 0.5, 1.0]})
+    return xr.Dataset(variables, coords={"quantile": [0.0, 0.5, 1.0], "degree": list(DEGREES)})
 
 
 def _curve(mean: Float[np.ndarray, " subset"]) -> Float[np.ndarray, "size quantile"]:
@@ -126,21 +137,69 @@ def parity_share(mean: Float[np.ndarray, " subset"]) -> tuple[float, float]:
     return of_even, float(np.mean([share(half) >= of_even - 1e-9 for half in halves.tolist()]))
 
 
-def additive_share(mean: Float[np.ndarray, " row"], mask: Bool[np.ndarray, "row head"]) -> float | None:
-    """Share of the variance over all subsets that single heads explain, each adding what it adds on average.
+DEGREES = ("single heads", "pairs", "three and more")
+"""How many heads a part of the effect's variance over subsets takes at once."""
 
-    The energy of the Walsh spectrum at degree one (the main effects of a two-level factorial: Fisher 1935, Yates 1937).
-    None unless every subset is there; NaN where nothing varies.
+
+def energy(values: Float[np.ndarray, "subset *resample"]) -> Float[np.ndarray, "degree *resample"]:
+    """Shares of the variance over all subsets: what single heads explain, each adding what it adds on average, what
+    pairs explain beyond them, and what is left to three heads and more; NaN where nothing varies.
+
+    The energy of the Walsh spectrum by degree (effects and interactions of a two-level factorial: Fisher 1935, Yates
+    1937); the three add up to one.
     """
-    rows = all_subset_rows(mask)
-    if rows is None:
+    n = len(values).bit_length() - 1
+    spectrum = (walsh_hadamard(np.asarray(values, dtype=float)) / len(values)) ** 2
+    degree = np.minimum(shapley.sizes(n), len(DEGREES))
+    parts = np.stack([spectrum[degree == k].sum(0) for k in range(1, len(DEGREES) + 1)])
+    total, least = parts.sum(0), (1e-6 * np.abs(values).max(0)) ** 2
+    shares: Float[np.ndarray, degree * resample] = np.where(total > least, parts / np.maximum(total, 1e-300), np.nan)
+    return shares
+
+
+def energy_interval(
+    values: Float[np.ndarray, "subset trial"],
+) -> tuple[Float[np.ndarray, " degree"], Float[np.ndarray, " degree"], Float[np.ndarray, " degree"]]:
+    """`energy` of the mean over prompts, and its 95 % interval: Student's from the jackknife over prompts (Tukey 1958),
+    within 0 and 1; NaN for one prompt."""
+    n = values.shape[1]
+    share = energy(values.mean(1))
+    if n < 2:
+        unknown = np.full(len(DEGREES), np.nan)
+        return share, unknown, unknown
+    from scipy.special import stdtrit  # start-up counts
+
+    without = energy((values.sum(1, keepdims=True) - values) / (n - 1))
+    error = np.sqrt((n - 1) / n * ((without - without.mean(1, keepdims=True)) ** 2).sum(1))
+    reach = stdtrit(n - 1, (1 + LEVEL) / 2) * error
+    return share, np.maximum(share - reach, 0), np.minimum(share + reach, 1)
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """How much more two heads do together than one by one, averaged over all subsets of the others (Banzhaf)."""
+
+    heads: tuple[int, int]
+    nats: float
+    low: float
+    high: float
+
+    p_adjusted: float
+    """Over prompts, adjusted for all pairs (Holm 1979)."""
+
+
+def strongest_interaction(values: Float[np.ndarray, "subset trial"]) -> Interaction | None:
+    """Of the pair whose interaction is surest; None for one prompt or one head."""
+    n = len(values).bit_length() - 1
+    if values.shape[1] < 2 or n < 2:
         return None
-    values = mean[rows]
-    variance = values.var()
-    if variance <= _slack(values) ** 2:
-        return math.nan
-    coefficients = walsh_hadamard(values) / len(values)
-    return float((coefficients[1 << np.arange(mask.shape[1])] ** 2).sum() / variance)
+    first, second = np.triu_indices(n, 1)
+    by_prompt = shapley.banzhaf_interactions(values)[first, second]
+    (low, high), p = interval(by_prompt), adjust(p_differs(by_prompt), "holm")
+    nats = by_prompt.mean(1)
+    best = int(np.lexsort((-np.abs(nats), p > 1 - LEVEL))[0])
+    heads = (int(first[best]), int(second[best]))
+    return Interaction(heads, float(nats[best]), float(low[best]), float(high[best]), float(p[best]))
 
 
 def _between(mean: Float[np.ndarray, " subset"], group: Int[np.ndarray, " subset"]) -> float:

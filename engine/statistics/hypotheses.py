@@ -7,10 +7,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Int
 
-from .bootstrap import LEVEL
-from .changepoint import Shape, evaluate_shape
-from .onset import DIVERGENCE, Onset, Series, known_steps, onset_of, pick, series_of
-from .permutation import parity
+from ..measures.logit_diff import CLEAR_OF_ZERO, effect
+from .changepoint import NON_MONOTONE, Shape, evaluate_shape
+from .onset import DIVERGENCE, Series, known_steps, pick, series_of
+from .parity_onset import ParityOnset, date_parity
+from .permutation import find_equal_splits
 
 THIRDS = {"H1 early": (0, 1), "H2 middle": (1, 2), "H3 late": (2, 3)}
 """Which third of the training something must start in."""
@@ -20,84 +21,66 @@ SHAPES = {"H4 gradual": "gradual", "H5 sudden": "sudden"}
 FEWEST = 3
 """Checkpoints of known steps below which nothing is said of when."""
 
+PART = 2 / 3
+"""Of a layer's whole effect: no pattern is said to be there where one that makes so much of it is excluded."""
+
 SUPPORTED, CONTRADICTED, OPEN = "supported", "contradicted", "cannot tell"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evaluation:
     """What the data say of the five hypotheses, and what that rests on."""
 
-    series: Series
-    onset: Onset
-    shape: Shape
+    onset: ParityOnset | None
+    """Of the pattern among the equal splits that were run; None where none were."""
 
-    p: float | None
-    """Permutation p-value of even − odd among the equal splits that were run; None where none were."""
+    shape: Shape
+    """Of even − odd over training."""
 
     end: int
     """The last step."""
 
     verdicts: Mapping[str, str]
-    """By hypothesis `supported`, `contradicted` or `cannot tell`."""
-
-    @property
-    def one_prompt(self) -> bool:
-        return bool(self.series.values.shape[1] == 1)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Of the onset, over prompts, in steps: from 0 where it may have been there from the first, infinite where it
-        may never come."""
-        onset = self.onset
-        return (0 if onset.low is None else onset.low, np.inf if onset.high is None else onset.high)
+    """By hypothesis `supported`, `contradicted`, `cannot tell`, or `non-monotone` for those of shape."""
 
     @property
     def log_thirds(self) -> list[str]:
         """The thirds of log(1 + step) in which it may start: much that a model learns it learns early."""
-        low, high = (float(np.log1p(bound)) for bound in self.interval)
+        if self.onset is None:
+            return []
+        low, high = (float(np.log1p(bound)) for bound in self.onset.interval)
         end = float(np.log1p(self.end))
         return [
             name.split()[1] for name, third in THIRDS.items() if _in_third((low, high), *third, end) != CONTRADICTED
         ]
 
 
-def evaluate(steps: Int[np.ndarray, " checkpoint"], series: Series, p: float | None) -> Evaluation:
-    """The five hypotheses, for one measure of how even and odd heads diverge.
+def evaluate(steps: Int[np.ndarray, " checkpoint"], onset: ParityOnset | None, shape: Shape) -> Evaluation:
+    """The five hypotheses, from the onset of the pattern in one layer and the shape of even − odd there.
 
     H1, H2, H3: it starts in the first, second, last third of the training, from step 0 to the last checkpoint, in
-    steps.  Supported where the whole interval of the onset lies in the third, contradicted where none of it does, or
-    nothing starts; open between, and where what starts may be chance: it is significant neither over prompts
-    (`onset.significant_checkpoints`) nor by `p`.  H4, H5: the change is gradual, sudden (`changepoint.evaluate_shape`).
+    steps.  Supported where the whole interval of the onset lies in the third and the pattern is there at the last
+    checkpoint; contradicted where none of the interval does; open between.  So a third is contradicted only where a
+    pattern was significant before it, or could be excluded up to its end.  H4, H5: the change is gradual, sudden, or
+    neither because it is not monotone (`changepoint.evaluate_shape`); of no pattern nothing is said.
 
-    `p` is the permutation p-value of even against odd among the equal splits that were run, exact for these prompts.
-    Without one every hypothesis is open: what dates the difference between two sets of heads says nothing of parity.
-    With a large one nothing is supported, for other equal splits differ as much.  The values of one prompt are taken as
-    they are: there is no interval, and nothing can be significant.
+    Without an onset, for no equal splits were run, every hypothesis is open: what dates the difference between two sets
+    of heads says nothing of parity.
     """
-    onset, shape = onset_of(steps, series), evaluate_shape(steps.astype(float), series.values)
-    unruled = Evaluation(series, onset, shape, p, int(steps[-1]), {})
-    verdicts = _thirds(unruled) | _shapes(shape)
-    if p is None:
-        verdicts = dict.fromkeys(verdicts, OPEN)
-    elif p > 1 - LEVEL:
-        verdicts = {name: OPEN if verdict == SUPPORTED else verdict for name, verdict in verdicts.items()}
-    return Evaluation(series, onset, shape, p, int(steps[-1]), verdicts)
-
-
-def _thirds(evaluation: Evaluation) -> dict[str, str]:
-    onset = evaluation.onset
-    stands_out = evaluation.p is not None and evaluation.p <= 1 - LEVEL
-    by_chance = onset.by is not None and onset.significant is None and not evaluation.one_prompt and not stands_out
-    return {
-        name: OPEN if by_chance else _in_third(evaluation.interval, *third, evaluation.end)
-        for name, third in THIRDS.items()
-    }
+    end = int(steps[-1])
+    if onset is None:
+        return Evaluation(None, shape, end, dict.fromkeys((*THIRDS, *SHAPES), OPEN))
+    verdicts = {name: _in_third(onset.interval, *third, end) for name, third in THIRDS.items()}
+    verdicts |= _shapes(shape)
+    if not onset.lasts:
+        kept = {name: CONTRADICTED for name in THIRDS if verdicts[name] == CONTRADICTED}
+        verdicts = {name: kept.get(name, OPEN) for name in verdicts}
+    return Evaluation(onset, shape, end, verdicts)
 
 
 def _shapes(shape: Shape) -> dict[str, str]:
-    return {
-        name: {wanted: SUPPORTED, "undecided": OPEN}.get(shape.verdict, CONTRADICTED) for name, wanted in SHAPES.items()
-    }
+    known = {"undecided": OPEN, NON_MONOTONE: NON_MONOTONE}
+    return {name: ({wanted: SUPPORTED} | known).get(shape.verdict, CONTRADICTED) for name, wanted in SHAPES.items()}
 
 
 def _in_third(interval: tuple[float, float], first: int, last: int, end: float) -> str:
@@ -109,15 +92,39 @@ def _in_third(interval: tuple[float, float], first: int, last: int, end: float) 
     return CONTRADICTED if high <= lower or low >= upper else OPEN
 
 
-def hypotheses(run: xr.Dataset, direction: str, layer: int, unit: str = "nats") -> Evaluation | None:
+def hypotheses(run: xr.Dataset, direction: str, layer: int) -> Evaluation | None:
     """The hypotheses for even against odd heads of one layer; None where they were not patched, or fewer than three
     checkpoints are known."""
     complete = known_steps(run)
     if complete.sizes["checkpoint"] < FEWEST:
         return None
-    series = pick(list(series_of(complete, direction)), DIVERGENCE, unit, layer)
+    series = pick(list(series_of(complete, direction)), DIVERGENCE, "nats", layer)
     if series is None:
         return None
-    against = parity(complete)
-    p = None if against is None else float(against["p"].loc[(complete.checkpoint.values[-1], layer)])
-    return evaluate(complete.step.values.astype(int), series, p)
+    steps = complete.step.values.astype(int)
+    return evaluate(steps, parity_onset(complete, direction, layer), _shape(steps, series))
+
+
+def _shape(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Shape:
+    return evaluate_shape(steps.astype(float), series.values)
+
+
+def parity_onset(run: xr.Dataset, direction: str, layer: int) -> ParityOnset | None:
+    """Since when even and odd heads of a layer differ beyond their numbering; None where no equal splits were run.
+
+    Of checkpoints with known steps.  What must be excluded where nothing is significant is a pattern of two thirds
+    (`PART`) of the layer's whole effect at the last checkpoint, and of half a nat at least; where the whole layer was
+    not patched, of even and odd heads' together.
+    """
+    complete = known_steps(run)
+    splits = find_equal_splits(complete)
+    if splits is None or not complete.sizes["checkpoint"]:
+        return None
+    at_layer = complete.sel(layer=layer)
+    logit_diff = at_layer.logit_diff.transpose("checkpoint", "subset", "trial").values
+    moved = effect(at_layer.isel(checkpoint=-1), direction).mean("trial")
+    named = "all" in moved.subset.values
+    whole = float(moved.sel(subset="all") if named else moved.sel(subset=["even", "odd"]).sum("subset"))
+    size = max(PART * abs(whole), CLEAR_OF_ZERO)
+    differences = splits.differences(logit_diff[:, None]).at_layer(0)
+    return date_parity(complete.step.values.astype(int), differences, splits, size)

@@ -1,11 +1,12 @@
 """Many tests at once: p-values adjusted for how many there are.  Pure."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from jaxtyping import Float
 
-Correction = Literal["bh", "holm"]
+from ..study.reading import Correction
+
 CORRECTIONS: tuple[Correction, ...] = get_args(Correction)
 
 NAMES: dict[Correction, str] = {"bh": "Benjamini-Hochberg", "holm": "Holm"}

@@ -9,16 +9,17 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, effect, finished, recovered, success
-from .bootstrap import LEVEL, noise_of_means, resampled_means
+from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, PATTERN, effect, finished, recovered, success
+from .bootstrap import LEVEL, noise_of_means
 from .changepoint import evaluate_shape
+from .drops import chance_drops, students
 from .multiple_testing import adjust
 
-CAPABILITY, DIVERGENCE = "clean right", "even − odd divergence"
+CAPABILITY, DIVERGENCE = "pair told apart", "even − odd divergence"
 """Names of measures that others look up."""
 
-HALF, PATTERN = 0.5, 0.3
-"""Rates that count: half of the prompts, and what the published study calls a pattern (even rate minus odd rate)."""
+HALF = 0.5
+"""A rate that counts: half of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,14 @@ class Series:
 
     @functools.cached_property
     def resampled(self) -> Float[np.ndarray, "checkpoint resample"]:
-        """Means over prompts drawn with replacement, the same ones for every series of as many."""
-        return resampled_means(self.values)
+        """Means over prompts drawn with replacement, the same ones for every series of as many; about their centre as
+        wide as Student's interval (`drops.students`), for resampled means of few prompts scatter too little."""
+        n = self.values.shape[1]
+        wider = students(n) if n > 1 else 1.0
+        resampled: Float[np.ndarray, "checkpoint resample"] = self.values.mean(
+            1, keepdims=True
+        ) + wider * noise_of_means(self.values)
+        return resampled
 
     def past(self, mean: Float[np.ndarray, "checkpoint *resample"]) -> Bool[np.ndarray, "checkpoint *resample"]:
         return (np.abs(mean) if self.two_sided else mean) > self.threshold
@@ -77,11 +84,13 @@ class Onset:
 
 
 def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
-    """The onset: the mean crosses the threshold at two consecutive checkpoints (the last may stand alone).
+    """The onset: the mean crosses the threshold at two consecutive checkpoints (the last may stand alone), or is
+    significantly past it at one: an onset is never after its first significant checkpoint.
 
     It is known only to lie between that checkpoint and the one before (interval censoring: Turnbull 1976).  The
-    interval is the percentile bootstrap over prompts (Efron and Tibshirani 1993) of both ends.  A mean that lies on the
-    threshold crosses it by chance sooner or later: an onset counts for something only where it is `significant` too.
+    interval is the bootstrap over prompts (Efron and Tibshirani 1993) of both ends (`Series.resampled`).  A mean that
+    lies on the threshold crosses it by chance sooner or later: an onset counts for something only where it is
+    `significant` too.
     """
     n = len(steps)
     index = int(first_sustained(series.past(series.values.mean(1))))
@@ -89,6 +98,9 @@ def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
     tail = (1 - LEVEL) / 2
     low, high = (int(np.quantile(resampled, q, method="nearest")) for q in (tail, 1 - tail))
     significant = np.flatnonzero(significant_checkpoints(series))
+    if len(significant):
+        index = min(index, int(significant[0]))
+        low = min(low, index)
 
     def step(at: int) -> int | None:
         return int(steps[at]) if 0 <= at < n else None
@@ -162,11 +174,11 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
     if series.values.shape[1] < 2:
         return []
     mean, noise = series.values.mean(1), noise_of_means(series.values)
-    margins = _chance_drops(noise)
+    margins = chance_drops(noise)
     if series.two_sided:
         mean = mean * np.sign(mean[np.abs(mean).argmax()])
-        margins = np.maximum(margins, _chance_drops(-noise))
-    margins = margins * _students(series.values.shape[1]) + 1e-6 * np.abs(mean).max()
+        margins = np.maximum(margins, chance_drops(-noise))
+    margins = margins * students(series.values.shape[1]) + 1e-6 * np.abs(mean).max()
     declined, stretches = [], [(0, len(mean))]
     while stretches:
         first, last = stretches.pop()
@@ -180,26 +192,14 @@ def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decl
     return sorted(declined, key=lambda decline: -decline.depth)
 
 
-def _students(n: int) -> float:
-    """How much wider an interval is when its standard error is estimated from n prompts (Student 1908)."""
-    from scipy.special import ndtri, stdtrit  # start-up counts
-
-    return float(stdtrit(n - 1, (1 + LEVEL) / 2) / ndtri((1 + LEVEL) / 2))
-
-
-def _chance_drops(noise: Float[np.ndarray, "checkpoint resample"]) -> Float[np.ndarray, " checkpoint"]:
-    """How far noise drops to each checkpoint, from whichever before, in all but 5 % of cases together."""
-    fallen = np.maximum.accumulate(noise, axis=0)
-    fallen -= noise
-    size = np.sqrt(np.einsum("cr,cr->c", fallen, fallen) / noise.shape[1])
-    fallen /= np.where(size > 0, size, 1)[:, None]
-    deepest: Float[np.ndarray, " checkpoint"] = size * np.quantile(fallen.max(0), LEVEL)
-    return deepest
-
-
 def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
-    """What is dated: capability, the bug, what each layer's heads do to it, when their normalised recovery is above
-    half (nats beyond half of the gap; share of prompts whose recovery is), and how even and odd heads diverge.
+    """What is dated: capability, the clean prompt's answer, the bug, what each layer's heads do to it, when their
+    normalised recovery is above half (nats beyond half of the gap; share of prompts whose recovery is), and how even
+    and odd heads diverge.
+
+    Capability is judged by pairs: the logit difference of the clean prompt exceeds that of the corrupt one, and the one
+    is answered rightly and the other not.  A model that answers both prompts alike has the clean one right, and no
+    capability.
 
     Each in nats and, beside it, as the discrete rate, which can jump where nothing else does (Schaeffer et al. 2023,
     arXiv:2304.15004).
@@ -207,8 +207,10 @@ def series_of(run: xr.Dataset, direction: str) -> Iterator[Series]:
     complete = finished(run)
     complete = complete.sel(subset=[name for name in NAMED if name in complete.subset.values]).load()
     clean, corrupt = (complete[f"{name}_logit_diff"].transpose("checkpoint", "trial") for name in ("clean", "corrupt"))
-    yield Series(CAPABILITY, None, _array(clean), 0.0, "nats")
-    yield Series(CAPABILITY, None, _array(success(clean)), HALF, "rate")
+    yield Series(CAPABILITY, None, _array(clean - corrupt), CLEAR_OF_ZERO, "nats")
+    yield Series(CAPABILITY, None, _array(success(clean) * (1 - success(corrupt))), HALF, "rate")
+    yield Series("clean right", None, _array(clean), 0.0, "nats")
+    yield Series("clean right", None, _array(success(clean)), HALF, "rate")
     yield Series("corrupt wrong", None, -_array(corrupt), 0.0, "nats")
     yield Series("corrupt wrong", None, 1 - _array(success(corrupt)), HALF, "rate")
     sign = 1 if direction == "denoise" else -1
@@ -252,8 +254,9 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
 
     Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `threshold`, `after` and `by` (steps between
     which it starts), `low` and `high` (their interval over prompts), `significant` (step of the first significant
-    checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, none or undecided, over steps, to which tokens
-    seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the deepest first).
+    checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, non-monotone, none or undecided, over steps, to
+    which tokens seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the
+    deepest first).
     """
     complete = known_steps(run)
     steps = complete.step.values.astype(int)

@@ -12,7 +12,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from ..measures.logit_diff import NAMED, finished, recovered, success
-from .bootstrap import LEVEL, interval
+from .bootstrap import LEVEL
+from .means import interval
 
 
 @functools.cache

@@ -13,7 +13,9 @@ import numpy as np
 import zarr
 from jaxtyping import Bool, Float, Int, Shaped
 
+from ..runtime.errors import UserError
 from ..study.patch_settings import PatchSettings
+from ..study.primary import Primary
 from ..study.study import RUNS, Measure
 from . import zarr_group
 from .checkpoint_arrays import CheckpointArrays, CheckpointWriter
@@ -81,6 +83,16 @@ class AnyRun(CheckpointArrays):
 
 class PatchedRun(AnyRun):
     """Logit differences, and further measures and texts where they were asked for."""
+
+    def refuse_other_primary(self, primary: Sequence[Primary]) -> None:
+        """Raise `UserError` where other hypotheses than these, or none, were written when the run was created."""
+        written = self.attrs.get("primary", {}).get("tests", [])
+        if primary and written != [str(one) for one in primary]:
+            raise UserError(
+                f"--primary {' '.join(map(str, primary))}: the run {self.path.name} is there already, "
+                f"{'with ' + ' '.join(written) if written else 'without any'}; what is primary is named before "
+                "anything is patched: give this run another --name"
+            )
 
     def write(self, label: str) -> "PatchWriter":
         """Begin to write one checkpoint."""
@@ -160,9 +172,17 @@ class TextRun(AnyRun):
 
 
 def create_patched_run(
-    path: Path, settings: PatchSettings, axes: RunAxes, measures: Sequence[Measure], n_tokens: int
+    path: Path,
+    settings: PatchSettings,
+    axes: RunAxes,
+    measures: Sequence[Measure],
+    n_tokens: int,
+    primary: Mapping[str, Any] | None = None,
 ) -> None:
-    """A group with room for logit differences, `measures` and, with `n_tokens`, texts of at most so many tokens."""
+    """A group with room for logit differences, `measures` and, with `n_tokens`, texts of at most so many tokens.
+
+    `primary` is the record of its primary hypotheses (`study.primary.registered`).
+    """
     group = _start(path, axes)
     n_checkpoints = len(axes.checkpoints)
     dims = ("checkpoint", "layer", "subset", "trial")
@@ -180,7 +200,7 @@ def create_patched_run(
         for run in RUNS:
             for name, dtype in (("text", str), ("success", bool)):
                 zarr_group.put_empty(group, f"{run}_{name}", *unpatched, dtype, ("checkpoint", "trial"))
-    _describe(group, path, settings, axes, ["mask", *self_checks, *(["n_near"] if n_tokens else [])])
+    _describe(group, path, settings, axes, ["mask", *self_checks, *(["n_near"] if n_tokens else [])], primary)
 
 
 def create_text_run(path: Path, settings: PatchSettings, axes: RunAxes, n_tokens: int) -> None:
@@ -213,7 +233,12 @@ def new_seed() -> int:
 
 
 def _describe(
-    group: zarr.Group, path: Path, settings: PatchSettings, axes: RunAxes, coordinates: Sequence[str]
+    group: zarr.Group,
+    path: Path,
+    settings: PatchSettings,
+    axes: RunAxes,
+    coordinates: Sequence[str],
+    primary: Mapping[str, Any] | None = None,
 ) -> None:
     """The attributes.  xarray takes the names in `coordinates` for coordinates, the others for data."""
     attributes = {
@@ -221,5 +246,6 @@ def _describe(
         "self_check_seed": new_seed(),
         "versions": zarr_group.package_versions(),
         "coordinates": " ".join(["step", "complete", *coordinates]),
+        **({"primary": dict(primary)} if primary else {}),
     }
     zarr_group.finish_group(group, path, axes.checkpoints, attributes)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..runtime.errors import UserError
 from ..study.patch_settings import PatchSettings
+from ..study.primary import Primary, registered
 from ..study.prompts import Trials
 from ..study.study import RUNS, Measure
 from ..study.tasks.contrast import Contrast
@@ -85,6 +86,12 @@ class Store(CheckpointArrays):
     @property
     def n_heads(self) -> int:
         return int(self.array("z").shape[5])
+
+    @property
+    def n_groups(self) -> int:
+        """Groups of heads that share keys and values; 1 where every head has its own, or all share the same."""
+        n_kv_heads = int(self.array("key").shape[5]) if "key" in self.array_names else self.n_heads
+        return 1 if n_kv_heads == self.n_heads else n_kv_heads
 
     def kinds(self) -> list[str]:
         """Which of z, key, value and resid_pre are stored."""
@@ -173,18 +180,23 @@ class Store(CheckpointArrays):
         measures: Sequence[Measure] = (),
         n_tokens: int = 0,
         overwrite: bool = False,
+        primary: Sequence[Primary] = (),
     ) -> PatchedRun:
         """The patched run `name`, created where it does not exist, extended where the store has more checkpoints.
 
         It has room for `measures` beside the logit difference and, with `n_tokens`, for texts of at most so many
-        tokens.  With `overwrite`, what is to replace it once it is whole.
-        Raises `UserError` where it exists with other settings, naming the difference.
+        tokens.  With `overwrite`, what is to replace it once it is whole.  `primary` hypotheses are written into it
+        when it is created, before anything is patched.
+        Raises `UserError` where it exists with other settings or other primary hypotheses, naming the difference.
         """
         axes = self._run_axes(layers, labels, mask)
+        record = registered(primary, settings.to_attributes(), self.study, self.patch_names()) if primary else {}
         create = functools.partial(
-            create_patched_run, settings=settings, axes=axes, measures=measures, n_tokens=n_tokens
+            create_patched_run, settings=settings, axes=axes, measures=measures, n_tokens=n_tokens, primary=record
         )
-        return self._extended(PatchedRun(self._run_path(name, settings, create, overwrite), self.path))
+        run = PatchedRun(self._run_path(name, settings, create, overwrite), self.path)
+        run.refuse_other_primary(primary)
+        return self._extended(run)
 
     def open_texts(
         self,

@@ -7,10 +7,10 @@ from typing import Any, Literal, get_args
 from .patch_settings import Direction
 from .study import Arithmetic
 
-Part = Literal["attribution", "attention", "weights", "patching"]
+Part = Literal["attribution", "attention", "weights", "patching", "roles"]
 PARTS: tuple[Part, ...] = get_args(Part)
-"""Direct logit attribution, attention from the read position, QK and OV circuits of the weights, and attribution
-patching beside the exact effects: in the order in which they are measured and shown."""
+"""Direct logit attribution, attention from the read position, QK and OV circuits of the weights, attribution patching
+beside the exact effects, and the roles of heads: in the order in which they are measured."""
 
 
 @dataclass(frozen=True)

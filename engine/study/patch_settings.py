@@ -14,7 +14,7 @@ Protocol = Literal["corrected", "published"]
 class PatchRequest:
     """One patch to be run on every checkpoint of a store, in the words of the command line."""
 
-    subsets: tuple[str, ...] = ("even", "odd", "all", "each")
+    subsets: tuple[str, ...] = ("even", "odd", "all", "each", "splits")
     """Words of the subset language."""
 
     layers: tuple[str, ...] = ("all",)
@@ -31,6 +31,9 @@ class PatchRequest:
 
     generate: int = 0
     """Greedy tokens to generate from every patched run; none by default."""
+
+    primary: tuple[str, ...] = ()
+    """Hypotheses that are written into the run before anything is patched (`study.primary`)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class PatchSettings:
     n_tokens: int = 0
     """Greedy tokens of a text of the published protocol."""
 
+    n_groups: int = 1
+    """Key/value groups, within and between which heads can be exchanged; 1 where every head has keys of its own."""
+
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> "PatchSettings":
         """The settings that `to_attributes` wrote; a field that did not exist then has its default."""
@@ -74,6 +80,7 @@ class PatchSettings:
         """
         published = {"protocol", "layers", "subsets", "dtype", "n_tokens"}
         absent = {"n_tokens"} | {name for name in ("measures", "generate") if not getattr(self, name)}
+        absent |= {"n_groups"} if self.n_groups == 1 else set()
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         names = published if self.protocol == "published" else values.keys() - absent
         return {name: value for name, value in values.items() if name in names}

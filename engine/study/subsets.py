@@ -13,7 +13,8 @@ from ..runtime.errors import UserError
 from ..runtime.format import parse_whole
 
 LANGUAGE = (
-    "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, splits:N, orders:N, or heads such as 0,2,4"
+    "even, odd, none, all, each, but, balanced, lattice, size:K, random:N, splits, splits:N, orders:N, or heads such "
+    "as 0,2,4"
 )
 
 LARGEST_SWEEP = 2**22
@@ -35,14 +36,21 @@ class Subsets:
 
 
 def parse_subsets(
-    words: Sequence[str], n_heads: int, seed: int = 0, estimate: Callable[[int], str] = lambda _n: ""
+    words: Sequence[str],
+    n_heads: int,
+    seed: int = 0,
+    estimate: Callable[[int], str] = lambda _n: "",
+    n_groups: int = 1,
 ) -> Subsets:
     """The subsets that `words` name, each once; `seed` decides the random ones.
+
+    `n_groups` is the number of key/value groups of consecutive heads within and between which heads can be exchanged
+    (`is_symmetric`); random equal splits are drawn from those that exchanging heads makes of even against odd.
 
     Raises `UserError` for a word outside the language, and for more than `LARGEST_SWEEP` subsets; the message contains
     `estimate` of their number, how long they would take.
     """
-    n_subsets = sum(count_subsets(word, n_heads) for word in words)
+    n_subsets = sum(count_subsets(word, n_heads, n_groups) for word in words)
     if n_subsets > LARGEST_SWEEP:
         raise UserError(
             f"--subsets {' '.join(words)}: {n_subsets:,} subsets of {n_heads} heads is more than {LARGEST_SWEEP:,}; "
@@ -50,7 +58,7 @@ def parse_subsets(
         )
     rows: dict[frozenset[int], None] = {}
     for word in words:
-        rows.update(dict.fromkeys(_subsets_of(word, n_heads, seed)))
+        rows.update(dict.fromkeys(_subsets_of(word, n_heads, seed, n_groups)))
     mask = np.zeros((len(rows), n_heads), dtype=bool)
     for row, heads in enumerate(rows):
         mask[row, list(heads)] = True
@@ -71,7 +79,7 @@ def label_of(heads: Iterable[int], n_heads: int) -> str:
     return named.get(heads, plain) if n_heads > 2 or len(heads) != 1 else plain
 
 
-def count_subsets(word: str, n_heads: int) -> int:
+def count_subsets(word: str, n_heads: int, n_groups: int = 1) -> int:
     """How many subsets a word names, without listing them.  Raises `UserError` for a word outside the language."""
     match word.partition(":"):
         case ("even" | "odd" | "none" | "all", "", ""):
@@ -86,8 +94,10 @@ def count_subsets(word: str, n_heads: int) -> int:
             return math.comb(n_heads, _whole(word, k, low=0, high=n_heads))
         case ("random", ":", n):
             return min(_whole(word, n, low=1), 1 << n_heads)
+        case ("splits", "", ""):
+            return 2 * min(doubling_splits(n_heads) + 1, count_equal_splits(n_heads, n_groups))
         case ("splits" | "halvings", ":", n):
-            return 2 * min(_whole(word, n, low=1) + 1, count_equal_splits(n_heads))
+            return 2 * min(_whole(word, n, low=1) + 1, count_equal_splits(n_heads, n_groups))
         case ("orders", ":", n):
             return min(2 * _whole(word, n, low=1) * (n_heads + 1), 1 << n_heads)
         case _:
@@ -95,12 +105,40 @@ def count_subsets(word: str, n_heads: int) -> int:
             return 1
 
 
-def count_equal_splits(n_heads: int) -> int:
-    """Ways to split the heads into two halves (of an odd number of heads one half is larger by one)."""
-    return math.comb(n_heads, n_heads // 2) // (1 if n_heads % 2 else 2)
+def count_equal_splits(n_heads: int, n_groups: int = 1) -> int:
+    """Ways to split the heads into two halves (of an odd number of heads one half is larger by one) that exchanging
+    heads makes of even against odd."""
+    return count_halves(n_heads, n_groups) // (1 if n_heads % 2 else 2)
 
 
-def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+def count_halves(n_heads: int, n_groups: int = 1) -> int:
+    """Sets of heads that exchanging heads makes of the even ones, the orbit of the symmetry group."""
+    width = n_heads // n_groups
+    n_fuller = n_groups - n_groups // 2 if width % 2 else n_groups  # groups that begin with an even head
+    return int(math.comb(n_groups, n_fuller) * math.comb(width, width - width // 2) ** n_groups)
+
+
+def is_symmetric(mask: Bool[np.ndarray, "subset head"], n_groups: int) -> Bool[np.ndarray, " subset"]:
+    """Which subsets exchanging heads makes of the even ones.
+
+    Heads that share keys and values are alike only among themselves, and a group only as a whole with another: what can
+    be exchanged are heads within a group, and groups.  So as many heads as of the even ones lie in the groups, in
+    whatever order of groups.  One group stands for plain attention, where every head has keys and values of its own and
+    all can be exchanged.
+    """
+    even = np.arange(mask.shape[1]) % 2 == 0
+    counts = np.sort(mask.reshape(len(mask), n_groups, -1).sum(-1), axis=1)
+    symmetric: Bool[np.ndarray, " subset"] = (counts == np.sort(even.reshape(n_groups, -1).sum(-1))).all(1)
+    return symmetric
+
+
+def doubling_splits(n_heads: int) -> int:
+    """How many random equal splits beside even against odd, each with its complement, at most double the patched runs
+    of `even odd all each`: the `N` of a plain `splits`."""
+    return (n_heads + 3) // 2
+
+
+def _subsets_of(word: str, n_heads: int, seed: int, n_groups: int) -> Iterator[frozenset[int]]:
     every_head = frozenset(range(n_heads))
     name, _, number = word.partition(":")
     match name:
@@ -123,7 +161,7 @@ def _subsets_of(word: str, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
         case "random":
             yield from _sample(count_subsets(word, n_heads), n_heads, seed)
         case "splits" | "halvings":  # `halvings` is the first name of `splits`
-            for half in _sample_splits(count_subsets(word, n_heads) // 2, n_heads, seed):
+            for half in _sample_splits(count_subsets(word, n_heads, n_groups) // 2, n_heads, seed, n_groups):
                 yield from (half, every_head - half)
         case "orders":
             for order in draw_orders(int(number), n_heads, seed):
@@ -147,7 +185,7 @@ def _sample(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
             yield _from_bits(bits, n_heads)
 
 
-def _sample_splits(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
+def _sample_splits(n: int, n_heads: int, seed: int, n_groups: int) -> Iterator[frozenset[int]]:
     """Even against odd heads and `n - 1` random others: distinct equal splits, uniform over the others.
 
     Each by its larger half, or by the one with head 0.
@@ -156,18 +194,27 @@ def _sample_splits(n: int, n_heads: int, seed: int) -> Iterator[frozenset[int]]:
     size = n_heads - n_heads // 2
     even = frozenset(range(0, n_heads, 2))
     yield even
-    if n > count_equal_splits(n_heads) // 2:
+    if n_groups == 1 and n > count_equal_splits(n_heads) // 2:
         halves = (frozenset(heads) for heads in combinations(range(n_heads), size) if n_heads % 2 or 0 in heads)
         yield from draw.sample([half for half in halves if half != even], n - 1)
         return
     seen = {even}
     while len(seen) < n:
-        half = frozenset(draw.sample(range(n_heads), size))
+        half = frozenset(draw.sample(range(n_heads), size)) if n_groups == 1 else _exchanged(draw, n_heads, n_groups)
         if n_heads % 2 == 0 and 0 not in half:
             half = frozenset(range(n_heads)) - half  # the half with head 0 stands for both
         if half not in seen:
             seen.add(half)
             yield half
+
+
+def _exchanged(draw: random.Random, n_heads: int, n_groups: int) -> frozenset[int]:
+    """The even heads after a random exchange of groups, and of heads within each."""
+    width, heads = n_heads // n_groups, list[int]()
+    for place, group in enumerate(draw.sample(range(n_groups), n_groups)):
+        n_even = sum(head % 2 == 0 for head in range(group * width, (group + 1) * width))
+        heads += [place * width + head for head in draw.sample(range(width), n_even)]
+    return frozenset(heads)
 
 
 def draw_orders(n: int, n_heads: int, seed: int = 0) -> list[tuple[int, ...]]:
@@ -203,11 +250,13 @@ def _whole(word: str, number: str, low: int, high: int | None = None) -> int:
     return value
 
 
-def parse_layers(words: Sequence[str], available: Sequence[int], flag: str = "--layers") -> list[int]:
+def parse_layers(
+    words: Sequence[str], available: Sequence[int], flag: str = "--layers", noun: str = "layer"
+) -> list[int]:
     """The layers that `words` (`all`, `6`, `4-8`) name, ascending.
 
     Raises `UserError`, naming the option `flag`, for a word that is no layer or range, and for a layer that is not
-    `available`.
+    `available`; `noun` is what is numbered, where it is not layers.
     """
     layers: set[int] = set()
     for word in words:
@@ -219,9 +268,9 @@ def parse_layers(words: Sequence[str], available: Sequence[int], flag: str = "--
             # At most one layer too many is listed, however far the range goes: it is refused below.
             layers.update(range(first, min(last, max(first, available[-1] + 1)) + 1))
         else:
-            raise UserError(f"{flag} {word}: not a layer; write all, a layer such as 6, or a range such as 4-8")
+            raise UserError(f"{flag} {word}: not a {noun}; write all, a {noun} such as 6, or a range such as 4-8")
     if absent := sorted(layers - set(available)):
-        raise UserError(f"{flag}: layer {absent[0]} is not there; the layers are {available[0]} to {available[-1]}")
+        raise UserError(f"{flag}: {noun} {absent[0]} is not there; the {noun}s are {available[0]} to {available[-1]}")
     if not layers:
-        raise UserError(f"{flag} {' '.join(words)} names no layer; ranges ascend, such as 4-8")
+        raise UserError(f"{flag} {' '.join(words)} names no {noun}; ranges ascend, such as 4-8")
     return sorted(layers)

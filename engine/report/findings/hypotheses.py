@@ -6,14 +6,12 @@ import xarray as xr
 from ...measures.logit_diff import best_layer
 from ...statistics.bootstrap import LEVEL
 from ...statistics.changepoint import GAP, Shape
-from ...statistics.hypotheses import FEWEST, SUPPORTED, THIRDS, Evaluation, hypotheses
-from ...statistics.onset import Onset, known_steps
+from ...statistics.hypotheses import FEWEST, THIRDS, Evaluation, hypotheses
+from ...statistics.onset import known_steps
+from ...statistics.parity_onset import ParityOnset
 from ...study.patch_settings import PatchSettings
 from .finding import Finding
-from .onsets import format_interval
-
-HOW_TO_TEST = "--subsets splits:200"
-"""What samples a permutation null."""
+from .parity import how_to_test
 
 
 def hypotheses_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None:
@@ -31,8 +29,9 @@ def hypotheses_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | No
         return None
     numbers = hypotheses_table(evaluation)
     notes = [f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps to the last"]
-    if evaluation.p is None:
-        notes.append(f"cannot tell: no null was run ({HOW_TO_TEST})")
+    if evaluation.onset is None:
+        words = how_to_test(complete.sizes["head"], settings.n_groups)[0]
+        notes.append(f"cannot tell: no null was run (--subsets even odd all {words})")
     for evidence, alike in numbers.groupby("evidence", sort=False):
         notes.append(f"{', '.join(str(name).split()[0] for name in alike.index)}: {evidence}")
     table = numbers[["verdict"]].rename_axis(None)
@@ -42,31 +41,39 @@ def hypotheses_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | No
 def hypotheses_table(evaluation: Evaluation) -> pd.DataFrame:
     """`verdict` and `evidence` in words, by `hypothesis`."""
     when, how = _onset_evidence(evaluation), _shape_evidence(evaluation.shape)
-    rows = {}
-    for name, verdict in evaluation.verdicts.items():
-        evidence = when if name in THIRDS else how
-        if evaluation.p is not None and evaluation.p > 1 - LEVEL and verdict != SUPPORTED:
-            evidence += "; other equal splits differ as much"
-        rows[name] = {"verdict": verdict, "evidence": evidence}
+    if evaluation.onset is not None and not evaluation.onset.lasts:
+        how += "; without a pattern that lasts nothing is said of its shape"
+    rows = {
+        name: {"verdict": verdict, "evidence": when if name in THIRDS else how}
+        for name, verdict in evaluation.verdicts.items()
+    }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("hypothesis")
 
 
 def _onset_evidence(evaluation: Evaluation) -> str:
-    series = evaluation.series
+    onset = evaluation.onset
+    if onset is None:
+        return "among no other equal splits can even against odd stand out"
     thirds = " or ".join(evaluation.log_thirds) or "in no third"
-    text = (
-        f"{series.name} ({series.unit}) starts {_format_onset(evaluation.onset, evaluation.one_prompt)}; "
-        f"over log steps {thirds}"
+    p = f"permutation p = {onset.p:.2g} at the last checkpoint"
+    power = "" if onset.p <= 1 - LEVEL else f", power {onset.power:.0%}"
+    return f"{parity_onset_text(onset)}; over log steps {thirds}; {p}{power}"
+
+
+def parity_onset_text(onset: ParityOnset) -> str:
+    """Between which steps even against odd starts to stand out among the equal splits, and how sure that is."""
+    size = f"a pattern of {onset.size:.2g} nats"
+    until = (
+        f"{size} is excluded up to step {onset.after:,}" if onset.after is not None else f"{size} is nowhere excluded"
     )
-    return text if evaluation.p is None else f"{text}; permutation p = {evaluation.p:.2g}"
-
-
-def _format_onset(onset: Onset, one_prompt: bool) -> str:
-    if one_prompt:
-        return f"{onset}, one prompt: no interval"
-    never = onset.significant is None
-    significant = "significant at no checkpoint" if never else f"significant from step {onset.significant:,}"
-    return f"{onset}, interval {format_interval(onset.low, onset.high)}, {significant}"
+    if onset.by is None:
+        if onset.is_absent:
+            return f"even − odd stands out at no checkpoint, and {size} is excluded at each"
+        few = f" (of so few splits p is at least {onset.least_p:.2g})" if onset.least_p > 1 - LEVEL else ""
+        return f"even − odd stands out at no checkpoint{few}; {until}"
+    until = until.replace("is nowhere excluded", "is excluded at none before")
+    gone = "" if onset.lasts else ", not at the last"
+    return f"even − odd stands out among the equal splits from step {onset.by:,} on{gone}; {until}"
 
 
 def _shape_evidence(shape: Shape) -> str:

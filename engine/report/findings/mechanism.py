@@ -12,17 +12,20 @@ from ...checkpoints.revisions import step_of
 from ...measures.logit_diff import finished
 from ...mechanism.summary import HEADS, approximation, head_means, heads_by_attribution
 from ...runtime.format import format_count, format_head
-from ...statistics.bootstrap import LEVEL, interval
+from ...statistics.bootstrap import LEVEL
+from ...statistics.means import interval
 from ...study.mechanism_settings import MechanismSettings, Part
 from ...study.study import RUNS
 from .finding import Finding
+from .roles import role_lines, roles_finding
 
 SHOWN = 3
 """Heads that the summary names."""
 
 
 def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mapping[str, Any]) -> list[str]:
-    """At most 8 lines of at most 100 columns about the final checkpoint; none where no checkpoint is finished.
+    """At most 8 lines of at most 100 columns about the final checkpoint, after those about roles; none where no
+    checkpoint is finished.
 
     `study` is the store's record of model and task.
     """
@@ -37,6 +40,8 @@ def mechanism_summary(run: xr.Dataset, settings: MechanismSettings, study: Mappi
     # A store of a folder records its whole path; a name on the hub stays as it is.
     model = Path(study["model"]).name if Path(study["model"]).is_absolute() else study["model"]
     lines = [f"{model} on {study['task']} at {label}, {which}{prompts}"]
+    if "roles" in settings.parts:
+        lines += role_lines(measured, settings)
     if "attribution" in settings.parts:
         lines += _direct_heads(final, settings)
     elif "attention" in settings.parts:
@@ -116,6 +121,14 @@ def _gradient_line(final: xr.Dataset, settings: MechanismSettings) -> str:
         f"{float(quality.of_all_largest_error):.2g}; {format_head(layer, head)} {estimate.values[place]:+.2f}, exact "
         f"{effect.values[place]:+.2f} nats"
     )
+
+
+def mechanism_findings(run: xr.Dataset, settings: MechanismSettings) -> Iterator[Finding]:
+    """What was measured at every finished checkpoint, of which there is one at least: roles apart from the rest."""
+    if settings.parts != ("roles",):
+        yield mechanism_text(run, settings)
+    if "roles" in settings.parts:
+        yield roles_finding(run, settings)
 
 
 def mechanism_text(run: xr.Dataset, settings: MechanismSettings) -> Finding:

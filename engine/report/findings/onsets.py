@@ -5,7 +5,7 @@ import pandas as pd
 import xarray as xr
 
 from ...measures.logit_diff import best_layer
-from ...statistics.hypotheses import FEWEST
+from ...statistics.hypotheses import FEWEST, parity_onset
 from ...statistics.onset import CAPABILITY, DIVERGENCE, compare_onsets, known_steps, onsets, pick, series_of
 from ...study.patch_settings import PatchSettings
 from .finding import Finding
@@ -72,7 +72,10 @@ def _jumps(shown: pd.DataFrame) -> list[str]:
 
 
 def _order(complete: xr.Dataset, direction: str, layer: int) -> list[str]:
-    """Whether the model can do the task before even and odd heads diverge."""
+    """Whether the model can do the task before even and odd heads diverge; nothing where that is no pattern."""
+    onset = parity_onset(complete, direction, layer)
+    if onset is None or not onset.lasts:
+        return []  # what parts first may be any head
     series = list(series_of(complete, direction))
     able, diverged = pick(series, CAPABILITY, "nats", None), pick(series, DIVERGENCE, "nats", layer)
     if able is None or diverged is None:

@@ -82,6 +82,6 @@ def _legend(frame: pd.DataFrame, direction: str, named: Sequence[str]) -> str:
     return (
         f"failing: of {n} distinct prompts those that the {target} run fails; {leading}: share of the "
         f"{meant[leading]}, {LEVEL:.0%} Wilson interval; {other}: number of {meant[other]} ({', '.join(named)}); "
-        f"recovery: mean normalised recovery of the logit-difference gap to the {source} run, bootstrap interval, "
+        f"recovery: mean normalised recovery of the logit-difference gap to the {source} run, interval, "
         f"over prompts where it is at least {CLEAR_OF_ZERO} nats ({clear})"
     )

@@ -6,12 +6,23 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Float
 
 from ...measures.logit_diff import best_layer, finished
 from ...statistics.bootstrap import LEVEL
-from ...statistics.head_subsets import SHARE, head_subset_statistics, sampled
+from ...statistics.head_subsets import (
+    DEGREES,
+    SHARE,
+    energy_interval,
+    head_subset_statistics,
+    sampled,
+    strongest_interaction,
+)
 from ...study.patch_settings import PatchSettings
 from .finding import Finding
+
+ADDITIVE = 0.95
+"""Share of the variance over subsets that single heads must surely explain for heads to be called additive."""
 
 SHOWN = 3
 """Heads named in a row of the table, and pairs of them."""
@@ -33,6 +44,7 @@ def head_subset_findings(run: xr.Dataset, settings: PatchSettings) -> Iterator[F
     if exact is not None:
         yield _sizes_finding(exact, best, unit)
         yield _pairs_finding(exact, best, unit)
+        yield _energy_finding(exact, best)
 
 
 def _shares_finding(statistics: xr.Dataset, best: xr.DataArray, unit: str) -> Finding:
@@ -97,8 +109,52 @@ def _pairs_finding(statistics: xr.Dataset, best: xr.DataArray, unit: str) -> Fin
         f"pairs of heads of layer {int(at_best.layer)} with the largest Shapley interactions at {label} ({unit}; below "
         f"zero the two are redundant, above it they need each other): {_strongest(at_best)}"
     )
-    numbers = statistics[["interaction"]].to_dataframe().query("head < other")
+    numbers = statistics[["interaction", "interaction_low", "interaction_high"]].to_dataframe().query("head < other")
     return Finding("Which heads interact", None, (note,), "pairs", numbers)
+
+
+def _energy_finding(statistics: xr.Dataset, best: xr.DataArray) -> Finding:
+    """Per checkpoint, at its best layer: how much of the variance over subsets single heads, pairs and more explain."""
+    numbers = statistics[["energy", "energy_low", "energy_high"]]
+    rows = {}
+    for label, at_best in _best(numbers, best):
+        columns = zip(DEGREES, *(at_best[name].values for name in numbers), strict=True)
+        cells = {degree: _share(*values) for degree, *values in columns}
+        rows[label] = {"layer": str(int(at_best.layer))} | cells
+    table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("checkpoint")
+    note = (
+        "shares of the variance of the effect over all subsets of the best layer's heads (Walsh energy by degree), "
+        f"with {LEVEL:.0%} intervals over prompts: heads act additively where single heads explain nearly all of it"
+    )
+    return Finding("How heads act together", table, (note,), "energy", numbers.to_dataframe())
+
+
+def _share(share: float, low: float, high: float) -> str:
+    if math.isnan(share):
+        return "-"
+    return f"{share:.1%}" if math.isnan(low) else f"{share:.1%} {low:.1%}..{high:.1%}"
+
+
+def together_texts(values: Float[np.ndarray, "subset trial"], layer: int) -> tuple[str, ...]:
+    """How a layer's heads act together, in words, the longest first; nothing where nothing varies.
+
+    Additively where single heads surely explain `ADDITIVE` of the variance over subsets; else the surest pair, where
+    its interaction is significant: below zero the two are redundant, above it they need each other.
+    """
+    share, low, _ = energy_interval(values)
+    if math.isnan(share[0]):
+        return ()
+    percent = f"{100 * share[0]:.1f} %"
+    if low[0] >= ADDITIVE:
+        return f"heads act additively ({percent} of the variance over subsets)", f"additive: {percent}"
+    pair = strongest_interaction(values)
+    shares = f"{percent} additive, {100 * share[1]:.1f} % pairs"
+    if pair is None or pair.p_adjusted > 1 - LEVEL:
+        return shares, f"additive: {percent}"
+    sign = -1 if values[-1].mean() < 0 else 1
+    named = " and ".join(f"L{layer}.H{head}" for head in pair.heads)
+    how = "are redundant" if sign * pair.nats < 0 else "need each other"
+    return f"{shares}; {named} {how}", f"{named} {how}", f"additive: {percent}"
 
 
 def _best(statistics: xr.Dataset, best: xr.DataArray) -> Iterator[tuple[str, xr.Dataset]]:
@@ -119,10 +175,17 @@ def _largest(at_best: xr.Dataset) -> str:
 def _strongest(at_best: xr.Dataset) -> str:
     heads, others = np.triu_indices(at_best.sizes["head"], 1)
     value = at_best.interaction.values[heads, others]
+    low, high = (at_best[name].values[heads, others] for name in ("interaction_low", "interaction_high"))
     order = np.argsort(-np.abs(value), kind="stable")[:SHOWN]
-    return (
-        "; ".join(f"{_pair(at_best, int(heads[pair]), int(others[pair]))} {value[pair]:+.2f}" for pair in order) or "-"
+    texts = (
+        f"{_pair(at_best, int(heads[pair]), int(others[pair]))} {value[pair]:+.2f}{_bounds(low[pair], high[pair])}"
+        for pair in order
     )
+    return "; ".join(texts) or "-"
+
+
+def _bounds(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f" [{low:+.2f}, {high:+.2f}]"  # one prompt has no interval
 
 
 def _pair(at_best: xr.Dataset, head: int, other: int) -> str:

@@ -8,21 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Bool
 
-from ...measures.logit_diff import best_layer, effect, finished, success
+from ...measures.logit_diff import PATTERN, best_layer, effect, finished, success
 from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
-from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, t_test, telling_checkpoint
-from ...statistics.head_subsets import additive_share
-from ...statistics.multiple_testing import Correction
-from ...statistics.onset import HALF, PATTERN, first_sustained, known_steps
-from ...statistics.permutation import find_equal_splits, parity
+from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, telling_checkpoint
+from ...statistics.head_subsets import all_subset_rows
+from ...statistics.hypotheses import parity_onset
+from ...statistics.joint import JointTest
+from ...statistics.means import interval
+from ...statistics.onset import HALF, first_sustained, known_steps
+from ...statistics.parity_onset import ParityOnset
+from ...statistics.permutation import (
+    EqualSplits,
+    find_equal_splits,
+    joint_parity,
+    meeting_the_rule,
+    permutation_p,
+)
+from ...statistics.selection import held_out
 from ...study.patch_settings import PatchSettings
+from ...study.reading import READING, Reading
 from ...study.study import TOLERANCE
 from .parity import how_to_test
+from .primary import CHANGED, answer, primary_tests, stamps
 from .published import success_table
+from .shares import together_texts
 
 WIDTH, LABEL = 100, 11
 """Columns of a line, and of the word that it begins with."""
@@ -55,20 +69,20 @@ def verdict(
     settings: PatchSettings,
     study: Mapping[str, Any],
     page: str | None = None,
-    correction: Correction = "bh",
+    reading: Reading = READING,
 ) -> list[str]:
     """At most 12 lines of at most 100 columns about a run; the table of the published protocol is as long as its run.
 
     `study` is the store's record of what was asked (`model` and `task` are read); `page` is where the report was
     written.
     """
-    lines = [str(line) for line in verdict_lines(run, settings, study, correction)]
+    lines = [str(line) for line in verdict_lines(run, settings, study, reading)]
     # A path is typed or clicked: it is never cut.
     return [*lines, f"{'page':<{LABEL}}{page}"] if page else lines
 
 
 def verdict_lines(
-    run: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any], correction: Correction = "bh"
+    run: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any], reading: Reading = READING
 ) -> list[Line]:
     """The same by its parts, without the page."""
     complete = finished(run)
@@ -77,17 +91,23 @@ def verdict_lines(
         return [question, Line("task", "no checkpoint is finished yet")]
     if settings.protocol == "published":
         return [question, *_published_lines(complete, study)]
-    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, correction)]
-    lines += [*_layer_line(complete, settings), *_parity_line(complete, settings, correction)]
-    lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ"))
+    judges = None
+    if (prompts := reading.prompts(complete.sizes["trial"])) is not None:
+        question = Line("", _question(complete, settings, study, f"{len(prompts[1])} of "))
+        judges, complete = (complete.isel(trial=chosen) for chosen in prompts)
+    lines = [question, Line("task", _task(complete)), *_head_lines(complete, settings, reading, judges)]
+    lines += [*_layer_line(complete, settings, judges), *_parity_line(complete, settings, judges)]
+    lines += list(_primary_line(complete, settings, study)) or list(_rule_line(complete, settings, judges))
+    lines.append(Line("seeds", "one training run: effects and onsets of another seed can differ (headlapse compare)"))
     return [*lines, *_check_line(complete)]
 
 
-def _question(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any]) -> str:
+def _question(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any], some: str = "") -> str:
+    """What was asked; `some` is how many of the prompt pairs are shown, where not all are."""
     labels, n = _labels(complete), complete.sizes["trial"]
     what = f"{Path(study['model']).name} on {Path(study['task']).name}"
     between = f" ({labels[0]} to {labels[-1]})" if len(labels) > 1 else f" ({labels[0]})" if labels else ""
-    pairs, checkpoints = format_count(n, "prompt pair"), format_count(len(labels), "checkpoint")
+    pairs, checkpoints = f"{some}{format_count(n, 'prompt pair')}", format_count(len(labels), "checkpoint")
     how, where = _patch_in_words(settings)
     return fitting(
         f"{what}: {pairs}, {checkpoints}{between}, {how}{where}",
@@ -153,34 +173,52 @@ def _between(after: str, by: str) -> str:
 # --- the heads ---
 
 
-def _head_lines(complete: xr.Dataset, settings: PatchSettings, correction: Correction) -> Iterator[Line]:
+def _head_lines(
+    complete: xr.Dataset, settings: PatchSettings, reading: Reading, judges: xr.Dataset | None
+) -> Iterator[Line]:
     """The heads with the largest effects at the last checkpoint, or where none is significant there, at the checkpoint
-    of the largest significant effect."""
-    effects = head_effects(complete, settings, correction)
+    of the largest significant effect.  `judges` are the prompts that chose them, None where these did themselves."""
+    effects = head_effects(complete, settings, reading.correction, reading.margin)
     if effects.empty:
         yield Line("heads", _no_single_heads(settings))
         return
     last, at = _labels(complete)[-1], telling_checkpoint(effects)
     heads = rank_heads(effects, at or last)
+    if judges is not None:
+        heads = _in_order_of(heads, head_effects(judges, settings, reading.correction), at or last)
     if complete.sizes["trial"] == 1:
         yield Line("heads", f"largest effects at {last} (nats); one prompt: no interval, no p-value")
         yield from (Line(f"  {head}", f"{head.effect:+.2f}") for head in heads[:SHOWN])
     elif at is None:
         largest = f"{heads[0]} {format_estimate(heads[0].effect, heads[0].low, heads[0].high)}"
         none = f"none of {format_count(len(heads), 'head')} has a lasting significant effect"
-        yield Line("heads", fitting(f"{none}; largest at {last}: {largest}", f"{none}; largest: {largest}", none))
+        n_none = sum(head.has_none for head in heads)
+        shown = f"; {n_none} surely within ±{reading.margin:g} nats" if n_none else ""
+        texts = (f"{none}{shown}; largest at {last}: {largest}", f"{none}{shown}; largest: {largest}")
+        yield Line("heads", fitting(*texts, f"{none}{shown}", none))
     else:
         significant = [head for head in heads if head.is_significant]
         counts = f"{len(significant)} of {len(heads)} significant at {at}{'' if at == last else f', none at {last}'}"
+        n_none = sum(head.has_none for head in heads)
+        shown = f", {n_none} none (±{reading.margin:g})" if n_none else ""
+        chosen = "" if len(heads) <= SHOWN else ", inflated: --select-on" if judges is None else ", chosen on others"
         yield Line(
             "heads",
             fitting(
-                f"{counts}; mean effect (nats, 95 % interval), adjusted p",
-                f"{counts}; nats [95 % interval], adjusted p",
+                f"{counts}{shown}; mean effect (nats, 95 % interval){chosen}; adjusted p",
+                f"{counts}{shown}; nats [95 % interval]{chosen}; adjusted p",
+                f"{counts}{shown}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
+                f"{counts}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
                 counts,
             ),
         )
         yield from _table(significant[:SHOWN], len(_labels(complete)))
+
+
+def _in_order_of(heads: Sequence[HeadEffect], effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
+    """The heads in the order of the size of their effects on other prompts."""
+    size = effects["effect"].xs(checkpoint, level="checkpoint").abs()
+    return sorted(heads, key=lambda head: -float(size[head.layer, head.head]))
 
 
 def _no_single_heads(settings: PatchSettings) -> str:
@@ -215,25 +253,38 @@ def _significant_from(head: HeadEffect) -> str:
 # --- the layer, even and odd ---
 
 
-def _layer_line(complete: xr.Dataset, settings: PatchSettings) -> Iterator[Line]:
-    """All heads of the layer where they have the largest effect at the last checkpoint."""
+def _layer_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
+    """All heads of the layer where they have the largest effect at the last checkpoint: chosen by `judges`, else on one
+    half of the prompts and estimated on the other, both ways (`selection.held_out`)."""
     if "all" not in complete.subset.values:
         return
-    layer = _leading_layer(complete, settings)
+    layer = _leading_layer(complete if judges is None else judges, settings)
     last = complete.isel(checkpoint=-1)
+    if judges is None and (apart := _held_out_apart(last, settings)) is not None:
+        yield Line("layer", apart)
+        return
     nats = effect(last, settings.direction).sel(layer=layer, subset="all").values.astype(float)
-    low, high, _ = (float(values[0]) for values in t_test(nats[None]))
+    low, high = (float(values[0]) for values in interval(nats[None]))
     mean = f"all heads {format_estimate(float(nats.mean()), low, high)} nats"
     restored = _restored(last.sel(layer=layer, subset="all"), settings)
     text = f"{mean}, not clear of zero" if low <= 0 <= high else f"{mean}, {restored}"
-    share = _additive_share(complete, settings, layer)
-    if share is None:
-        text = fitting(f"{text} at {_labels(complete)[-1]}", text)
-    else:
-        additive = f"{text}; single heads add up to {100 * share:.1f} % of the variance over subsets"
-        text = fitting(additive, f"{text}; additive: {100 * share:.1f} %", text)
+    together = _together(complete, settings, layer)
+    text = fitting(*(f"{text}; {words}" for words in together), f"{text} at {_labels(complete)[-1]}", text)
     where = f"layers {settings.layers[0]}-{settings.layers[-1]}" if settings.joint else f"layer {layer}"
     yield Line(where if len(where) < LABEL else "layers", text)
+
+
+def _held_out_apart(last: xr.Dataset, settings: PatchSettings) -> str | None:
+    """The held-out effect where halves of the prompts choose different layers; None where they agree, for then it is
+    that of all prompts at that layer."""
+    moved = effect(last, settings.direction).sel(subset="all").transpose("layer", "trial")
+    held = held_out(moved.values.astype(float))
+    if held is None or held.agrees:
+        return None
+    layers = " and ".join(str(int(last.layer.values[place])) for place in held.layers)
+    estimate = format_estimate(held.effect, held.low, held.high)
+    text = f"halves of the prompts choose layers {layers}; all heads of the other half's choice {estimate} nats"
+    return fitting(text, f"halves choose layers {layers}; all heads, held out {estimate} nats")
 
 
 def _leading_layer(complete: xr.Dataset, settings: PatchSettings) -> int:
@@ -251,45 +302,106 @@ def _restored(patched: xr.Dataset, settings: PatchSettings) -> str:
     return f"{int((right & failed).sum())} of {format_count(int(failed.sum()), 'failing prompt')} restored"
 
 
-def _additive_share(complete: xr.Dataset, settings: PatchSettings, layer: int) -> float | None:
-    moved = effect(complete.isel(checkpoint=-1), settings.direction).sel(layer=layer).mean("trial")
-    share = additive_share(moved.values.astype(float), complete.mask.values)
-    return None if share is None or math.isnan(share) else share
+def _together(complete: xr.Dataset, settings: PatchSettings, layer: int) -> tuple[str, ...]:
+    """How the layer's heads act together, the longest words first; nothing where not all subsets were run."""
+    rows = all_subset_rows(complete.mask.values)
+    if rows is None:
+        return ()
+    moved = effect(complete.isel(checkpoint=-1), settings.direction).sel(layer=layer).transpose("subset", "trial")
+    return together_texts(moved.values[rows].astype(float), layer)
 
 
-def _parity_line(complete: xr.Dataset, settings: PatchSettings, correction: Correction) -> Iterator[Line]:
+def _parity_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
     """Even against odd heads at the leading layer of the last checkpoint, with what the permutation test allows to be
     said of it.
 
-    One test at 5 %: the cell is chosen by the effect of all heads, which no relabelling changes.
+    One test at 5 %, which depends on nothing but the splits that were run: the leading layer at the last checkpoint,
+    chosen by the effect of all heads, which no relabelling changes; where so few splits can show nothing in one layer,
+    the joint test of all layers and checkpoints.
     """
     if not {"even", "odd"} <= set(complete.subset.values):
         return
-    layer = _leading_layer(complete, settings)
+    layer = _leading_layer(complete if judges is None else judges, settings)
     logit_diff = complete.logit_diff.isel(checkpoint=-1).sel(layer=layer)
     nats = (logit_diff.sel(subset="even") - logit_diff.sel(subset="odd")).values.astype(float)
-    low, high, _ = (float(values[0]) for values in t_test(nats[None]))
+    low, high = (float(values[0]) for values in interval(nats[None]))
     difference = f"{format_estimate(float(nats.mean()), low, high)} nats"
     difference += "" if settings.joint else f" in layer {layer}"
-    splits, frame = find_equal_splits(complete), parity(complete, correction)
-    if splits is None or frame is None:
-        words = how_to_test(complete.sizes["head"])[0]
+    splits, joint = find_equal_splits(complete), joint_parity(complete)
+    if splits is None or joint is None:
+        words = how_to_test(complete.sizes["head"], settings.n_groups)[0]
         text = f"not tested: {difference}, no null was run"
         yield Line("even/odd", fitting(f"{text} (--subsets even odd all {words})", f"{text} (--subsets {words})", text))
         return
-    p, least = float(frame["p"].loc[(complete.checkpoint.values[-1], layer)]), 2 / len(splits.halves)
+    yield Line("even/odd", fitting(*_parity_texts(complete, settings, layer, splits, joint, difference)))
+
+
+def _parity_texts(
+    complete: xr.Dataset, settings: PatchSettings, layer: int, splits: EqualSplits, joint: JointTest, difference: str
+) -> Iterator[str]:
+    """The answer, the longest wording first."""
     n_splits = f"{splits.n_splits - 1:,} random" if splits.sampled else f"{len(splits.halves):,}"
-    test = f"permutation {format_p(p)} of {n_splits} splits"
-    smallest = float(frame["p_adjusted"].min())
-    if least > 1 - LEVEL:
-        text = f"cannot tell: {difference}; of {n_splits} splits p is at least {least:.2f}"
-    elif p <= 1 - LEVEL:
-        text = f"yes: {difference}, {test}"
-    elif smallest <= 1 - LEVEL:
-        text = f"cannot tell: {difference}, {test}; adjusted {format_p(smallest)} elsewhere"
-    else:
-        text = f"no pattern: {difference}, {test}"
-    yield Line("even/odd", fitting(text))
+    joint_p = f"joint test {format_p(joint.p)}"
+    if splits.least_p > 1 - LEVEL and joint.p <= 1 - LEVEL:
+        yield f"yes, all layers together ({joint_p}): {difference}"
+        yield f"yes, all layers together ({joint_p})"
+    if splits.least_p > 1 - LEVEL:
+        words = " ".join(("even odd all", how_to_test(complete.sizes["head"], settings.n_groups)[0]))
+        text = f"cannot tell: {difference}, {n_splits} splits are too few"
+        yield f"{text} (--subsets {words}); {joint_p}"
+        yield f"{text}; {joint_p}"
+        yield f"cannot tell: {difference}, {splits.n_splits - 1:,} splits are too few; {joint_p}"
+        yield f"cannot tell: {n_splits} splits are too few; {joint_p}"
+        return
+    onset = parity_onset(complete, settings.direction, layer)
+    p = permutation_p(complete, splits, layer)
+    answer, since = _parity_answer(p, joint, onset)
+    yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits; {joint_p}"
+    yield f"{answer}: {difference}{since}, {format_p(p)} of {n_splits} splits; {joint_p}"
+    yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits"
+    yield f"{answer}: {difference}{since}, {format_p(p)} of {n_splits} splits"
+    yield f"{answer}: {difference}, {format_p(p)} of {n_splits} splits"
+
+
+def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tuple[str, str]:
+    """Yes, no or that it cannot be told, and since when.  No only where a pattern is excluded (`ParityOnset.absent`),
+    and nothing elsewhere speaks for one."""
+    if p <= 1 - LEVEL:
+        if onset is None or onset.by is None or not onset.lasts:
+            return "yes", ""
+        return "yes", f" from step {'' if onset.after is None else f'{onset.after}-'}{onset.by}"
+    if onset is None:
+        return "cannot tell", ""
+    if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
+        return "no pattern", ""
+    return f"cannot tell (power {100 * onset.power:.0f} %)", ""
+
+
+def _rule_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
+    """The study's rule, and how many of all equal splits of the leading layer meet it."""
+    met = meeting_the_rule(complete, _leading_layer(complete if judges is None else judges, settings))
+    if met is not None:
+        rate, n_met, n = met
+        splits = f"{n_met:,} of {n:,} equal splits differ by more than the study's {PATTERN}"
+        yield Line("rule", fitting(f"even − odd success rate {rate:+.2f}; {splits}", splits))
+
+
+def _primary_line(complete: xr.Dataset, settings: PatchSettings, study: Mapping[str, Any]) -> Iterator[Line]:
+    """What was named before anything was patched, and what came of it; of several the first, and how many more."""
+    record = complete.attrs.get("primary")
+    if record is None:
+        return
+    tests = primary_tests(complete, settings, study)
+    if not tests:
+        yield Line("primary", CHANGED)
+        return
+    primary, test = tests[0]
+    text = f"{primary}: not patched yet"
+    if test is not None:
+        p = "" if math.isnan(test.p) else f", {format_p(test.p)}"
+        text = f"{primary}: {answer(test)}, {format_estimate(test.effect, test.low, test.high)} nats{p}"
+    text += f"; {len(tests) - 1} more: --verbose" if len(tests) > 1 else ""
+    yield Line("primary", fitting(*(f"{text} {written}" for written in stamps(record)), text))
 
 
 def _check_line(complete: xr.Dataset) -> Iterator[Line]:

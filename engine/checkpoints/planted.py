@@ -10,6 +10,7 @@ with an `eps` far above any variance, and gains that undo it, leave them alone.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -45,7 +46,9 @@ PAIRS = ((6, 4), (7, 3), (8, 2))
 def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(WordLevel({word: token for token, word in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=words, unk_token="[UNK]"
+    )
 
 
 def task(path: Path, pairs: Sequence[tuple[int, int]] = PAIRS) -> Path:
@@ -78,29 +81,22 @@ def planted(
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": ROTARY},
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        config, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     assert isinstance(model, PreTrainedModel)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.fill_(EPS**0.5 if "norm" in name and name.endswith("weight") else 0.0)
-        model.get_input_embeddings().weight.copy_(_embeddings())
+        cast(Any, model.get_input_embeddings()).weight.copy_(_embeddings())
         for word, sign in (("yes", 1), ("no", -1)):
-            model.get_output_embeddings().weight[WORDS.index(word)] = sign * READ[ANSWER] / 2
+            model.get_output_embeddings().weight[  # type: ignore[no-untyped-call]
+                WORDS.index(word)
+            ] = sign * READ[ANSWER] / 2
         for layer in range(n_layers):
             for head in range(N_HEADS):
                 carried = (carry if head in carriers else 0.0) if layer == LAYER else None
                 _make_head(model, layer, head, carried, noise, generator)
-    return model
-
-
-def permuted(model: PreTrainedModel, order: Sequence[int], layer: int = LAYER) -> PreTrainedModel:
-    """The same function with the layer's heads in another order: what was head `order[i]` is head i."""
-    attention = model.gpt_neox.layers[layer].attention
-    with torch.no_grad():
-        for parameter in attention.query_key_value.parameters():
-            parameter.copy_(parameter.unflatten(0, (N_HEADS, -1))[list(order)].flatten(0, 1))
-        dense = attention.dense.weight
-        dense.copy_(dense.unflatten(1, (N_HEADS, -1))[:, list(order)].flatten(1))
     return model
 
 
@@ -118,7 +114,7 @@ def _make_head(
     model: PreTrainedModel, layer: int, head: int, carried: float | None, noise: float, generator: torch.Generator
 ) -> None:
     """Set one head's weights; `carried` is None where it attends at random."""
-    attention = model.gpt_neox.layers[layer].attention
+    attention: Any = model.get_submodule(f"gpt_neox.layers.{layer}.attention")
     # A head's query, key and value lie together.
     query, key, value = attention.query_key_value.weight.unflatten(0, (N_HEADS, 3, HEAD_DIM))[head]
     write = attention.dense.weight.unflatten(1, (N_HEADS, HEAD_DIM))[:, head]
@@ -139,4 +135,5 @@ def _random_readings(generator: torch.Generator) -> Tensor:
     """(head_dim, d_model): random readings of the texture, of order one like the texture itself."""
     n_textures = D_MODEL // 2 - TEXTURE
     weights = torch.randn(HEAD_DIM, n_textures, generator=generator) / n_textures**0.5
-    return weights @ READ[TEXTURE:]
+    readings: Tensor = weights @ READ[TEXTURE:]
+    return readings
