@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..runtime.errors import UserError
+from ..runtime.format import one_line
 from ..study.patch_settings import PatchSettings
 from ..study.primary import Primary, registered
 from ..study.prompts import Trials
@@ -26,7 +27,7 @@ from . import zarr_group
 from .activations import NUMPY_DTYPES, Capture, to_numpy, to_tensor
 from .checkpoint_arrays import CheckpointArrays
 from .disk import atomic_write, replacement_of, sync
-from .integrity import verified_attributes
+from .integrity import damaged, verified_attributes
 from .inventory import patch_paths, require_store
 from .locks import layout_lock
 from .patched_run import AnyRun, PatchedRun, RunAxes, TextRun, create_patched_run, create_text_run
@@ -280,8 +281,7 @@ def open_group(
             if path.exists() and {key: verified_attributes(path)[key] for key in settings} != settings:
                 shutil.rmtree(path)
         if parent := name.rpartition("/")[0]:
-            zarr.open_group(store, mode="r+").require_group(parent)
-            sync(store / parent / "zarr.json")
+            _require_group(store, parent)
         if not path.exists():
             with atomic_write(path, store) as partial:
                 create(partial)
@@ -289,6 +289,17 @@ def open_group(
     for key, requested in settings.items():
         zarr_group.refuse_difference(path, attributes[key], requested, remedy)
     return path
+
+
+def _require_group(store: Path, name: str) -> None:
+    """Make the plain group `name` in a store, where it is not there.  Raises `DamageError` where it cannot be read."""
+    try:
+        zarr.open_group(store, mode="r+").require_group(name)
+    except OSError:
+        raise
+    except Exception as error:  # zarr raises many kinds for metadata that is not what it wrote
+        raise damaged(store / name / "zarr.json", one_line(error)) from error
+    sync(store / name / "zarr.json")
 
 
 def create_store(
