@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from headlapse.engine.mechanism.store import MechanismRun, mechanism_path, open_mechanism
-from headlapse.engine.runtime.errors import UserError
+from headlapse.engine.runtime.errors import DamageError, UserError
 from headlapse.engine.store.store import Store
 from headlapse.engine.study.mechanism_settings import MechanismSettings
 from headlapse.engine.study.patch_settings import PatchSettings
@@ -172,3 +172,12 @@ def test_a_checkpoint_whose_mark_is_gone_counts_as_unfinished(tmp_path: Path) ->
     [mark] = [file for file in files_of(store.path / "complete" / "c") if file.name == "0"]
     mark.unlink()
     assert list(store.complete()) == ["main"] and len(store.layers) == LAYERS
+
+
+def test_a_folder_of_runs_whose_metadata_cannot_be_read_is_damage(tmp_path: Path) -> None:
+    """It has no seal: what zarr raises of it is told with its place."""
+    store = Store(filled(tmp_path / "s.zarr", "float32"))
+    (store.path / "patches" / "zarr.json").write_text('{"zarr_format": {}, "node_type": "group"}')
+    subsets = parse_subsets(["all"], HEADS)
+    with pytest.raises(DamageError, match=r"patches/zarr\.json is damaged"):
+        store.open_patch("another", PatchSettings(), [0, 2], subsets.labels, subsets.mask)
