@@ -61,6 +61,9 @@ class ResidentModel:
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, buffer.to(device))
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._places = {name: _place(model, name) for name in self._shapes}
+        """Tensor -> the module that holds it, and its name there."""
+
         self._tied = _tied_names(model)
 
     def fits(self, config: PreTrainedConfig) -> bool:
@@ -105,8 +108,7 @@ class ResidentModel:
 
     def _assign(self, name: str, tensor: Tensor) -> None:
         """As `load_state_dict` with `assign`, which takes ten times as long for what is compared already."""
-        owner, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(owner)
+        module, leaf = self._places[name]
         is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
 
@@ -226,6 +228,11 @@ def _config_fields(config: PreTrainedConfig) -> str:
     irrelevant = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
     fields = {name: value for name, value in config.to_dict().items() if name not in irrelevant}
     return json.dumps(fields, sort_keys=True, default=str)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner), leaf
 
 
 def _unembedding(model: Any) -> nn.Module:
