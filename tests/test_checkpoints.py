@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
+from headlapse.engine.checkpoints import loader
+from headlapse.engine.checkpoints.architecture import read_config
 from headlapse.engine.checkpoints.fetch import fetch
 from headlapse.engine.checkpoints.files import Files, vocabulary_file
 from headlapse.engine.checkpoints.loader import ModelLoader, open_resident_model
@@ -57,6 +60,31 @@ def test_the_resident_skeleton_is_kept_while_the_config_is_the_same(tmp_path: Pa
     resident = open_resident_model(files, "float32", "cpu")
     assert open_resident_model(files, "float32", "cpu", resident) is resident
     assert open_resident_model(other, "float32", "cpu", resident) is not resident
+
+
+def test_settings_that_are_the_same_are_read_once_and_others_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte the same: then transformers need not be asked again."""
+    read: list[Path] = []
+
+    def counted(directory: Path) -> PreTrainedConfig:
+        read.append(directory)
+        return read_config(directory)
+
+    monkeypatch.setattr(loader, "read_config", counted)
+    directories = [save(tiny("neox-parallel", seed), tmp_path / str(seed)) for seed in range(3)]
+    directories.append(save(tiny("gpt2"), tmp_path / "other"))
+    (directories[2] / "generation_config.json").write_text('{"eos_token_id": 7}')
+    models = ModelLoader("float32", Machine())
+    residents, ends = [], []
+    for directory in directories:
+        resident, _ = models.load_weights(models.prefetch(files_of(directory)))
+        residents.append(resident)
+        ends.append(resident.model.generation_config.eos_token_id)  # type: ignore[union-attr]
+    assert read == [directories[0], directories[2], directories[3]]
+    assert residents[0] is residents[1] is residents[2] is not residents[3]
+    assert ends[0] == ends[1] != ends[2] == 7
 
 
 def test_the_dtype_is_the_one_asked_for_whatever_the_file_holds(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ class ResidentModel:
         self.model.tie_weights()
 
     def _assign(self, name: str, tensor: Tensor) -> None:
-        """As `load_state_dict` with `assign`, which takes ten times as long for what is compared already."""
+        """As `load_state_dict` with `assign`, without asking again for names and shapes, which are compared already."""
         module, leaf = self._places[name]
         is_parameter = isinstance(getattr(module, leaf), nn.Parameter)
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
