@@ -138,7 +138,7 @@ def test_what_a_checkpoint_costs_is_the_slope_and_start_up_what_is_left() -> Non
     runs = tuple(CommandRun(0.0, 5.0 + 0.03 * size, 10**6) for size in (10, 20, 40))
     overhead = Overhead("cache", (10, 20, 40), runs)
     assert (overhead.each, overhead.start_up) == (pytest.approx(0.03), pytest.approx(5))
-    assert overhead_line(overhead).startswith("cache: 30 ms a checkpoint, 5.0 s to start (10: 5.3 s, 1.0 MB; 20: ")
+    assert overhead_line(overhead).startswith("cache: 30 ms a checkpoint, 5.0 s to start (10: 5.3 s, 20: 5.6 s, ")
 
 
 @pytest.mark.slow

@@ -124,13 +124,10 @@ class Bench:
 
 
 def overhead_line(overhead: Overhead) -> str:
-    """A command's processor time: each checkpoint's, start-up, and all of it with the peak memory at each size."""
-    sizes = (
-        f"{size}: {run.cpu:.1f} s, {format_bytes(run.peak)}"
-        for size, run in zip(overhead.sizes, overhead.runs, strict=True)
-    )
+    """A command's processor time: each checkpoint's, start-up, and all of it at each size."""
+    sizes = (f"{size}: {run.cpu:.1f} s" for size, run in zip(overhead.sizes, overhead.runs, strict=True))
     each = f"{1000 * overhead.each:.0f} ms a checkpoint, {overhead.start_up:.1f} s to start"
-    return f"{overhead.command}: {each} ({'; '.join(sizes)})"
+    return f"{overhead.command}: {each} ({', '.join(sizes)})"
 
 
 def in_turn(
