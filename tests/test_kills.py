@@ -25,7 +25,7 @@ from headlapse.engine.study.patch_settings import PatchSettings
 from headlapse.engine.study.subsets import parse_subsets
 from tests.test_store import HEADS, ROWS, STUDY, TRIALS, some_capture, some_store
 
-STRIDE = int(os.environ.get("HEADLAPSE_KILLS", "61"))
+STRIDE = int(os.environ.get("HEADLAPSE_KILLS", "97"))
 FIRST, ALL = ROWS[:2], [*ROWS, CheckpointRow("step20", 20)]
 SUBSETS = parse_subsets(["even", "none"], HEADS)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

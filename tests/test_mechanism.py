@@ -44,6 +44,8 @@ from tests.test_capture import dressed
 from tests.test_scripts import messages, run
 from tests.test_store import replace_values
 
+pytestmark = pytest.mark.thorough
+
 TRIALS = random_trials(n_trials=3)
 LAYERS = range(N_LAYERS)
 DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
@@ -413,7 +415,6 @@ def results_of(store: Store) -> xr.Dataset:
     return xr.open_zarr(mechanism_path(store), consolidated=False).drop_vars("record").load()
 
 
-@pytest.mark.thorough
 def test_the_results_open_in_xarray_with_labelled_dimensions(whole: Store) -> None:
     results = results_of(whole)
     dims = {str(name): tuple(map(str, array.dims)) for name, array in results.data_vars.items()}
@@ -490,7 +491,6 @@ def test_only_missing_checkpoints_are_measured_and_they_are_what_they_are_in_one
     xr.testing.assert_identical(results_of(store).drop_attrs(), results_of(whole).drop_attrs())
 
 
-@pytest.mark.thorough
 def test_what_was_cut_off_is_measured_again(store: Store, monkeypatch: pytest.MonkeyPatch, visited: list[str]) -> None:
     write = MechanismRun.write
 
@@ -520,7 +520,6 @@ def test_checkpoints_whose_neighbours_changed_are_compared_anew(
     xr.testing.assert_identical(results, results_of(whole).drop_attrs()[list(results.data_vars)])
 
 
-@pytest.mark.thorough
 def test_parts_are_measured_alone_and_other_parts_need_overwrite(store: Store, whole: Store) -> None:
     results = measured(store, parts=["attention", "patching"]).load()
     assert set(results.data_vars) == {"attention", "effect", "estimate"}

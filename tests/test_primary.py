@@ -17,6 +17,8 @@ from headlapse.pipeline import open_run
 from tests.models import save
 from tests.test_ground_truth import MANY_PAIRS, NOISE
 
+pytestmark = pytest.mark.thorough
+
 WORDS = ("layer:1@step300", "L1.H4@step300")
 SUBSETS = ("even", "odd", "all", "4", "5", "splits:99")
 

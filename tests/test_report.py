@@ -32,6 +32,8 @@ from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
 from tests.test_store import replace_values
 
+pytestmark = pytest.mark.thorough
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "report.py"
 TRIALS, LAYERS, HEADS, POSITIONS = 3, 3, 4, 6
 STEPS = (0, 1, 10, 100, -1)
@@ -140,7 +142,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
 # --- the page ---
 
 
-@pytest.mark.thorough
 def test_the_page_needs_nothing_from_outside(written: tuple[Store, Path]) -> None:
     _, out = written
     page = Reader(out / "index.html")
@@ -287,7 +288,6 @@ def test_a_sweep_of_too_many_values_is_written_as_means_and_says_so(
 # --- figures ---
 
 
-@pytest.mark.thorough
 def test_figures_come_as_png_and_svg_and_show_something(written: tuple[Store, Path]) -> None:
     _, out = written
     for stem in FIGURES:
@@ -315,7 +315,6 @@ def test_numbers_are_written_with_a_true_minus_and_zero_without_a_sign() -> None
     assert ranges([4, 5, 6, 7, 8, 11]) == "4–8, 11" and ranges([2]) == "2"
 
 
-@pytest.mark.thorough
 def test_without_even_odd_and_all_the_strongest_subsets_are_shown_and_the_strongest_is_mapped(store: Store) -> None:
     strength = np.array([[1, 4, 2, 3], [1, 1, 1, 5], [0, 0, 0, 0]], dtype="float32")[..., None]
     some_run(store, ["each"], values=lambda patched: np.zeros_like(patched) + strength)
@@ -464,7 +463,6 @@ def test_a_run_without_a_finished_checkpoint_is_refused(store: Store, tmp_path: 
         write_report(store, tmp_path / "out", "broken")
 
 
-@pytest.mark.thorough
 def test_a_run_that_is_not_there_and_a_file_in_the_way_are_refused(store: Store, tmp_path: Path) -> None:
     some_run(store)
     with pytest.raises(UserError, match="has no patched run other; it has run"):
@@ -522,7 +520,6 @@ def said(store: Store) -> dict[str, str]:
     return dict(threats(store, read_result(store, "run")))
 
 
-@pytest.mark.thorough
 def test_every_threat_says_the_numbers_it_rests_on(store: Store) -> None:
     some_run(store, ["even", "odd", "all"])
     found = said(store)
@@ -535,7 +532,6 @@ def test_every_threat_says_the_numbers_it_rests_on(store: Store) -> None:
     assert "Of 3 layers" in found["Choice"] and "0.0001 nats" in found["Arithmetic"]
 
 
-@pytest.mark.thorough
 def test_a_baseline_that_succeeds_already_is_named(store: Store) -> None:
     run = some_run(store)
     labels, corrupt = [row.label for row in store.rows()], [-3, 3, -3, -0.2, -3]

@@ -51,6 +51,8 @@ from tests.simulating import unchecked
 from tests.test_capture import dressed
 from tests.test_mechanism import BLOCK, FINAL_NORM, output_matrix
 
+pytestmark = pytest.mark.thorough
+
 KNOWN = np.arange(VOCAB - 4)
 """The last rows of the embedding belong to no token."""
 

@@ -24,6 +24,8 @@ from tests.forked import exit_status, run_script
 from tests.hub_server import HubServer
 from tests.models import N_LAYERS, Form, legacy_buffers, save, tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parent.parent
 REPO = "someone/tiny-neox"
 FORM_OF: dict[str, Form] = {"step0": "bin", "step10": "sharded-safetensors", "step20": "safetensors"}
@@ -108,7 +110,6 @@ def the_store(cache: Path) -> Path:
     return path
 
 
-@pytest.mark.thorough
 def test_a_series_is_captured_once_and_the_same_command_again_does_nothing(series: Path, cached: Path) -> None:
     before = store_files(cached)
     again = run("cache", "--model", series, cache=cached)
@@ -116,7 +117,6 @@ def test_a_series_is_captured_once_and_the_same_command_again_does_nothing(serie
     assert store_files(cached) == before
 
 
-@pytest.mark.thorough
 def test_patching_prints_the_timeline_and_the_largest_difference(cached: Path) -> None:
     again = run("patch", "--name", "parity", "--verbose", cache=cached)
     assert again.returncode == 0
@@ -269,7 +269,6 @@ def test_one_bad_checkpoint_among_many_is_named_and_the_others_are_finished(seri
     assert patched.returncode == 0 and "step10" in patched.stdout
 
 
-@pytest.mark.thorough
 def test_a_step_of_another_shape_is_refused_by_name(series: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(series, tmp_path / "series"))
     shutil.rmtree(copy / "step10")
@@ -280,7 +279,6 @@ def test_a_step_of_another_shape_is_refused_by_name(series: Path, tmp_path: Path
     assert line.startswith("error: step10: ") and "shape" in line
 
 
-@pytest.mark.thorough
 def test_a_step_whose_tokenizer_cuts_the_prompts_otherwise_is_refused_by_name(series: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(series, tmp_path / "series"))
     vocabulary = copy / "step10" / "tokenizer.json"
@@ -321,7 +319,6 @@ def test_no_checkpoint_at_all_is_a_refusal_and_leaves_no_store(tmp_path: Path) -
     assert not list((tmp_path / "cache").glob("*.zarr"))
 
 
-@pytest.mark.thorough
 def test_weights_that_were_exchanged_since_the_capture_are_refused(series: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(series, tmp_path / "series"))
     assert run("cache", "--model", copy, "--checkpoints", "step20", cache=tmp_path / "cache").returncode == 0
@@ -403,7 +400,6 @@ def test_lower_precisions_go_all_the_way(series: Path, tmp_path: Path, dtype: st
     assert done.returncode == 0 and dtype in done.stdout
 
 
-@pytest.mark.thorough
 def test_only_z_can_be_kept_and_is_then_refused_for_patching(series: Path, tmp_path: Path) -> None:
     assert run("cache", "--model", series, "--sites", "z", "--checkpoints", "step0", cache=tmp_path).returncode == 0
     assert "key" not in xr.open_zarr(the_store(tmp_path), consolidated=False)

@@ -37,6 +37,8 @@ from tests.models import MAIN, N_LAYERS, VOCAB, Lengths, random_subsets, random_
 from tests.reference import CLEAN, CORRUPT, Direction, aligned, before_output_projection, prompt, source_z
 from tests.test_scripts import run
 
+pytestmark = pytest.mark.thorough
+
 KNOWN = np.setdiff1d(np.arange(VOCAB - 5), [7])
 """Tokens of a tokenizer with a hole, in a model with rows to spare."""
 
@@ -205,7 +207,6 @@ def test_answers_of_one_token_score_as_the_logit_difference() -> None:
         assert (found["sequence"] == found["logit_diff"]).all()
 
 
-@pytest.mark.thorough
 def test_rows_of_no_token_change_nothing_however_large_their_logits() -> None:
     model, unlike = tiny("neox-parallel"), tiny("neox-parallel")
     unknown = np.setdiff1d(np.arange(VOCAB), KNOWN)
@@ -222,7 +223,6 @@ def test_rows_of_no_token_change_nothing_however_large_their_logits() -> None:
         np.testing.assert_allclose(values, found[1][name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.thorough
 def test_blocks_of_any_size_give_the_same_numbers() -> None:
     trials, mask = trials_with_answers(), random_subsets(4, 8)
     whole = prepared("neox-sequential", trials)
@@ -394,7 +394,6 @@ def test_a_store_without_whole_answers_refuses_to_score_them(cached: Path, monke
     assert run("patch", *ASKED, "kl", cache=cached.parent).returncode == 0
 
 
-@pytest.mark.thorough
 def test_the_published_protocol_scores_texts(cached: Path) -> None:
     refused = run("patch", "--protocol", "published", "--layers", "1", "--measures", "kl", cache=cached.parent)
     assert refused.returncode == 2 and "leave --measures out" in refused.stderr

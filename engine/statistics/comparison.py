@@ -142,7 +142,8 @@ def compare(training_runs: Sequence[TrainingRun]) -> Comparison:
         table=table,
         over_seeds={str(group): _over_seeds(members) for group, members in table.groupby("group", sort=False)},
         parity=_joint_parity(
-            table["group"], {name: line.parity_null(places[name]) for name, line in timelines.items()}
+            {run.name: run.group for run in training_runs},
+            {name: line.parity_null(places[name]) for name, line in timelines.items()},
         ),
         timeline=pd.concat(frames).set_index("training_run", append=True).swaplevel(),
     )
@@ -287,13 +288,13 @@ def over_seeds(values: Float[np.ndarray, " training_run"], is_log: bool = False)
 
 
 def _joint_parity(
-    groups: "pd.Series[str]", nulls: Mapping[str, tuple[Float[np.ndarray, " split"], EqualSplits] | None]
+    group_of: Mapping[str, str], nulls: Mapping[str, tuple[Float[np.ndarray, " split"], EqualSplits] | None]
 ) -> dict[str, JointParity]:
     tests = {}
-    for group, members in groups.groupby(groups, sort=False).groups.items():
-        of_group = [nulls[name] for name in members]
+    for group in dict.fromkeys(group_of.values()):
+        of_group = [null for name, null in nulls.items() if group_of[name] == group]
         if len(of_group) > 1 and all(null is not None for null in of_group):
-            tests[str(group)] = parity_over_seeds([null for null in of_group if null is not None])
+            tests[group] = parity_over_seeds([null for null in of_group if null is not None])
     return tests
 
 

@@ -46,7 +46,7 @@ def head_effects(
         _of_checkpoint(nats[:, alone], None if whole is None else nats[:, whole], margin)
         for nats in effects_by_checkpoint(complete, settings.direction)
     ]
-    levels = (complete.checkpoint.values.astype(str).tolist(), complete.layer.values.tolist(), heads.tolist())
+    levels = (list(map(str, complete.checkpoint.values)), complete.layer.values.tolist(), heads.tolist())
     index = pd.MultiIndex.from_product(levels, names=LEVELS)
     frame = pd.DataFrame({name: np.concatenate([c[name] for c in by_checkpoint]) for name in by_checkpoint[0]}, index)
     for name, of in (("p_adjusted", "p"), ("p_equivalent", "p_equivalent")):
