@@ -7,14 +7,13 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..runtime.errors import UserError
 from ..statistics.comparison import Comparison
 from .findings.comparison import Roles, comparison_table, format_position, lines
-from .page import atomic_file, inline_figure, with_minus_signs
+from .page import atomic_file, inline_figure, template
 from .plot_style import COLOURS, FAINT, STYLE, WIDTH, place_steps, to_svg
 
 COLUMNS, ROW_HEIGHT = 3, 1.9
@@ -45,12 +44,7 @@ def write_comparison(comparison: Comparison, roles: Roles, stores: Mapping[str, 
 
 
 def _page(comparison: Comparison, roles: Roles, stores: Mapping[str, Path]) -> str:
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters["signs"] = with_minus_signs
-    return templates.get_template("comparison.html.j2").render(
+    return template("comparison.html.j2").render(
         lines=list(lines(comparison, roles)),
         table=comparison_table(comparison),
         figure=inline_figure(to_svg(draw(comparison)), "multiples"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..measures.logit_diff import each_checkpoint, finished
@@ -134,13 +134,8 @@ def _means(result: Result, checkpoint: xr.Dataset, index: int) -> xr.Dataset:
 
 
 def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[Finding]) -> str:
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    templates.filters["signs"] = with_minus_signs
     trials, run = store.trials(), store.patch(result.name)
-    return templates.get_template("page.html.j2").render(
+    return template("page.html.j2").render(
         result=result,
         model=Path(store.study["model"]).name,
         study=store.study,
@@ -175,6 +170,16 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         device=", ".join(run.devices()),
         ranges=ranges,
     )
+
+
+def template(name: str) -> Template:
+    """One of the pages that lie beside this module."""
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters["signs"] = with_minus_signs
+    return templates.get_template(name)
 
 
 def with_minus_signs(text: str) -> str:

@@ -31,13 +31,12 @@ LABELLINGS = 9_999
 
 SCALES = {
     "capability": "log",
-    "layer": "nominal",
     "all": "nats",
     **{f"head_{rank}": "nats" for rank in range(1, RANKS + 1)},
     "head_1_from": "log",
     "parity": "nats",
 }
-"""Column of the table → what its values are: nats, points of training (means are geometric), or names of layers."""
+"""Column of the table → what its values are: nats, or points of training (means are geometric)."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ class Comparison:
     """Training run → the checkpoint at which it is compared: its last by the end of the shortest."""
 
     table: pd.DataFrame
-    """A row a training run, columns as in `SCALES` and `group`, `checkpoint`, `n_significant`, `heads` (names of those
-    with the largest effects), `all_low` and so on (intervals over prompts), `parity_p`."""
+    """A row a training run, columns as in `SCALES` and `group`, `checkpoint`, `layer`, `n_significant`, `heads` (names
+    of those with the largest effects), `all_low` and so on (intervals over prompts), `parity_p`."""
 
     over_seeds: dict[str, dict[str, "OverSeeds"]]
     """Group → column of `SCALES` → what it comes to over the training runs of the group."""
@@ -267,7 +266,7 @@ def _first_position(holds: Bool[np.ndarray, " checkpoint"], position: Int[np.nda
 
 
 def _over_seeds(members: pd.DataFrame) -> dict[str, OverSeeds]:
-    quantities = {name: scale for name, scale in SCALES.items() if name in members and scale != "nominal"}
+    quantities = {name: scale for name, scale in SCALES.items() if name in members}
     return {name: over_seeds(members[name].to_numpy(float), scale == "log") for name, scale in quantities.items()}
 
 
@@ -330,6 +329,6 @@ def _relabelled(
         once.setdefault(frozenset(pair), place)
     places = np.array([place for pair, place in once.items() if pair != actual])
     # Of two halves as large either may be called the even one.
-    sign = rng.choice([-1.0, 1.0], size=len(places)) if len(values) == 2 * len(once) else 1.0
+    sign = rng.choice([-1.0, 1.0], size=len(places)) if splits.swaps else 1.0
     drawn: Float[np.ndarray, " relabelling"] = values[rng.permutation(places)] * sign
     return drawn
