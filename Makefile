@@ -3,7 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP = -m pip install --quiet
+# Compiling all of torch and its companions takes longer than the rest of the installation; Python compiles what it
+# imports, once, where nothing forbids it.
+PIP = -m pip install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 # Models of the tests are too small for threads; a file's fixtures are made once.
 PYTEST = -m pytest -n 2 --dist loadfile
 
@@ -37,16 +40,16 @@ test: lint imports  ## set up, then run everything: lint, types, all tests
 check: lint  ## lint, types and the fast tests
 	$(RUN) $(PYTEST) --quiet -m 'not slow and not thorough'
 
-lint: $(VENV)/installed  ## ruff and strict mypy
+lint: $(VENV)/tools  ## ruff and strict mypy
 	$(RUN) -m ruff check --quiet .
 	$(RUN) -m ruff format --quiet --check .
 	$(RUN) -m mypy
 
-imports: $(VENV)/installed  ## pyright finds every import in the bare clone
+imports: $(VENV)/tools  ## pyright finds every import in the bare clone
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright --pythonpath $(RUN)
 
 # Verdicts stay in build/mutants: what was interrupted goes on.  `python -m tests.mutants --help` has shares and rooms.
-mutants: $(VENV)/installed  ## change the code in small ways and list what no test notices; hours
+mutants: $(VENV)/tools  ## change the code in small ways and list what no test notices; hours
 	$(RUN) $(PIP) 'mutmut>=3.8,<4'
 	$(RUN) -m tests.mutants --survivors $(MUTANTS)
 
@@ -65,7 +68,7 @@ test-oldest:  ## the whole suite with the oldest versions that pyproject.toml ad
 	$(VENV)-oldest/bin/python $(PYTEST)
 
 # What is installed stays as it is pinned, unless UPGRADE=--upgrade.
-constraints: $(VENV)/installed  ## pin what pyproject.toml newly requires
+constraints: $(VENV)/tools  ## pin what pyproject.toml newly requires
 	$(RUN) $(PIP) uv
 	$(COMPILE) --extra test --extra lint --output-file constraints.txt
 	$(COMPILE) --extra test --resolution lowest-direct --upgrade --output-file constraints-oldest.txt
@@ -75,6 +78,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "headlapse needs Python 3.11 or newer, this is " + sys.version.split()[0])'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) $(PIP) --constraint constraints.txt setuptools
+	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/tools: $(VENV)/installed  # what tests, linters and type checkers need besides
 	$(RUN) $(PIP) --constraint constraints.txt --no-build-isolation --editable '.[test,lint]'
 	touch $@
 
