@@ -36,7 +36,7 @@ def test_heads_that_are_only_renumbered_meet_the_rule_and_are_no_pattern(control
     store = store_of(range(6), controls, tmp_path)
     row = controls.renumbered(store, tmp_path / "renumbered", str(tmp_path / "digits.jsonl"))
     assert row.rates[-1] > controls.RULE and row.labels == ("step0", "step100")
-    assert row.verdict.startswith(("no pattern", "cannot tell")), row
+    assert row.verdict.startswith(("no", "cannot tell")), row
     assert "ways to halve the heads meet it" in row.met and "pattern from step100" in str(row)
 
 

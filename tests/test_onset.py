@@ -347,7 +347,7 @@ def test_checkpoints_of_unknown_or_doubled_steps_are_left_out() -> None:
 def dated(after: int | None, by: int | None, lasts: bool = True) -> ParityOnset:
     """A pattern that starts between two steps, where None is the first or never."""
     everywhere = np.zeros(len(STEPS), dtype=bool)
-    return ParityOnset(0.01 if lasts else 0.4, 0.5 + everywhere, everywhere, 1.0, after, by, lasts, 0.9, 0.002)
+    return ParityOnset(0.01 if lasts else 0.4, 0.5 + everywhere, everywhere, 1.0, after, by, lasts, 0.9, 0.002, False)
 
 
 def verdicts(evaluation: Evaluation) -> dict[str, str]:

@@ -48,7 +48,8 @@ def dated(heads: np.ndarray, steps: np.ndarray, splits: EqualSplits, noise: floa
     scatter = scatter - scatter[:, [splits.halves.index(row) for row in splits.rests]] if splits.swaps else scatter
     nats = heads @ (2.0 * splits.mask - 1).T + scatter
     differences = SplitDifferences(nats, np.full(len(steps), 2 * noise**2), splits.even, splits.swaps)
-    return date_parity(steps, differences, splits, max(2 / 3 * abs(float(heads[-1].sum())), 0.5))
+    whole = abs(float(heads[-1].sum()))
+    return date_parity(steps, differences, splits, max(2 / 3 * whole, 0.5), max(whole, 0.5))
 
 
 def verdicts(onset: ParityOnset, steps: np.ndarray) -> dict[str, str]:
@@ -108,6 +109,18 @@ def test_a_head_alone_is_no_pattern_and_what_few_splits_cannot_show_is_open() ->
     perfect = 1.0 * (np.arange(8) % 2 == 0) * (steps >= 700)[:, None]
     few = dated(perfect, steps, splits_of(8, ("splits",)))
     assert few.least_p > 0.05 and few.power == 0 and set(verdicts(few, steps).values()) == {OPEN}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_heads", [8, 12])
+def test_a_half_that_carries_the_layer_is_denied_in_five_percent_at_most(n_heads: int) -> None:
+    """2,000 layers of random heads, the odd ones of which add up to nothing: 5 % within three standard errors."""
+    splits, rng, steps = splits_of(n_heads), np.random.default_rng(n_heads), np.array([0])
+    heads = rng.standard_normal((2000, 1, n_heads))
+    heads[..., ::2] += 6 / n_heads
+    heads[..., 1::2] -= heads[..., 1::2].mean(-1, keepdims=True)
+    denied = [dated(one, steps, splits).neither_carries for one in heads]
+    assert np.mean(denied) <= 0.05 + 0.0146
 
 
 def test_where_every_head_does_the_same_a_pattern_is_excluded_at_each_checkpoint() -> None:

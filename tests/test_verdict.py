@@ -118,6 +118,8 @@ def test_with_a_null_yes_no_and_cannot_tell_are_three_things() -> None:
     assert no.startswith("no pattern: -0.") and "of 70 splits" in no
     one = line_about(lines_of({(1, 5): 3.0}, words=words), "even/odd")
     assert one.startswith("cannot tell (power 48 %): -3."), "one head hides a pattern of the other half"
+    unequal = line_about(lines_of({(1, head): 0.5 * head for head in range(N_HEADS)}, words=words), "even/odd")
+    assert unequal.startswith("no, neither half carries the layer: -2.05 [") and "p = .57 of 70" in unequal
     few = line_about(lines_of({(1, 5): 3.0}, seed=1), "even/odd")
     assert few.startswith("cannot tell: ") and "5 random splits are too few" in few
 
@@ -139,7 +141,7 @@ def test_parity_is_said_to_be_there_in_at_most_five_percent_of_models_without_it
             lines = verdict(run.isel(layer=[0]), settings, STUDY)
         said.append(line_about(lines, "even/odd"))
     assert np.mean([line.startswith("yes") for line in said]) <= 0.05 + 0.046
-    assert all(line.startswith(("yes", "no pattern", "cannot tell")) for line in said)
+    assert all(line.startswith(("yes", "no pattern", "no, ", "cannot tell")) for line in said)
 
 
 def test_a_constant_answer_is_no_capability() -> None:

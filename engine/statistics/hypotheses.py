@@ -125,6 +125,6 @@ def parity_onset(run: xr.Dataset, direction: str, layer: int) -> ParityOnset | N
     moved = effect(at_layer.isel(checkpoint=-1), direction).mean("trial")
     named = "all" in moved.subset.values
     whole = float(moved.sel(subset="all") if named else moved.sel(subset=["even", "odd"]).sum("subset"))
-    size = max(PART * abs(whole), CLEAR_OF_ZERO)
+    size, whole = (max(part * abs(whole), CLEAR_OF_ZERO) for part in (PART, 1.0))
     differences = splits.differences(logit_diff[:, None]).at_layer(0)
-    return date_parity(complete.step.values.astype(int), differences, splits, size)
+    return date_parity(complete.step.values.astype(int), differences, splits, size, whole)

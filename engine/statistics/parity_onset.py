@@ -48,6 +48,10 @@ class ParityOnset:
     least_p: float
     """The smallest p that so many splits can give."""
 
+    neither_carries: bool
+    """Whether it is excluded at the last checkpoint, at 5 %, that one of the halves carries the layer's whole effect and
+    the other none of it."""
+
     @property
     def is_absent(self) -> bool:
         """Whether a pattern of that size is excluded everywhere, and none is significant."""
@@ -67,8 +71,10 @@ def date_parity(
     differences: SplitDifferences,
     splits: EqualSplits,
     least_size: float,
+    whole: float,
 ) -> ParityOnset:
-    """Date the pattern in one layer from the differences of its equal splits at every checkpoint.
+    """Date the pattern in one layer from the differences of its equal splits at every checkpoint; `whole` is the effect
+    of all its heads at the last one, in nats.
 
     It is there by the first checkpoint where it is significant, all checkpoints taken together (max-T over checkpoints,
     one relabelling for all: Westfall and Young 1993).  It is not there yet as long as a pattern as large as that first
@@ -86,11 +92,13 @@ def date_parity(
     else:
         size = float(null[first, even])
         absent = excluded(null, even, overlap, size)
+    whole_excluded = all(excluded(null[-1:], even, overlap, sign * abs(whole)).all() for sign in (1, -1))
     n_before = int(np.argmin(np.append(absent[: len(absent) if first is None else first], False)))
     lasts = first is not None and p <= 1 - LEVEL and bool(null[first, even] * null[-1, even] > 0)
     return ParityOnset(
         p, adjusted, absent, abs(size), int(steps[n_before - 1]) if n_before else None,
         None if first is None else int(steps[first]), lasts, power_of(null[-1], splits, least_size), splits.least_p,
+        whole_excluded,
     )  # fmt: skip
 
 

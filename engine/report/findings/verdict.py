@@ -364,8 +364,8 @@ def _parity_texts(
 
 
 def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tuple[str, str]:
-    """Yes, no or that it cannot be told, and since when.  No only where a pattern is excluded (`ParityOnset.absent`),
-    and nothing elsewhere speaks for one."""
+    """Yes, no or that it cannot be told, and since when.  No only where a pattern is excluded (`ParityOnset.absent`) or
+    at least one that carries the whole layer, and nothing elsewhere speaks for one."""
     if p <= 1 - LEVEL:
         if onset is None or onset.by is None or not onset.lasts:
             return "yes", ""
@@ -374,6 +374,8 @@ def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tup
         return "cannot tell", ""
     if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
         return "no pattern", ""
+    if onset.by is None and onset.neither_carries and joint.p > 1 - LEVEL:
+        return "no, neither half carries the layer", ""
     return f"cannot tell (power {100 * onset.power:.0f} %)", ""
 
 
