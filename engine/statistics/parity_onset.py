@@ -49,8 +49,8 @@ class ParityOnset:
     """The smallest p that so many splits can give."""
 
     neither_carries: bool
-    """Whether it is excluded at the last checkpoint, at 5 %, that one of the halves carries the layer's whole effect and
-    the other none of it."""
+    """Whether it is excluded at the last checkpoint, at 5 %, that one of the halves carries the whole effect of the
+    layer and the other nothing."""
 
     @property
     def is_absent(self) -> bool:

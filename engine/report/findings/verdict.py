@@ -375,7 +375,7 @@ def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tup
     if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
         return "no pattern", ""
     if onset.by is None and onset.neither_carries and joint.p > 1 - LEVEL:
-        return "no, neither half carries the layer", ""
+        return "no, neither carries the layer", ""
     return f"cannot tell (power {100 * onset.power:.0f} %)", ""
 
 
