@@ -31,6 +31,7 @@ from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
 from .plot_style import INK, PAPER, to_svg, write_png
 from .result import Result, heads_of, listed, ranges, read_result, signed
+from .stage import stage_html
 
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""
@@ -163,6 +164,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         warnings=_warnings(store, result),
         threats=threats(store, result),
         provenance=[(label, store.provenance(label)) for label in store.complete()],
+        stage=stage_html(store, result),
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
         published=_published(store),
         findings=shown,
