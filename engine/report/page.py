@@ -22,6 +22,7 @@ from ..study.alignment import align
 from ..study.prompts import Trials
 from ..study.study import RUNS
 from .caveats import threats
+from .colours import variables, with_variables
 from .figures import draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
@@ -29,7 +30,7 @@ from .findings.mechanism import mechanism_findings
 from .findings.published import examples, success_table
 from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
-from .plot_style import INK, PAPER, to_svg, write_png
+from .plot_style import PAPER, to_svg, write_png
 from .result import Result, heads_of, listed, ranges, read_result, signed
 
 TIDY_ROWS = 1_000_000
@@ -179,6 +180,7 @@ def template(name: str) -> Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = with_minus_signs
+    templates.globals["colours"] = variables()
     return templates.get_template(name)
 
 
@@ -189,7 +191,7 @@ def with_minus_signs(text: str) -> str:
 
 def inline_figure(svg: str, stem: str) -> Markup:
     """A figure as an element that takes its ink and its paper from the page and shares no id with another figure."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
+    svg = with_variables(svg[svg.index("<svg") :].replace(PAPER, "none"))
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{stem}-", svg)
     width = float(svg.partition('width="')[2].partition('pt"')[0])
     looks = f'role="img" aria-label="{stem}" style="max-width: {width}pt; min-width: {min(width, 350)}pt"'
