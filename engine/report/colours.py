@@ -74,13 +74,13 @@ SCALES = {
 BLACK, WHITE = "#000000", "#ffffff"
 
 WORDS = {
-    "on-pale": Colour("#000000", "#ffffff"),
+    "on-pale": Colour("#000002", "#ffffff"),
     "on-middle": Colour("#000001", "#000000"),
     "on-middling": Colour("#fffffe", "#ffffff"),
     "on-strong": Colour("#ffffff", "#000000"),
 }
 """What is written on a level of a scale: black or white, in either scheme.  The light ones differ by a blue that nobody
-sees, so that a figure's words can be told apart when they become variables."""
+sees, so that a figure's words can be told apart when they become variables; matplotlib leaves plain black out."""
 
 
 @cache

@@ -28,6 +28,17 @@ from .plot_style import (
 )
 from .result import Result, heads_of, signed
 
+SHOWS = {
+    "timeline": "Mean logit difference and success rate of unpatched and patched runs at every checkpoint",
+    "heatmap": "Change of the mean logit difference, and success rate, by layer and checkpoint",
+    "heads": "Change of the mean logit difference, and success rate, by layer and head, at the last checkpoint",
+    "training": "Effects of single heads over training",
+    "splits": "Difference between the halves of every equal split of the heads, by layer",
+    "shapley": "Shapley values of single heads over training",
+    "multiples": "Effects of heads over training, a panel for every training run",
+}
+"""What each figure shows, for those who do not see it."""
+
 CELLS = 4000
 """A map of more cells is an image, in the light scheme only: as shapes it would take megabytes."""
 

@@ -35,6 +35,8 @@ STYLE: Any = {
     **dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
+    # A name with dollar signs is a name, not a formula.
+    "text.parse_math": False,
     # The same run gives the same file: no random ids, no date.
     "svg.hashsalt": "headlapse",
 }
