@@ -33,6 +33,7 @@ from .findings.verdict import verdict_lines
 from .plot_style import PAPER, to_svg, write_png
 from .result import Result, heads_of, listed, ranges, read_result, signed
 from .sections import arrange
+from .stage import stage_html
 
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""
@@ -167,10 +168,10 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         warnings=_warnings(store, result),
         threats=threats(store, result),
         provenance=[(label, store.provenance(label)) for label in store.complete()],
+        stage=stage_html(store, result),
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
         published=published,
         sections=arrange(shown, ["study"] if published else []),
-        stage=("", ""),
         versions=store.attrs["versions"] | run.attrs["versions"],
         device=", ".join(run.devices()),
         ranges=ranges,
