@@ -102,8 +102,8 @@ def test_the_contents_lead_to_every_section_in_order(open_page: Open, page: Path
     sections = tab.locator("main > section[id]")
     shown = [f"#{section.get_attribute('id')}" for section in sections.all()]
     assert [target for target in targets if target in shown] == shown
-    order = [f"#{section.name}" for section in SECTIONS]
-    assert shown == [name for name in order if name in shown] and {"#even-odd", "#study", "#threats"} <= set(shown)
+    order = ["#stage", *(f"#{section.name}" for section in SECTIONS)]
+    assert shown == [name for name in order if name in shown] and {"#stage", "#even-odd", "#threats"} < set(shown)
     for target in targets:
         assert tab.locator(str(target)).count() == 1
     links.last.focus()
@@ -169,7 +169,7 @@ def test_print_gives_the_whole_article(open_page: Open, page: Path) -> None:
     tab = open_page(page, scheme="dark", width=NARROW)
     tab.emulate_media(media="print")
     hidden = tab.evaluate(
-        """() => [...document.querySelectorAll("main > section td, main > section th, main > section p, figure svg")]
+        """() => [...document.querySelectorAll("section:not(.stage) :is(td, th, p, figure svg)")]
              .filter(e => !e.checkVisibility({visibilityProperty: true}) || !e.getClientRects().length)
              .map(e => e.textContent.slice(0, 40))"""
     )

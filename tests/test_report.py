@@ -189,7 +189,7 @@ def test_the_page_leads_with_the_verdict_that_the_terminal_prints(written: tuple
     store, out = written
     source, run = (out / "index.html").read_text(encoding="utf-8"), store.patch("run")
     lead = source.index('data-role="verdict"')
-    assert source.index("</header>") < lead < source.index("<h2>"), "before every section"
+    assert source.index("</header>") < lead < source.index("<section"), "before every section"
     text = text_of(out / "index.html").replace("−", "-")
     for line in verdict(run.dataset(), run.settings, store.study):
         assert " ".join(line.split()) in text
