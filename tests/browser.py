@@ -20,6 +20,8 @@ WIDE, NARROW = 1440, 390
 
 HEIGHT = 900
 
+PICTURES = Path(__file__).parents[1] / "build" / "screenshots"
+
 GRAVE = {"serious", "critical"}
 """Impacts of axe-core's findings that fail a test."""
 
@@ -81,6 +83,12 @@ def grave_findings(tab: Page, within: str | None = None) -> list[str]:
         if finding["impact"] in GRAVE
         for node in finding["nodes"]
     ]
+
+
+def picture(tab: Page, name: str) -> None:
+    """Keep what the whole page looks like, for people to look at."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=PICTURES / f"{name}.png", full_page=True, animations="disabled")
 
 
 def sideways_overflow(tab: Page) -> int:
