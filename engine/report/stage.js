@@ -250,6 +250,8 @@ class Stage {
     this.runs = payload.runs.map((run) => new Run(run, payload.missing));
     this.focused = null; // the head that details are shown of: {layer, head}
     this.timer = null;
+    this.leaving = new AbortController();
+    this.listening = { signal: this.leaving.signal };
     this.width = 600; // of the line over training, until it is measured: asking for it at every step would cost a layout
     this.written = []; // when the address was written, as far as half a minute ago
   }
@@ -266,13 +268,22 @@ class Stage {
     this.rebuild();
     if (this.options.address) {
       this.follow();
-      addEventListener("hashchange", () => this.follow());
+      addEventListener("hashchange", () => this.follow(), this.listening);
     }
     this.root.hidden = false;
-    new ResizeObserver(() => this.resized()).observe(this.trajectory);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.recoloured());
+    if (this.options.address && location.hash.includes("=")) this.root.scrollIntoView();
+    this.sizes = new ResizeObserver(() => this.resized());
+    this.sizes.observe(this.trajectory);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.recoloured(), this.listening);
     this.root.dataset.ready = "";
     return this;
+  }
+
+  // Takes the stage away from its page.
+  leave() {
+    this.pause();
+    this.sizes.disconnect();
+    this.leaving.abort();
   }
 
   get subset() {
@@ -287,6 +298,20 @@ class Stage {
     return this.run.joint ? this.run.layer_words : String(this.run.layers[layer]);
   }
 
+  // Which layer a set lies in, in words.
+  layerWords(layer) {
+    return this.run.joint && this.run.patched_layers.length > 1 ? `layers ${this.site(layer)} together` : `layer ${this.site(layer)}`;
+  }
+
+  // The chosen heads in words, within a sentence.
+  chosenWords() {
+    const { heads, layer } = this.state;
+    const named = labelOf(heads, this.run.nHeads);
+    if (heads.length === 0) return `no head of ${this.layerWords(layer)}`;
+    if (named === heads.join()) return heads.map((head) => this.headName(layer, head)).join(" ");
+    return `${named} heads of ${this.layerWords(layer)}${named === "all" ? "" : ` (${heads.join(", ")})`}`;
+  }
+
   headName(layer, head) {
     return `L${this.site(layer)}.H${head}`;
   }
@@ -294,9 +319,7 @@ class Stage {
   // --- the address ---
 
   address() {
-    const { checkpoint, heads, measure } = this.state;
-    const parts = { run: this.run.name, checkpoint: this.run.labels[checkpoint], layer: this.layerNumber, heads: heads.join(), measure };
-    return `#${Object.entries(parts).map(([name, value]) => `${name}=${encodeURIComponent(value).replaceAll("%2C", ",")}`).join("&")}`;
+    return `#${Object.entries(this.selection()).map(([name, value]) => `${name}=${encodeURIComponent(value).replaceAll("%2C", ",")}`).join("&")}`;
   }
 
   // Browsers count how often an address is written, and refuse after 200 times in half a minute.
@@ -312,36 +335,42 @@ class Stage {
     }
   }
 
-  // Show the state that stands in the address; what the page does not have is named and left as it is.
+  // Show the state that stands in the address.
   follow() {
-    const asked = new URLSearchParams(location.hash.slice(1));
-    if (!["run", "checkpoint", "layer", "heads", "measure"].some((name) => asked.has(name))) return;
-    const problems = [];
+    const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+    this.select(asked, "The address asks for what this page does not have");
+  }
+
+  // Show what is asked for, by names as in an address; what the page does not have is named and left as it is.
+  select(asked, complaint) {
+    const names = ["run", "checkpoint", "layer", "heads", "measure"].filter((name) => name in asked);
+    if (!names.length) return;
     const before = this.run;
-    if (asked.has("run") && !this.takeRun(asked.get("run"))) problems.push(`run ${asked.get("run")}`);
+    const problems = [];
+    if ("run" in asked && !this.takeRun(asked.run)) problems.push(`run ${asked.run}`);
+    const options = { checkpoint: this.run.labels, layer: this.run.layers.map(String), measure: this.run.measures() };
     const next = { ...this.state };
-    const take = (name, options) => {
-      if (!asked.has(name)) return;
-      const place = options.indexOf(asked.get(name));
-      if (place >= 0) next[name] = place;
-      else problems.push(`${name} ${asked.get(name)}`);
-    };
-    take("checkpoint", this.run.labels);
-    take("layer", this.run.layers.map(String));
-    if (asked.has("measure")) {
-      if (this.run.measures().includes(asked.get("measure"))) next.measure = asked.get("measure");
-      else problems.push(`measure ${asked.get("measure")}`);
+    for (const name of Object.keys(options).filter((one) => one in asked)) {
+      const place = options[name].indexOf(asked[name]);
+      if (place < 0) problems.push(`${name} ${asked[name]}`);
+      else next[name] = name === "measure" ? asked[name] : place;
     }
-    if (asked.has("layer") || asked.has("heads")) {
-      const heads = this.parseHeads(asked.get("heads") ?? "");
+    if ("layer" in asked || "heads" in asked) {
+      const heads = this.parseHeads(asked.heads ?? "");
       if (heads) next.heads = heads;
-      else problems.push(`heads ${asked.get("heads")}`);
+      else problems.push(`heads ${asked.heads}`);
     }
     this.state = next;
     this.focused = next.heads.length ? { layer: next.layer, head: next.heads[0] } : null;
     if (this.run === before) this.show();
     else this.rebuild();
-    this.say(problems.length ? `The address asks for what this page does not have: ${problems.join(", ")}.` : "");
+    this.say(problems.length ? `${complaint}: ${problems.join(", ")}.` : "");
+  }
+
+  // What is shown, as `select` takes it.
+  selection() {
+    const { checkpoint, heads, measure } = this.state;
+    return { run: this.run.name, checkpoint: this.run.labels[checkpoint], layer: this.layerNumber, heads, measure };
   }
 
   parseHeads(text) {
@@ -387,8 +416,7 @@ class Stage {
   toggle(layer, head) {
     this.focused = { layer, head };
     if (layer !== this.state.layer) {
-      const was = this.site(this.state.layer);
-      const said = `A set lies within one layer: layer ${was} is left, the set begins anew with ${this.headName(layer, head)}.`;
+      const said = `A set lies within one layer: ${this.layerWords(this.state.layer)} is left, the set begins anew with ${this.headName(layer, head)}.`;
       this.set({ layer, heads: [head] }, this.state.heads.length ? said : "");
       return;
     }
@@ -458,7 +486,7 @@ class Stage {
   pressed(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     const target = document.activeElement ?? document.body;
-    const isFree = target === document.body ? isSeen(this.slider) : this.root.contains(target);
+    const isFree = target === document.body ? this.options.address && isSeen(this.slider) : this.root.contains(target);
     if (!isFree || target.closest("select, textarea, a, summary")) return;
     if (event.key === " " && target.tagName !== "BUTTON") {
       event.preventDefault();
@@ -475,11 +503,11 @@ class Stage {
 
   build() {
     this.root.replaceChildren(
-      el("h2", { id: "stage-title" }, "The time-lapse"), this.buildBar(), this.buildStarts(), this.buildPanels(), this.buildTrajectory(), this.buildPrompts(),
+      el("h2", {}, "The time-lapse"), this.buildBar(), this.buildStarts(), this.buildPanels(), this.buildTrajectory(), this.buildPrompts(),
       this.buildNotes(),
     );
-    this.root.setAttribute("aria-labelledby", "stage-title");
-    addEventListener("keydown", (event) => this.pressed(event));
+    this.root.setAttribute("aria-label", "The time-lapse");
+    addEventListener("keydown", (event) => this.pressed(event), this.listening);
   }
 
   buildBar() {
@@ -509,9 +537,10 @@ class Stage {
     this.hint = el("p", { class: "stage-soft stage-hint", "aria-hidden": "true" });
     this.legend = el("p", { class: "stage-legend stage-soft" });
     this.details = el("div", { class: "stage-details", "data-role": "details" });
-    return el("div", { class: "stage-panels" },
+    this.panels = el("div", { class: "stage-panels" },
       el("div", { class: "stage-map" }, el("div", { class: "stage-scroll" }, this.grid), this.hint, this.legend, this.details),
       this.buildChosen());
+    return this.panels;
   }
 
   buildChosen() {
@@ -597,7 +626,7 @@ class Stage {
   buildGrid() {
     const { run } = this;
     this.grid.style.setProperty("--heads", run.nHeads);
-    this.grid.classList.toggle("stage-wide", run.nHeads > 16);
+    this.panels.classList.toggle("stage-many", run.nHeads > 16);
     this.cells = [];
     const rows = run.layers.map((_, layer) => {
       const buttons = Array.from({ length: run.nHeads }, (_, head) => this.buildCell(layer, head));
@@ -706,7 +735,7 @@ class Stage {
 
   readColours() {
     const style = getComputedStyle(this.root);
-    const colour = (name) => style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
+    const colour = (name) => (style.getPropertyValue(name).match(/[0-9a-f]{2}/gi) ?? ["80", "80", "80"]).map((part) => parseInt(part, 16));
     this.colours = ["--away", "--neutral", "--towards"].map(colour);
   }
 
@@ -734,11 +763,9 @@ class Stage {
 
   showChosen() {
     const { run, state } = this;
-    const { heads, layer, checkpoint, measure } = state;
-    const named = labelOf(heads, run.nHeads);
-    const several = heads.length > 1 && named !== heads.join() ? ` (${heads.join(", ")})` : "";
-    put(this.chosen, heads.length === 0 ? `No head of layer ${this.site(layer)}` : heads.length === 1 ? this.headName(layer, heads[0])
-      : named === heads.join() ? heads.map((head) => this.headName(layer, head)).join(" ") : `${named} heads of layer ${this.site(layer)}${several}`);
+    const { layer, checkpoint, measure } = state;
+    const words = this.chosenWords();
+    put(this.chosen, `${words[0].toUpperCase()}${words.slice(1)}`);
     const read = run.read(measure, checkpoint, layer, this.subset);
     const isKnown = read !== null && read.value !== null;
     put(this.effect, isKnown ? signed(measure, read.value) : "–");
@@ -922,9 +949,10 @@ class Stage {
     const { run } = this;
     const effects = run.by_prompt && this.subset !== undefined ? this.effectsByPrompt() : null;
     const limit = effects ? Math.max(1, ...effects.map(Math.abs)) : 1;
+    this.promptList.classList.toggle("stage-plain", effects === null);
     this.promptRows.forEach((row, trial) => this.showPrompt(row, trial, effects, limit));
     put(this.promptWords, run.by_prompt
-      ? this.subset === undefined ? "" : `Effect of ${this.chosen.textContent} on each prompt (nats), and the ${run.target} run's logit difference with it.${this.attentionWords()}`
+      ? this.subset === undefined ? "" : `Effect of ${this.chosenWords()} on each prompt (nats), and the ${run.target} run's logit difference with it.${this.attentionWords()}`
       : "The effect on each prompt is not on this page; it is in the store.");
   }
 
@@ -1055,12 +1083,12 @@ class Stage {
 
   asSvg() {
     const style = getComputedStyle(this.root);
-    const [ink, paper] = ["--ink", "--page"].map((name) => style.getPropertyValue(name).trim());
+    const [ink, paper, accent] = ["--ink", "--page", "--accent"].map((name) => style.getPropertyValue(name).trim());
     const width = 760;
     const side = Math.min(34, (width - 60) / this.run.nHeads);
     const below = 84 + side * this.run.layers.length + 36;
     const plot = new Plot(this.run, this.series(), this.source(), width - 40, 240);
-    const drawing = plot.draw(this.state.measure, { ink, soft: ink, line: ink });
+    const drawing = plot.draw(this.state.measure, { ink, soft: ink, line: ink, accent });
     plot.point(this.state.checkpoint);
     const text = (x, y, words, size, anchor = "start") => svg("text", { x, y, "font-size": size, "text-anchor": anchor, fill: ink }, words);
     const effect = [this.effect, this.unit, this.range].map((one) => one.textContent).join(" ");
@@ -1136,9 +1164,9 @@ class Plot {
     return far.indexOf(Math.min(...far));
   }
 
-  draw(measure, colours = { ink: "currentColor", soft: "var(--soft)", line: "var(--line)" }) {
+  draw(measure, colours = { ink: "currentColor", soft: "var(--soft)", line: "var(--line)", accent: "var(--accent)" }) {
     const { width, height } = this;
-    const accent = colours.ink === "currentColor" ? "var(--accent)" : "#2b62d9";
+    const { accent } = colours;
     this.cursor = svg("line", { y1: this.box.top, y2: height - this.box.bottom, stroke: colours.ink, "stroke-width": 1, "stroke-dasharray": "2 2" });
     this.dot = svg("circle", { r: 4.5, fill: accent });
     const known = this.series.map((read, at) => ({ ...read, at })).filter(({ value }) => value !== undefined && value !== null);
@@ -1170,7 +1198,8 @@ class Plot {
 
   axes(measure, { ink, soft, line }) {
     const { box, width, height } = this;
-    const write = (value) => (measure === "logit_diff" ? minus(String(value / 100)) : minus(`${value} %`));
+    const plain = (value) => minus(String(Number(value.toPrecision(6))));
+    const write = (value) => (measure === "logit_diff" ? plain(value / 100) : `${plain(value)} %`);
     const rules = this.ticks.flatMap((value) => [
       svg("line", { x1: box.left, x2: width - box.right, y1: this.y(value), y2: this.y(value), stroke: value === 0 ? ink : line, "stroke-width": value === 0 ? 1 : 0.6, "stroke-opacity": value === 0 ? 0.8 : 0.6 }),
       svg("text", { x: box.left - 6, y: this.y(value) + 4, "text-anchor": "end", "font-size": 12, fill: soft }, write(value)),

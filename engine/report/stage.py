@@ -27,6 +27,7 @@ from ..statistics.head_subsets import SHARE, all_subset_rows, sampled
 from ..statistics.means import interval
 from ..store.disk import is_group
 from ..store.store import Store
+from ..store.zarr_group import dims_of
 from ..study.prompts import Trials
 from .packing import MISSING, hundredths, pack, size_of
 from .plot_style import place_steps, step_labels
@@ -36,7 +37,7 @@ MOST_EFFECTS = 700_000
 """Effects of one run that are carried, as means over prompts: all subsets of 12 layers of 12 heads at 11 checkpoints
 are 540,672.  Of more the subsets nearest to no head and to all heads are."""
 
-MOST_TEXT = 2_200_000
+MOST_TEXT = 2_100_000
 """Characters that numbers take in all, with intervals of every subset."""
 
 DETAIL_TEXT = 850_000
@@ -80,6 +81,8 @@ def as_json(payload: dict[str, Any]) -> Markup:
 
 def stage_html(store: Store, result: Result) -> tuple[Markup, Markup]:
     """The stage's place in the page, hidden until its script has run, and what the page ends in: numbers and script."""
+    if not can_be_staged(store, result.name):
+        return Markup(""), Markup("")
     script, style = source("stage.js"), source("stage.css")
     place = Markup(f'<style>{style}</style>\n<section class="stage" id="stage" hidden></section>')
     begin = 'mount(document.getElementById("stage"), JSON.parse(document.getElementById("stage-numbers").textContent));'
@@ -107,6 +110,9 @@ def _add_if_it_fits(payload: dict[str, Any], name: str, value: Any, words: str) 
 def _add_run(payload: dict[str, Any], store: Store, name: str) -> None:
     """Another run of the store, where there is room; else a note."""
     taken = size_of(payload)
+    if not can_be_staged(store, name):
+        payload["notes"].append(f"the run {name} is not on this page: it has more than layers and subsets of heads")
+        return
     if store.patch(name).array("logit_diff").size > DETAIL_EFFECTS or taken > DETAIL_TEXT:
         payload["notes"].append(f"no room on this page for the run {name}")
         return
@@ -119,6 +125,11 @@ def _add_run(payload: dict[str, Any], store: Store, name: str) -> None:
         payload["notes"].append(f"no room on this page for the run {name}")
     else:
         payload["runs"].append(run)
+
+
+def can_be_staged(store: Store, name: str) -> bool:
+    """Whether a run has one effect for each checkpoint, layer, subset and prompt."""
+    return dims_of(store.patch(name).array("logit_diff")) == ("checkpoint", "layer", "subset", "trial")
 
 
 @dataclass(frozen=True)
