@@ -60,13 +60,11 @@ class Run {
     this.missing = missing;
     this.name = packed.name;
     this.nHeads = packed.n_heads;
-    this.packed = packed; // until it is needed
+    this.packed = packed;
   }
 
   async load() {
-    if (!this.packed) return this;
     Object.assign(this, await unpackAll(this.packed));
-    this.packed = null;
     this.labels = this.checkpoints.map((one) => one.label);
     this.nRows = this.mean.length / (this.checkpoints.length * this.layers.length);
     this.subsetHeads = this.lattice ? null : this.readMask();
@@ -74,7 +72,6 @@ class Run {
     this.alone = Array.from({ length: this.nHeads }, (_, head) => this.row([head]));
     this.spreadRow = this.spread && this.spread.rows && new Map(this.spread.rows.map((row, at) => [row, at]));
     this.bySize = new Map();
-    return this;
   }
 
   readMask() {
@@ -183,7 +180,7 @@ class Run {
 
 // --- words ---
 
-const minus = (text) => text.replace(/-(?=\d)/g, "−");
+const minus = (text) => text.replace(/(?<![\w-])-(?=\d)/g, "−");
 
 // Hundredths with their sign: +3.46; for shares +26 %.  With an ASCII minus, so that programs read it too.
 function signed(measure, value) {
@@ -237,6 +234,10 @@ function put(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+function mark(element, name, value) {
+  if (element.getAttribute(name) !== value) element.setAttribute(name, value);
+}
+
 const titled = (text) => svg("title", {}, text);
 
 // --- the stage ---
@@ -249,24 +250,27 @@ class Stage {
     this.runs = payload.runs.map((run) => new Run(run, payload.missing));
     this.focused = null; // the head that details are shown of: {layer, head}
     this.timer = null;
+    this.width = 600; // of the line over training, until it is measured: asking for it at every step would cost a layout
+    this.written = []; // when the address was written, as far as half a minute ago
   }
 
   async start() {
     this.mechanism = await unpackAll(this.payload.mechanism);
-    this.run = await this.runs[0].load();
+    await Promise.all(this.runs.map((run) => run.load()));
+    [this.run] = this.runs;
     const { checkpoint, layer, heads } = this.payload.start;
     this.state = { checkpoint, layer: Math.max(0, this.run.layers.indexOf(layer)), heads, measure: "logit_diff" };
     if (heads.length) this.focused = { layer: this.state.layer, head: heads[0] };
     this.build();
+    this.readColours();
+    this.rebuild();
     if (this.options.address) {
-      await this.follow();
+      this.follow();
       addEventListener("hashchange", () => this.follow());
     }
-    this.rebuild();
     this.root.hidden = false;
-    this.drawTrajectory();
-    new ResizeObserver(() => this.drawTrajectory()).observe(this.trajectory);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.show());
+    new ResizeObserver(() => this.resized()).observe(this.trajectory);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.recoloured());
     this.root.dataset.ready = "";
     return this;
   }
@@ -295,12 +299,26 @@ class Stage {
     return `#${Object.entries(parts).map(([name, value]) => `${name}=${encodeURIComponent(value).replaceAll("%2C", ",")}`).join("&")}`;
   }
 
+  // Browsers count how often an address is written, and refuse after 200 times in half a minute.
+  writeAddress() {
+    clearTimeout(this.writing);
+    const now = performance.now();
+    this.written = this.written.filter((time) => now - time < 30_000);
+    if (this.written.length < 150) {
+      this.written.push(now);
+      history.replaceState(null, "", this.address());
+    } else {
+      this.writing = setTimeout(() => this.writeAddress(), 500);
+    }
+  }
+
   // Show the state that stands in the address; what the page does not have is named and left as it is.
-  async follow() {
+  follow() {
     const asked = new URLSearchParams(location.hash.slice(1));
     if (!["run", "checkpoint", "layer", "heads", "measure"].some((name) => asked.has(name))) return;
     const problems = [];
-    if (asked.has("run") && !(await this.takeRun(asked.get("run")))) problems.push(`run ${asked.get("run")}`);
+    const before = this.run;
+    if (asked.has("run") && !this.takeRun(asked.get("run"))) problems.push(`run ${asked.get("run")}`);
     const next = { ...this.state };
     const take = (name, options) => {
       if (!asked.has(name)) return;
@@ -321,7 +339,8 @@ class Stage {
     }
     this.state = next;
     this.focused = next.heads.length ? { layer: next.layer, head: next.heads[0] } : null;
-    this.rebuild();
+    if (this.run === before) this.show();
+    else this.rebuild();
     this.say(problems.length ? `The address asks for what this page does not have: ${problems.join(", ")}.` : "");
   }
 
@@ -333,11 +352,10 @@ class Stage {
   }
 
   // Another run, at the same step, layer and heads as far as it has them.
-  async takeRun(name) {
+  takeRun(name) {
     const run = this.runs.find((one) => one.name === name);
     if (!run) return false;
     const [label, layer] = [this.run.labels[this.state.checkpoint], this.layerNumber];
-    await run.load();
     this.run = run;
     const { heads, measure } = this.state;
     const at = run.labels.indexOf(label);
@@ -356,12 +374,12 @@ class Stage {
     Object.assign(this.state, change);
     this.show();
     this.say(message);
-    if (this.options.address) history.replaceState(null, "", this.address());
+    if (this.options.address) this.writeAddress();
     this.options.changed?.(this);
   }
 
-  async changeRun(name) {
-    await this.takeRun(name);
+  changeRun(name) {
+    this.takeRun(name);
     this.rebuild();
     this.set({});
   }
@@ -639,8 +657,8 @@ class Stage {
       cell.style.backgroundColor = isKnown ? scale(read.value) : "transparent";
       const looks = `${isKnown ? "" : "stage-unknown"} ${isDoubtful ? "stage-doubtful" : ""}`;
       if (cell.className !== looks) cell.className = looks;
-      cell.setAttribute("aria-pressed", String(isChosen));
-      cell.setAttribute("aria-label", this.cellWords(layer, head));
+      mark(cell, "aria-pressed", String(isChosen));
+      mark(cell, "aria-label", this.cellWords(layer, head));
       if (this.run.nHeads <= 8) put(cell, isKnown ? this.short(read.value) : "");
     }));
     this.placeTabStop();
@@ -686,11 +704,26 @@ class Stage {
     this.legend.replaceChildren(minus(signed(measure, -limit)), " ", bar, " ", signed(measure, limit), ` ${MEASURES[measure].unit} `, ...doubtful);
   }
 
-  // A colour for a value: blue towards the right answer, red away from it, as the page's style has them.
-  scale() {
+  readColours() {
     const style = getComputedStyle(this.root);
     const colour = (name) => style.getPropertyValue(name).trim().match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16));
-    const [away, neutral, towards] = ["--away", "--neutral", "--towards"].map(colour);
+    this.colours = ["--away", "--neutral", "--towards"].map(colour);
+  }
+
+  recoloured() {
+    this.readColours();
+    this.show();
+  }
+
+  resized() {
+    if (this.trajectory.clientWidth === this.width) return;
+    this.width = this.trajectory.clientWidth;
+    this.drawTrajectory();
+  }
+
+  // A colour for a value: blue towards the right answer, red away from it, as the page's style has them.
+  scale() {
+    const [away, neutral, towards] = this.colours;
     const limit = this.limits[this.state.measure];
     return (value) => {
       const part = Math.min(1, Math.abs(value) / limit);
@@ -711,7 +744,7 @@ class Stage {
     put(this.effect, isKnown ? signed(measure, read.value) : "–");
     put(this.unit, MEASURES[measure].unit);
     put(this.range, isKnown ? this.intervalWords(read) : "");
-    this.facts.replaceChildren(...this.factsOf(read).map((fact) => el("li", {}, minus(fact))));
+    this.facts.replaceChildren(...this.factsOf(read).map((fact) => el("li", {}, typeof fact === "string" ? minus(fact) : fact)));
     for (const [name, button] of Object.entries(this.setButtons)) {
       const found = name === "random" ? true : this.sets()[name]();
       button.disabled = found === null;
@@ -738,6 +771,7 @@ class Stage {
     } else if (read.low !== null) {
       facts.push(`${this.payload.level} % interval over ${count(measure === "recovery" ? this.run.recovery.n_clear[checkpoint] : this.run.n_trials, "prompt")}`);
     }
+    if (measure !== "logit_diff") return facts;
     const { place, of } = this.run.rank(checkpoint, layer, this.subset);
     if (of > 1) facts.push(`rank ${place.toLocaleString("en")} of ${this.hasAll(heads.length, of) ? "all " : "the "}${of.toLocaleString("en")} ${sizeWords(heads.length)}${this.hasAll(heads.length, of) ? "" : " on this page"}`);
     const sum = heads.length > 1 ? this.run.sumOfSingles(checkpoint, layer, heads) : null;
@@ -766,7 +800,8 @@ class Stage {
 
   missingFacts() {
     const { heads, checkpoint, layer } = this.state;
-    const facts = [`not ${this.run.n_subsets > this.run.nRows ? "on this page" : "patched in this run"}: ${this.asCommand()}`];
+    const where = this.run.n_subsets > this.run.nRows ? "on this page" : "patched in this run";
+    const facts = [el("span", {}, `not ${where}; to patch it: `, el("code", {}, this.asCommand()))];
     const sum = this.run.sumOfSingles(checkpoint, layer, heads);
     if (sum !== null) facts.push(`the heads one by one add up to ${signed("logit_diff", sum)} nats; together they can do more or less`);
     return facts;
@@ -847,15 +882,14 @@ class Stage {
 
   showTrajectory() {
     const { heads, layer, measure } = this.state;
-    const key = [this.run.name, layer, heads.join(), measure, this.trajectory.clientWidth].join();
-    if (key !== this.drawn) this.drawTrajectory();
+    if (this.drawn !== [this.run.name, layer, heads.join(), measure].join()) this.drawTrajectory();
     this.moveCursor();
   }
 
   drawTrajectory() {
-    const width = Math.max(260, this.trajectory.clientWidth);
+    const width = Math.max(260, this.width);
     const { heads, layer, measure } = this.state;
-    this.drawn = [this.run.name, layer, heads.join(), measure, this.trajectory.clientWidth].join();
+    this.drawn = [this.run.name, layer, heads.join(), measure].join();
     const series = this.series();
     const source = this.source();
     this.plot = new Plot(this.run, series, source, width, 240);
