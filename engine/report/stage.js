@@ -1262,3 +1262,6 @@ function niceTicks(low, high) {
 export async function mount(element, payload, { address = true, changed = null } = {}) {
   return new Stage(element, payload, { address, changed }).start();
 }
+
+// What the page of a comparison draws with.
+export { PACE, el, linear, minus, niceTicks, put, svg, unpackAll };
