@@ -538,8 +538,8 @@ class Stage {
     this.legend = el("p", { class: "stage-legend stage-soft" });
     this.details = el("div", { class: "stage-details", "data-role": "details" });
     this.panels = el("div", { class: "stage-panels" },
-      el("div", { class: "stage-map" }, el("div", { class: "stage-scroll" }, this.grid), this.hint, this.legend, this.details),
-      this.buildChosen());
+      el("div", { class: "stage-map" }, el("div", { class: "stage-scroll" }, this.grid), this.hint, this.legend),
+      this.buildChosen(), this.details);
     return this.panels;
   }
 
