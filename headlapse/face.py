@@ -11,6 +11,7 @@ cannot be done raises `UserError`, whose message is the line that the command wo
 
 import html
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
     from .comparing import Comparison
     from .diagnosis import Diagnosis
+    from .notebook import StageWidget
 
 Words = str | int | Iterable[str | int]
 """One word, or several."""
@@ -354,6 +356,33 @@ class PatchedRun:
         """Write the page of this run into the folder `out`; where the page is."""
         return self.store.report(out, name=self.name)
 
+    def widget(self) -> "StageWidget":
+        """The stage of the page, in a notebook: a slider through training, and the effect of any heads that are chosen.
+
+        `widget.selected` is what is chosen there: `run`, `checkpoint`, `layer`, `heads`, `measure`; setting it chooses.
+        Raises `UserError` where anywidget is not installed (`pip install headlapse[notebook]`).
+        """
+        try:
+            from .notebook import stage_widget
+        except ModuleNotFoundError as missing:
+            raise UserError(
+                f"{missing.name} is not installed; pip install 'headlapse[notebook]' brings it"
+            ) from missing
+        return stage_widget(self.store.path, self.name)
+
+    def _repr_mimebundle_(self, **asked: Any) -> Any:
+        """In a notebook the stage, where anywidget is installed; everywhere else `_repr_html_` serves."""
+        if not _is_notebook() or self.settings.protocol == "published":
+            return None
+        try:
+            widget = self.widget()
+        except UserError:
+            return None
+        from .notebook import display
+
+        bundle, metadata = display(widget, **asked)
+        return {**bundle, "text/html": self._repr_html_()}, metadata
+
     def __repr__(self) -> str:
         return f"PatchedRun({self.name!r} of {str(self.store.path)!r})"
 
@@ -396,6 +425,11 @@ def _raise_or_warn(work: pipeline.Work, nothing: bool) -> None:
         raise UserError(lines[0])
     for line in lines:
         warnings.warn(line, stacklevel=3)
+
+
+def _is_notebook() -> bool:
+    """Whether a kernel of Jupyter runs this."""
+    return "ipykernel" in sys.modules
 
 
 def _html_table(title: str, rows: Mapping[str, str]) -> str:

@@ -236,6 +236,10 @@ def test_completion_is_offered_for_every_shell(capsys: pytest.CaptureFixture[str
         assert "subsets" in script.read_text() and "mechanism" in script.read_text()
 
 
+ASSETS = {".j2", ".css", ".js"}
+"""What pages are made of, besides code."""
+
+
 def wheel_names(folder: Path) -> Sequence[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -248,8 +252,10 @@ def test_the_wheel_is_complete_and_its_command_runs(tmp_path: Path) -> None:
     built = process(*build, str(copy))
     assert built.returncode == 0, built.stderr
     names = wheel_names(tmp_path / "site")
-    for name in ("headlapse/py.typed", "headlapse/engine/report/page.html.j2", "headlapse/kernels/attend.py"):
+    for name in ("headlapse/py.typed", "headlapse/kernels/attend.py"):
         assert name in names
+    beside = {path.relative_to(ROOT) for path in (ROOT / "engine" / "report").rglob("*") if path.suffix in ASSETS}
+    assert {f"headlapse/{path}" for path in beside} <= set(names) and len(beside) > 10
     assert not [name for name in names if name.startswith(("headlapse/engine/bench", "tests", "scripts", "engine"))]
     assert "bin/headlapse" in names, "the command"
     ended = subprocess.run(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.collections import LineCollection
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
 from headlapse.engine.report.figures import draw
@@ -24,6 +25,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return some_store(tmp_path / "tiny.zarr")
 
 
+def map_of(axes: Axes) -> QuadMesh:
+    [found] = [drawn for drawn in axes.collections if isinstance(drawn, QuadMesh)]
+    return found
+
+
 def test_the_timeline_shows_every_finished_checkpoint_in_both_panels(store: Store) -> None:
     some_run(store, done=lambda label: label != "step1")
     upper, lower = draw(read_result(store, "run"))["timeline"].axes[:2]
@@ -41,7 +47,7 @@ def test_the_heatmap_is_the_change_of_the_patched_runs_centred_at_zero(store: St
     some_run(store)
     result = read_result(store, "run")
     upper, lower = draw(result)["heatmap"].axes[:2]
-    change, rate = upper.get_images()[0], lower.get_images()[0]
+    change, rate = map_of(upper), map_of(lower)
     data = store.patch_dataset("run").sel(subset="all").load()
     expected = (data.logit_diff - data.corrupt_logit_diff).mean("trial").transpose("layer", "checkpoint").values
     assert np.allclose(np.asarray(change.get_array()), expected, atol=1e-6)
@@ -56,7 +62,7 @@ def test_the_head_map_needs_every_single_head(store: Store) -> None:
     figure = draw(read_result(store, "each-in-disorder"))["heads"]
     data = store.patch_dataset("each-in-disorder").isel(checkpoint=-1).load()
     expected = [data.logit_diff.sel(subset=str(head)).mean("trial").values for head in range(HEADS)]
-    shown = np.asarray(figure.axes[0].get_images()[0].get_array())
+    shown = np.asarray(map_of(figure.axes[0]).get_array())
     assert np.allclose(shown, np.stack(expected, axis=1) - data.corrupt_logit_diff.mean().item(), atol=1e-6)
     assert "heads" not in draw(read_result(store, "three-of-four"))
 

@@ -41,20 +41,24 @@ FIGURES = ("timeline", "heatmap", "heads", "training")
 DEFAULT = ("even", "odd", "all", "each")
 
 
-def some_trials(prompt: str = "<b>q</b>") -> Trials:
+def some_trials(prompt: str) -> Trials:
     text = np.array([["Q", ":", " 9", "\n", " &", "<i>"]] * 2 * TRIALS).reshape(2, TRIALS, POSITIONS)
     contrasts = tuple(Contrast(prompt, f"x{i}", " a", " b", "mine.jsonl", repeats=1 + i % 2) for i in range(TRIALS))
     length = np.array([[POSITIONS] * TRIALS, [POSITIONS - 1] * TRIALS])
     return Trials(np.ones(text.shape, int), length, np.ones((TRIALS, 2), int), text, contrasts, notes=())
 
 
-def some_store(path: Path, steps: Sequence[int] = STEPS, same_weights: bool = False, cached: bool = True) -> Store:
-    """A store without a single activation worth reading, of checkpoints `step{N}`, and `main` for an unknown step."""
+def some_store(
+    path: Path, steps: Sequence[int] = STEPS, same_weights: bool = False, cached: bool = True,
+    prompt: str = "<b>q</b>", model: str = "org/tiny", mark: str = "",
+) -> Store:  # fmt: skip
+    """A store without a single activation worth reading, of checkpoints `step{N}`, and `main` for an unknown step;
+    `mark` ends every label."""
     z = [torch.zeros(2, TRIALS, POSITIONS, HEADS, 1)] * LAYERS
     captured = Capture(tensors={"z": z}, answer_logits=torch.zeros(2, TRIALS, 2))
-    study = {"model": "org/tiny", "task": "mine.jsonl", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
-    rows = [CheckpointRow(f"step{step}" if step >= 0 else "main", step) for step in steps]
-    store = create_store(path, study, rows, range(LAYERS), some_trials(), {"z": (HEADS, 1)})
+    study = {"model": model, "task": "mine.jsonl", "trials": TRIALS, "sites": ["all"], "dtype": "float32"}
+    rows = [CheckpointRow((f"step{step}" if step >= 0 else "main") + mark, step) for step in steps]
+    store = create_store(path, study, rows, range(LAYERS), some_trials(prompt), {"z": (HEADS, 1)})
     for row in rows if cached else ():
         digest = "f" * 64 if same_weights else f"{row.step % 16:x}" * 64
         store.write(row.label, captured, {"commit": f"commit-{row.label}", "sha256": {"model.safetensors": digest}})
@@ -87,13 +91,14 @@ def text_of(page: Path) -> str:
 
 
 class Reader(HTMLParser):
-    """Collects a page's words, its links and its open elements; tags must nest."""
+    """Collects a page's words, its links, what it fetches and its open elements; tags must nest."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
         self.open: list[str] = []
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.cited: list[str] = []
         self.ids: list[str] = []
         self.words: list[str] = []
         self.feed(page.read_text(encoding="utf-8"))
@@ -101,7 +106,10 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        links = [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        # What only a click opens may lie elsewhere.
+        self.cited += [link for link in links if tag == "a" and link.startswith("https://")]
+        self.links += [link for link in links if link not in self.cited]
         self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag not in ("meta", "br"):
             self.open.append(tag)
@@ -114,7 +122,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not {"style", "svg"} & set(self.open):
+        if not {"style", "svg", "script"} & set(self.open):
             self.words.append(data)
 
 
@@ -146,7 +154,8 @@ def test_the_page_needs_nothing_from_outside(written: tuple[Store, Path]) -> Non
     _, out = written
     page = Reader(out / "index.html")
     assert not page.open, "every element is closed"
-    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    assert not {"link", "iframe", "object", "embed"} & set(page.tags)
+    assert set(page.cited) == {"https://github.com/GusSand/MATS", "https://arxiv.org/abs/2508.19414"}
     for link in page.links:
         assert link.startswith(("#", "data:image/png;base64,")) or (out / link).is_file(), link
     source = (out / "index.html").read_text()
@@ -180,7 +189,7 @@ def test_the_page_leads_with_the_verdict_that_the_terminal_prints(written: tuple
     store, out = written
     source, run = (out / "index.html").read_text(encoding="utf-8"), store.patch("run")
     lead = source.index('data-role="verdict"')
-    assert source.index("</header>") < lead < source.index("<h2>"), "before every section"
+    assert source.index("</header>") < lead < source.index("<section"), "before every section"
     text = text_of(out / "index.html").replace("−", "-")
     for line in verdict(run.dataset(), run.settings, store.study):
         assert " ".join(line.split()) in text

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from ..runtime.errors import UserError
 from ..statistics.comparison import Comparison
+from .comparison_stage import comparison_stage
+from .figures import SHOWS
 from .findings.comparison import Roles, comparison_table, format_position, lines
 from .page import atomic_file, inline_figure, template
 from .plot_style import COLOURS, FAINT, STYLE, WIDTH, place_steps, to_svg
@@ -47,7 +49,9 @@ def _page(comparison: Comparison, roles: Roles, stores: Mapping[str, Path]) -> s
     return template("comparison.html.j2").render(
         lines=list(lines(comparison, roles)),
         table=comparison_table(comparison),
-        figure=inline_figure(to_svg(draw(comparison)), "multiples"),
+        figures={"multiples": inline_figure(to_svg(draw(comparison)), "multiples")},
+        shows=SHOWS,
+        stage=comparison_stage(comparison),
         unit=comparison.unit,
         stores=stores,
         at=comparison.at,

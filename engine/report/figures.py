@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from ..measures.logit_diff import NAMED
 from ..study.study import RUNS
+from .colours import SCALES, words_on
 from .head_figures import draw_over_training, draw_splits, heads_alone, shares_of_heads
 from .plot_style import (
     COLOURS,
@@ -23,10 +24,23 @@ from .plot_style import (
     choose_ticks,
     label_steps,
     place_steps,
-    readable,
     step_labels,
 )
 from .result import Result, heads_of, signed
+
+SHOWS = {
+    "timeline": "Mean logit difference and success rate of unpatched and patched runs at every checkpoint",
+    "heatmap": "Change of the mean logit difference, and success rate, by layer and checkpoint",
+    "heads": "Change of the mean logit difference, and success rate, by layer and head, at the last checkpoint",
+    "training": "Effects of single heads over training",
+    "splits": "Difference between the halves of every equal split of the heads, by layer",
+    "shapley": "Shapley values of single heads over training",
+    "multiples": "Effects of heads over training, a panel for every training run",
+}
+"""What each figure shows, for those who do not see it."""
+
+CELLS = 4000
+"""A map of more cells is an image, in the light scheme only: as shapes it would take megabytes."""
 
 
 def draw(result: Result, shares: pd.DataFrame | None = None) -> dict[str, Figure]:
@@ -124,8 +138,8 @@ def _draw_maps(result: Result, at: dict[str, Any], title: str, across: str, colu
     upper, lower = figure.subplots(2, 1, sharex=True)
     # A map of nothing but zeros still needs a scale.
     limit = float(abs(change).max()) or 1.0
-    _draw_map(figure, upper, change, ("RdBu", -limit, limit), "nats", lambda nats: signed(nats, 1))
-    _draw_map(figure, lower, 100 * rate, ("Greens", 0.0, 100.0), "% of prompts", "{:.0f}".format)
+    _draw_map(figure, upper, change, ("effect", -limit, limit), "nats", lambda nats: signed(nats, 1))
+    _draw_map(figure, lower, 100 * rate, ("rate", 0.0, 100.0), "% of prompts", "{:.0f}".format)
     upper.set_title("change of mean logit difference")
     lower.set_title("success rate")
     ticks = choose_ticks(np.arange(n_columns, dtype=float), columns, width - 1.8, range(n_columns))
@@ -146,15 +160,19 @@ def _draw_map(
     unit: str,
     write: Callable[[float], str],
 ) -> None:
-    """One map in `colours` (name, lowest, highest), with its numbers written into the cells where there is room."""
-    name, lowest, highest = colours
-    looks: Any = {"aspect": "auto", "origin": "lower", "interpolation": "none"}
-    image = axes.imshow(values, cmap=name, vmin=lowest, vmax=highest, **looks)
-    figure.colorbar(image, ax=axes, label=unit, pad=0.015, aspect=12).outline.set_visible(False)
+    """One map in `colours` (scale, lowest, highest), with its numbers written into the cells where there is room.
+
+    Each cell is a shape of its own rather than a pixel of an image, so that a page can colour it in either scheme.
+    """
+    scale, lowest, highest = colours
+    looks: Any = {"cmap": SCALES[scale].colormap(), "vmin": lowest, "vmax": highest, "rasterized": values.size > CELLS}
+    n_layers, n_columns = values.shape
+    mesh = axes.pcolormesh(np.arange(n_columns + 1) - 0.5, np.arange(n_layers + 1) - 0.5, values, **looks)
+    bar = figure.colorbar(mesh, ax=axes, label=unit, pad=0.015, aspect=12)
+    bar.outline.set_visible(False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    if values.shape[1] <= 16 and values.shape[0] <= 16:
-        shades = image.to_rgba(values)
+    if n_columns <= 16 and n_layers <= 16:
         for (layer, column), value in np.ndenumerate(values):
-            colour = readable(shades[layer, column])
+            colour = words_on(scale, SCALES[scale].level((float(value) - lowest) / (highest - lowest)))
             axes.text(column, layer, write(float(value)), ha="center", va="center", color=colour, fontsize=7)

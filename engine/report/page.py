@@ -22,15 +22,18 @@ from ..study.alignment import align
 from ..study.prompts import Trials
 from ..study.study import RUNS
 from .caveats import threats
-from .figures import draw
+from .colours import variables, with_variables
+from .figures import SHOWS, draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
 from .findings.mechanism import mechanism_findings
-from .findings.published import examples, success_table
+from .findings.published import MODEL, examples, published_rates, rates_of, success_table
 from .findings.self_check import allowed_difference
 from .findings.verdict import verdict_lines
-from .plot_style import INK, PAPER, to_svg, write_png
+from .plot_style import PAPER, to_svg, write_png
 from .result import Result, heads_of, listed, ranges, read_result, signed
+from .sections import arrange
+from .stage import stage_html
 
 TIDY_ROWS = 1_000_000
 """More patched runs than this go into patched.csv as means over trials."""
@@ -135,6 +138,7 @@ def _means(result: Result, checkpoint: xr.Dataset, index: int) -> xr.Dataset:
 
 def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[Finding]) -> str:
     trials, run = store.trials(), store.patch(result.name)
+    published = _published(store, result)
     return template("page.html.j2").render(
         result=result,
         model=Path(store.study["model"]).name,
@@ -150,6 +154,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         prompts=trials.contrasts[:SHOWN_PROMPTS],
         example=_example(trials, result.settings.positions),
         figures={stem: inline_figure(svg, stem) for stem, svg in drawn.items()},
+        shows=SHOWS,
         mapped=heads_of(result.mapped),
         judge="all heads" if "all" in result.run.subset.values else "the subset with the largest effect",
         is_tidy=_is_tidy(result),
@@ -163,9 +168,10 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         warnings=_warnings(store, result),
         threats=threats(store, result),
         provenance=[(label, store.provenance(label)) for label in store.complete()],
+        stage=stage_html(store, result),
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
-        published=_published(store),
-        findings=shown,
+        published=published,
+        sections=arrange(shown, ["study"] if published else []),
         versions=store.attrs["versions"] | run.attrs["versions"],
         device=", ".join(run.devices()),
         ranges=ranges,
@@ -179,20 +185,21 @@ def template(name: str) -> Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = with_minus_signs
+    templates.globals["colours"] = variables()
     return templates.get_template(name)
 
 
 def with_minus_signs(text: str) -> str:
     """Words with real minus signs, as the figures have them."""
-    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
+    return re.sub(r"(?<![\w-])-(?=\d)|(?<=even )-(?= odd)", "−", text)
 
 
 def inline_figure(svg: str, stem: str) -> Markup:
-    """A figure as an element that takes its ink and its paper from the page and shares no id with another figure."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(PAPER, "none")
+    """A figure as an element that takes its colours from the page and shares no id with another figure."""
+    svg = with_variables(svg[svg.index("<svg") :].replace(PAPER, "none"))
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{stem}-", svg)
     width = float(svg.partition('width="')[2].partition('pt"')[0])
-    looks = f'role="img" aria-label="{stem}" style="max-width: {width}pt; min-width: {min(width, 350)}pt"'
+    looks = f'role="img" aria-label="{SHOWS[stem]}" style="max-width: {width}pt; min-width: {min(width, 350)}pt"'
     return Markup(svg.replace("<svg", f"<svg {looks}", 1))
 
 
@@ -237,7 +244,21 @@ def _mechanism(store: Store) -> list[Finding]:
     return list(mechanism_findings(run.load(), run.settings)) if run.complete() else []
 
 
-def _published(store: Store) -> dict[str, Any] | None:
+def _published(store: Store, result: Result) -> dict[str, Any] | None:
+    """The published study's numbers, beside them those of the newest run by its procedure and of this page.
+
+    None where neither asks about even and odd heads.
+    """
+    own = _by_its_procedure(store)
+    asks = {"even", "odd"} <= set(result.shown)
+    if own is None and not asks:
+        return None
+    name = Path(store.study["model"]).name
+    here = rates_of(result.table, result.target) if asks else None
+    return {"rates": published_rates(), "own": own, "here": here, "same_model": name == MODEL}
+
+
+def _by_its_procedure(store: Store) -> dict[str, Any] | None:
     """The newest run by the published procedure that has a finished checkpoint."""
     for name in reversed(store.patch_names("published")):
         run = finished(store.patch(name).load())

@@ -13,16 +13,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from .colours import LINES, PAGE
 from .result import Result
 
-INK, PAPER, FAINT = "#22262b", "#fefefe", "#8d949c"
-"""Lines and words of a figure, its background, its grid.  On the page ink and paper become the page's own."""
+INK, FAINT = PAGE["ink"].light, PAGE["faint"].light
+"""Lines and words of a figure, and its grid.  On a page they become the page's own."""
 
-COLOURS = {"clean": "#265cfc", "corrupt": "#fc6626", "even": "#9674d4", "odd": "#6e613c", "all": "#359696"}
+PAPER = "#fefefe"
+"""The background of a figure; on a page there is none."""
+
+COLOURS = {name: colour.light for name, colour in LINES.items()}
 MARKERS = {"clean": "^", "corrupt": "v", "even": "s", "odd": "D", "all": "o"}
 SPARE = ("all", "even", "odd")
-"""Whose looks other subsets take, strongest first.  The colours stay at least 30 apart (CIELAB) under simulated
-protanopia and deuteranopia (Machado et al. 2009) and stand out from a light and a dark page."""
+"""Whose looks other subsets take, strongest first."""
 
 STYLE: Any = {
     "axes.titlelocation": "left",
@@ -32,6 +35,8 @@ STYLE: Any = {
     **dict.fromkeys(["axes.linewidth", "xtick.major.width", "ytick.major.width"], 0.6),
     **dict.fromkeys(["axes.spines.top", "axes.spines.right", "legend.frameon"], False),
     **dict.fromkeys(["text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"], INK),
+    # A name with dollar signs is a name, not a formula.
+    "text.parse_math": False,
     # The same run gives the same file: no random ids, no date.
     "svg.hashsalt": "headlapse",
 }
@@ -106,10 +111,3 @@ def step_labels(result: Result) -> list[str]:
         short = str(label) if len(str(label)) <= 12 else f"{str(label)[:11]}…"
         labels.append(short if step < 0 else str(step) if step < 10_000 else f"{step / 1000:g}k")
     return labels
-
-
-def readable(shade: Float[np.ndarray, " rgba"]) -> str:
-    """Black or white, whichever stands out more against a colour (relative luminance, WCAG 2)."""
-    rgb = shade[:3]
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return "#ffffff" if linear @ [0.2126, 0.7152, 0.0722] < 0.18 else "#111111"

@@ -83,6 +83,10 @@ class Comparison:
     """A row a training run and checkpoint: `position` (in `unit`), `all` (nats), `head_1` (of the head that is the
     largest in the end), `parity`, `both_right` (share of prompt pairs)."""
 
+    heads: pd.DataFrame
+    """A row a training run, checkpoint, layer and head, as `head_effects` has them; none of a run whose heads were not
+    patched alone."""
+
     @property
     def summary(self) -> pd.DataFrame:
         """A row a group and quantity, columns as the fields of `OverSeeds`."""
@@ -145,6 +149,7 @@ def compare(training_runs: Sequence[TrainingRun]) -> Comparison:
             {name: line.parity_null(places[name]) for name, line in timelines.items()},
         ),
         timeline=pd.concat(frames).set_index("training_run", append=True).swaplevel(),
+        heads=pd.concat({name: line.effects for name, line in timelines.items()}, names=["training_run"]),
     )
 
 
@@ -223,12 +228,12 @@ class _Timeline:
         return str(self.run.subset.values[np.flatnonzero((mask.sum(1) == 1) & mask[:, head])[0]])
 
     @functools.cached_property
-    def _effects(self) -> pd.DataFrame:
+    def effects(self) -> pd.DataFrame:
         return head_effects(self.run, self.settings)
 
     def ranked(self, place: int) -> list[HeadEffect]:
         """Heads that were patched alone, those with the largest effects first."""
-        return [] if self._effects.empty else rank_heads(self._effects, self.labels[place])
+        return [] if self.effects.empty else rank_heads(self.effects, self.labels[place])
 
 
 def _row(line: _Timeline, place: int) -> dict[str, object]:

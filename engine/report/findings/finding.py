@@ -16,11 +16,11 @@ class Finding:
 
     notes: tuple[str, ...]
 
-    name: str = ""
-    """What a file of the numbers is called; nothing where there are none."""
+    name: str
+    """In one word: a file of its numbers is called so, and a section of the page asks for it."""
 
     numbers: pd.DataFrame | None = None
-    """In full precision, for every checkpoint and layer."""
+    """In full precision, for every checkpoint and layer; None where there are none."""
 
     def __str__(self) -> str:
         """As the terminal shows it: the table, then the notes."""

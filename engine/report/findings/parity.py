@@ -23,7 +23,7 @@ def parity_finding(run: xr.Dataset, correction: Correction = "bh") -> Finding:
     frame, splits = parity(run, correction), find_equal_splits(run)
     if frame is None or splits is None:
         n_groups = int(run.attrs.get("patch", {}).get("n_groups", 1))
-        return Finding(TITLE, None, (_no_null(run.sizes["head"], n_groups),))
+        return Finding(TITLE, None, (_no_null(run.sizes["head"], n_groups),), "parity")
     order = pd.DataFrame({"p": frame["p"], "size": -frame["difference"].abs()})
     best = order.sort_values(["p", "size"], kind="stable").groupby("checkpoint", sort=False).head(1).index
     shown = frame.loc[[label for label in frame.index if label in set(best)]].reset_index("layer")

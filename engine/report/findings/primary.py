@@ -54,7 +54,7 @@ def primary_finding(run: xr.Dataset, settings: PatchSettings, study: Mapping[str
         return None
     title = "What was named beforehand"
     if is_changed(record, settings, study):
-        return Finding(title, None, (CHANGED,))
+        return Finding(title, None, (CHANGED,), "primary")
     rows, numbers = {}, {}
     for primary, test in primary_tests(run, settings, study):
         if test is None:

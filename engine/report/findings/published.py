@@ -13,6 +13,8 @@ from ...replay.published_protocol import LAYERS, N_TOKENS, SUBSETS
 
 MODEL, TASK = "pythia-160m", "published"
 
+PARTS = ("even", "odd")
+
 RATES = {
     "step1000": (0.0, 0.0, 0.0), "step2000": (0.0, 0.0, 0.0), "step4000": (0.0, 0.0, 0.0),
     "step8000": (0.0, 0.0, 0.0), "step16000": (0.0, 0.0, 0.0), "step32000": (1.0, 1.0, 1.0),
@@ -31,6 +33,25 @@ def success_table(run: xr.Dataset, study: Mapping[str, Any]) -> pd.DataFrame:
         for index in range(complete.sizes["checkpoint"])
     ]
     return pd.DataFrame(rows).set_index("checkpoint").fillna("")
+
+
+def published_rates() -> pd.DataFrame:
+    """The study's own success rates, a row a checkpoint; all of it as text."""
+    rows = {label: row for label, row in RATES.items() if label != "main"}
+    return _rates_as_text(pd.DataFrame.from_dict(rows, "index", columns=["unpatched", "even", "odd"]))
+
+
+def rates_of(timeline: pd.DataFrame, target: str) -> pd.DataFrame:
+    """The same of a patched run's timeline, whose unpatched run is `target`."""
+    return _rates_as_text(
+        pd.DataFrame({"unpatched": timeline[f"{target}_rate"], **{name: timeline[f"{name}_rate"] for name in PARTS}})
+    )
+
+
+def _rates_as_text(rates: pd.DataFrame) -> pd.DataFrame:
+    """With the difference of even and odd."""
+    text = rates.map("{:.0%}".format)
+    return text.assign(**{"even - odd": (rates["even"] - rates["odd"]).map("{:+.2f}".format)}).rename_axis("checkpoint")
 
 
 def format_texts(run: xr.Dataset, study: Mapping[str, Any]) -> str:

@@ -1,0 +1,383 @@
+"""Laws of the stage: what it shows is what the store holds, at every address, by mouse and by keyboard."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Page
+
+from headlapse.engine.report.packing import MISSING, hundredths, pack, size_of
+from headlapse.engine.report.page import write_report
+from headlapse.engine.report.result import read_result
+from headlapse.engine.report.stage import as_json, source, stage_payload
+from headlapse.engine.statistics.head_effects import head_effects
+from headlapse.engine.statistics.head_subsets import head_subset_statistics
+from headlapse.engine.statistics.means import interval
+from headlapse.engine.store.store import Store
+from tests.browser import NARROW, Open, browser, grave_findings, open_page, sideways_overflow
+from tests.stages import (
+    address_of,
+    effect_in_store,
+    random_run,
+    random_states,
+    random_store,
+    stage_page,
+    unpacked,
+    visit,
+)
+
+pytestmark = pytest.mark.thorough
+__all__ = ["browser", "open_page"]
+
+READY = "#stage[data-ready]"
+SHAPES: dict[str, dict[str, Any]] = {
+    "all subsets": {},
+    "some subsets": {"words": ("even", "odd", "all", "each", "none", "splits")},
+    "no single heads": {"words": ("even", "odd")},
+    "corrupt into clean": {"direction": "noise"},
+    "large effects": {"scale": 900.0},
+    "no gap": {"gap": 0.0},
+    "layers together": {"joint": True},
+}
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    """A store of three layers of six heads with two runs, and its whole report."""
+    folder = tmp_path_factory.mktemp("stage")
+    store = random_store(folder / "some.zarr", n_heads=6)
+    random_run(store, ("each", "all", "even", "odd", "none"), "few", positions="end:2")
+    random_run(store, direction="noise", name="noise")
+    random_run(store)
+    return store, write_report(store, folder / "out", "run")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    """All subsets of 12 heads in 12 layers at 11 checkpoints."""
+    folder = tmp_path_factory.mktemp("large")
+    store = random_store(folder / "large.zarr", [0, *(2**k for k in range(10))], n_layers=12, n_heads=12, n_trials=3)
+    random_run(store)
+    return store, stage_page(store, folder / "large.html")
+
+
+def opened(open_page: Open, page: Path, state: dict[str, Any] | None = None, **looks: Any) -> Page:
+    tab = open_page(f"{page.resolve().as_uri()}{address_of(state) if state else ''}", **looks)
+    tab.wait_for_selector(READY)
+    return tab
+
+
+def text(tab: Page, role: str) -> str:
+    return tab.locator(f"[data-role={role}]").inner_text()
+
+
+def pressed(tab: Page) -> list[str]:
+    found: list[str] = tab.eval_on_selector_all(
+        "[data-head][aria-pressed=true]", "all => all.map(one => one.dataset.head)"
+    )
+    return found
+
+
+# --- the numbers that the page carries ---
+
+
+@pytest.mark.parametrize("lattice", [False, True])
+@pytest.mark.parametrize("size", [1, 100, 10_000, 2_000_000])
+def test_what_is_packed_is_what_is_unpacked(size: int, lattice: bool) -> None:
+    values = np.random.default_rng(0).integers(-size, size + 1, size=(2, 3, 16))
+    assert (unpacked(pack(values, lattice)) == values).all()
+
+
+def test_sets_of_heads_that_add_up_take_little_room() -> None:
+    heads = np.random.default_rng(0).integers(-500, 500, size=10)
+    sums = np.array([[heads[k] * (bits >> k & 1) for k in range(10)] for bits in range(1024)]).sum(1)
+    assert size_of(pack(sums, lattice=True)) < 100 < size_of(pack(sums)) / 10
+    assert hundredths(np.array([0.125, np.nan, -1e-4])).tolist() == [12, MISSING, 0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_mean_and_interval_on_the_page_is_the_stores(shape: str, tmp_path: Path) -> None:
+    store = random_store(tmp_path / "a.zarr")
+    random_run(store, **SHAPES[shape])
+    result = read_result(store, "run")
+    [carried] = stage_payload(store, result)["runs"]
+    run = result.run
+    target = run.corrupt_logit_diff if carried["target"] == "corrupt" else run.clean_logit_diff
+    order = np.argsort(run.mask.values @ (1 << np.arange(4))) if carried["lattice"] else np.arange(run.sizes["subset"])
+    effect = (
+        (run.logit_diff - target).transpose("checkpoint", "layer", "subset", "trial").values.astype(float)[:, :, order]
+    )
+    mean = unpacked(carried["mean"])
+    assert np.abs(mean - effect.mean(-1) * 100).max() <= 0.5 + 1e-3
+    width, lean = (unpacked(carried["spread"][name]) for name in ("width", "lean"))
+    for found, end in zip(
+        ((lean + 2 * mean - width) / 2, (lean + 2 * mean + width) / 2), interval(effect), strict=True
+    ):
+        assert np.abs(found - end * 100).max() <= 0.5 + 1e-3
+    by_prompt = unpacked(carried["by_prompt"]["effect"]).transpose(0, 1, 3, 2)
+    assert np.abs(by_prompt - effect * 100).max() <= 0.5 + 1e-2
+    assert "</" not in as_json(stage_payload(store, result))
+
+
+def test_single_heads_and_smallest_sets_are_those_of_the_tables(some: tuple[Store, Path]) -> None:
+    store, _ = some
+    result = read_result(store, "run")
+    carried = stage_payload(store, result)["runs"][0]
+    effects = head_effects(result.run, result.settings)
+    assert (unpacked(carried["significant"]["is"]).ravel() == (effects["p_adjusted"] <= 0.05)).all()
+    statistics = head_subset_statistics(result.run, "denoise")
+    assert statistics is not None
+    assert (unpacked(carried["sufficient"]["count"]) == statistics.sufficient_count.values).all()
+    assert (unpacked(carried["necessary"]["count"]) == statistics.necessary_count.values).all()
+    for name in ("shapley", "shapley_low", "shapley_high"):
+        packed = carried["shapley"][{"shapley": "value"}.get(name, name.removeprefix("shapley_"))]
+        assert np.abs(unpacked(packed) - 100 * statistics[name].values).max() <= 0.5 + 1e-6
+
+
+def test_more_than_a_page_holds_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = random_store(tmp_path / "a.zarr")
+    random_run(store)
+    random_run(store, ("even", "odd"), "other")
+    monkeypatch.setattr("headlapse.engine.report.stage.MOST_EFFECTS", 15 * 10)
+    monkeypatch.setattr("headlapse.engine.report.stage.MOST_TEXT", 10)
+    monkeypatch.setattr("headlapse.engine.report.stage.DETAIL_TEXT", 10)
+    payload = stage_payload(store, read_result(store, "run"))
+    carried = payload["runs"][0]
+    masks = np.unpackbits(unpacked(carried["mask"]).astype(np.uint8), axis=1)[:, :4]
+    assert sorted(masks.sum(1).tolist())[:5] == [0, 1, 1, 1, 1] and len(masks) == 10
+    assert carried["by_prompt"] is None and len(carried["spread"]["rows"]) < 16
+    assert "10 of the 16 subsets" in carried["notes"][0] and len(carried["notes"]) == 5
+    assert payload["notes"] == ["no room on this page for the run other"] and len(payload["runs"]) == 1
+
+
+def test_all_subsets_of_a_small_model_fit_into_three_megabytes(large: tuple[Store, Path]) -> None:
+    assert large[1].stat().st_size < 2.5e6
+
+
+def test_the_script_ends_no_element_and_asks_for_nothing() -> None:
+    for name in ("stage.js", "stage.css"):
+        assert "</s" not in source(name) and "import " not in source(name).replace('"import headlapse', "")
+    assert "innerHTML" not in source("stage.js") and "fetch(" not in source("stage.js")
+
+
+# --- the page ---
+
+
+@pytest.mark.parametrize("kind", ["some", "large"])
+def test_effects_at_200_addresses_are_the_stores(kind: str, open_page: Open, request: pytest.FixtureRequest) -> None:
+    store, page = request.getfixturevalue(kind)
+    states = [*random_states(store, "run", 200)]
+    if kind == "some":
+        states[::10] = [*random_states(store, "few", 10), *random_states(store, "noise", 10)]
+    tab = opened(open_page, page)
+    run = {name: store.patch(name).load() for name in store.patch_names()}
+    for state, (effect, range_, status) in zip(states, visit(tab, states), strict=True):
+        at = run[state["run"]].sel(checkpoint=state["checkpoint"], layer=state["layer"])
+        wanted = np.isin(np.arange(at.sizes["head"]), state["heads"])
+        [patched] = at.logit_diff.values[(at.mask.values == wanted).all(1)].astype(float)
+        target = (at.clean_logit_diff if state["run"] == "noise" else at.corrupt_logit_diff).values
+        [low], [high] = interval((patched - target)[None])
+        assert abs(float(effect) - (patched - target).mean()) <= 0.005 + 1e-5 and effect[0] in "+-", state
+        if range_:
+            shown = [float(part) for part in range_.strip("[]").split(", ")]
+            assert np.abs(np.array(shown) - [low, high]).max() <= 0.005 + 1e-5
+        else:
+            assert kind == "large", "every interval is on a small page"
+        assert not status
+
+
+def test_an_address_shows_the_same_in_a_fresh_browser(some: tuple[Store, Path], open_page: Open) -> None:
+    store, page = some
+    tab = opened(open_page, page)
+    tab.select_option("[name=layer]", "2")
+    tab.click("[data-set=none]")
+    assert text(tab, "effect") == "+0.00" and pressed(tab) == []
+    for head in (0, 2, 5):
+        tab.click(f'[data-head="L2.H{head}"]')
+    tab.fill("[name=checkpoint]", "1")
+    state = {"run": "run", "checkpoint": "step1", "layer": 2, "heads": [0, 2, 5], "measure": "logit_diff"}
+    assert tab.url.endswith(address_of(state)) and pressed(tab) == ["L2.H0", "L2.H2", "L2.H5"]
+    assert abs(float(text(tab, "effect")) - effect_in_store(store, state)) <= 0.005 + 1e-5
+    fresh = opened(open_page, page, state)
+    for role in ("effect", "interval", "chosen", "checkpoint"):
+        assert text(fresh, role) == text(tab, role)
+    assert pressed(fresh) == pressed(tab) and fresh.input_value("[name=checkpoint]") == "1"
+
+
+def test_every_measure_and_every_set_can_be_chosen(some: tuple[Store, Path], open_page: Open) -> None:
+    store, page = some
+    tab = opened(open_page, page, {"checkpoint": "step100", "layer": 1, "heads": "all"})
+    run = store.patch("run").load().sel(checkpoint="step100", layer=1)
+    whole = run.logit_diff.sel(subset="all").values
+    tab.select_option("[name=measure]", "success")
+    change = 100 * ((whole > 0).mean() - (run.corrupt_logit_diff.values > 0).mean())
+    assert text(tab, "effect") == f"{change:+.0f} %" and "restores" in text(tab, "interval")
+    tab.select_option("[name=measure]", "recovery")
+    share = ((whole - run.corrupt_logit_diff.values) / 8).mean()
+    assert text(tab, "effect") == f"{share:+.0%}".replace("%", " %")
+    tab.select_option("[name=measure]", "logit_diff")
+    for name in ("even", "odd", "none", "all", "complement", "random"):
+        tab.click(f"[data-set={name}]")
+        heads = [int(head.partition("H")[2]) for head in pressed(tab)]
+        state = {"run": "run", "checkpoint": "step100", "layer": 1, "heads": heads}
+        assert abs(float(text(tab, "effect")) - effect_in_store(store, state)) <= 0.005 + 1e-5
+    tab.select_option("[name=run]", "few")
+    tab.click("[data-set=even]")
+    assert "run=few" in tab.url and text(tab, "effect") != "–"
+
+
+def test_what_was_not_patched_is_said_and_never_guessed(some: tuple[Store, Path], open_page: Open) -> None:
+    store, page = some
+    tab = opened(open_page, page, {"run": "few", "checkpoint": "step100", "layer": 1, "heads": [0, 1]})
+    assert text(tab, "effect") == "–" and text(tab, "interval") == ""
+    said = tab.locator(".stage-facts").inner_text()
+    assert f"headlapse patch {store.path} --subsets 0,1 --layers 1 --positions end:2" in said
+    assert "one by one add up to" in said
+    tab = opened(open_page, page, {"run": "nowhere", "checkpoint": "step9", "layer": 7, "heads": [99]})
+    assert all(word in text(tab, "status") for word in ("run nowhere", "checkpoint step9", "layer 7", "heads 99"))
+
+
+def test_a_head_of_another_layer_begins_a_new_set(some: tuple[Store, Path], open_page: Open) -> None:
+    tab = opened(open_page, some[1], {"layer": 1, "heads": [0, 1]})
+    tab.click('[data-head="L2.H3"]')
+    assert pressed(tab) == ["L2.H3"] and tab.input_value("[name=layer]") == "2"
+    assert "begins anew with L2.H3" in text(tab, "status")
+
+
+def test_it_plays_to_the_end_and_stops(some: tuple[Store, Path], open_page: Open) -> None:
+    tab = opened(open_page, some[1], {"checkpoint": "step0", "layer": 0, "heads": [1]})
+    tab.focus("[name=checkpoint]")
+    tab.keyboard.press("Space")
+    assert tab.locator(".stage-play").get_attribute("aria-pressed") == "true"
+    tab.wait_for_selector(".stage-play[aria-pressed=false]", timeout=10_000)
+    assert tab.input_value("[name=checkpoint]") == "4" and "checkpoint=a&" in tab.url
+
+
+def test_the_keyboard_alone_reaches_everything(some: tuple[Store, Path], open_page: Open) -> None:
+    tab = opened(open_page, some[1], {"checkpoint": "step1", "layer": 0, "heads": []})
+    tab.focus("[name=checkpoint]")
+    tab.keyboard.press("ArrowRight")
+    assert text(tab, "checkpoint") == "step 10"
+    for _ in range(4):
+        tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.dataset.head") == "L0.H0"
+    for key in ("ArrowUp", "ArrowRight", "Space", "End", "Enter"):
+        tab.keyboard.press(key)
+    assert pressed(tab) == ["L1.H1", "L1.H5"]
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.dataset.set") == "all"
+
+
+def test_clicking_the_line_goes_there(some: tuple[Store, Path], open_page: Open) -> None:
+    tab = opened(open_page, some[1])
+    tab.wait_for_function("document.querySelector('.stage-plot').clientWidth > 650")
+    tab.locator(".stage-plot").click(position={"x": 53, "y": 50})
+    assert text(tab, "checkpoint") == "step 0"
+
+
+def test_what_is_copied_gives_what_is_seen(some: tuple[Store, Path], open_page: Open) -> None:
+    state = {"run": "run", "checkpoint": "step10", "layer": 1, "heads": [1, 3], "measure": "logit_diff"}
+    tab = opened(open_page, some[1], state)
+    tab.click("[data-copy=python]")
+    code = [sys.executable, "-c", text(tab, "copied")]
+    printed = float(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
+    assert abs(float(text(tab, "effect")) - printed) <= 0.005 + 1e-5
+    tab.click("[data-copy=link]")
+    assert text(tab, "copied") == tab.url
+    tab.click("[data-copy=command]")
+    assert text(tab, "copied").endswith("--subsets 1,3 --layers 1 --checkpoints step10")
+
+
+def test_what_is_saved_is_what_is_seen(some: tuple[Store, Path], open_page: Open, tmp_path: Path) -> None:
+    tab = opened(open_page, some[1], {"checkpoint": "step10", "layer": 1, "heads": [1, 3]})
+    for kind in ("csv", "svg", "png"):
+        with tab.expect_download() as download:
+            tab.click(f"[data-copy={kind}]")
+        download.value.save_as(tmp_path / f"seen.{kind}")
+    rows = (tmp_path / "seen.csv").read_text().splitlines()
+    assert rows[0] == "run,checkpoint,step,layer,heads,measure,effect,low,high" and len(rows) == 1 + 18 + 5
+    chosen = next(row.split(",") for row in rows if row.startswith("run,step10,10,1,1 3,"))
+    assert float(chosen[6]) == float(text(tab, "effect"))
+    assert len(ET.parse(tmp_path / "seen.svg").getroot()) > 20
+    colours = Image.open(tmp_path / "seen.png").convert("RGB").getcolors(10**6)
+    assert colours is not None and len(colours) > 20
+
+
+def test_hostile_names_stay_text(tmp_path: Path, open_page: Open) -> None:
+    name = "</script><img src=x onerror=alert(1)>{{7*7}}\"'&--><!--"
+    store = random_store(tmp_path / "a.zarr", name=name, model=name)
+    random_run(store)
+    tab = opened(open_page, write_report(store, tmp_path / "out"), {"heads": [0]})
+    assert tab.locator("#stage img").count() == 0
+    assert name in tab.locator(".stage-prompt").first.inner_text()
+    tab.fill("[name=checkpoint]", "4")
+    assert text(tab, "checkpoint") == name
+    fresh = open_page(tab.url)
+    fresh.wait_for_selector(READY)
+    assert text(fresh, "checkpoint") == name and text(fresh, "effect") == text(tab, "effect")
+    tab.click("[data-copy=python]")
+    compile(text(tab, "copied"), "copied", "exec")
+
+
+@pytest.mark.parametrize("n_trials", [1, 2])
+def test_one_checkpoint_and_one_prompt_have_what_they_have(n_trials: int, tmp_path: Path, open_page: Open) -> None:
+    store = random_store(tmp_path / "a.zarr", steps=(-1,), n_layers=1, n_heads=2, n_trials=n_trials)
+    random_run(store)
+    tab = opened(open_page, stage_page(store, tmp_path / "a.html"), {"heads": "all"})
+    assert tab.locator("[name=checkpoint]").is_disabled() and text(tab, "effect")[0] in "+-"
+    assert (text(tab, "interval") == "") == (n_trials == 1)
+    assert ("One prompt has no interval" in text(tab, "notes")) == (n_trials == 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_kind_of_run_can_be_shown(shape: str, tmp_path: Path, open_page: Open) -> None:
+    store = random_store(tmp_path / "a.zarr")
+    random_run(store, **SHAPES[shape])
+    tab = opened(open_page, stage_page(store, tmp_path / "a.html"))
+    tab.click("[data-set=even]")
+    layer = int(tab.input_value("[name=layer]"))
+    state = {"run": "run", "checkpoint": "a", "layer": layer, "heads": [0, 2]}
+    tab.fill("[name=checkpoint]", "4")
+    assert abs(float(text(tab, "effect")) - effect_in_store(store, state)) <= 0.005 + 1e-4
+    for measure in tab.eval_on_selector_all("[name=measure] option", "all => all.map(one => one.value)"):
+        tab.select_option("[name=measure]", measure)
+        tab.fill("[name=checkpoint]", "2")
+    assert sideways_overflow(tab) <= 0
+
+
+def test_without_a_script_there_is_no_stage(some: tuple[Store, Path], open_page: Open) -> None:
+    tab = open_page(some[1], script=False)
+    assert not tab.locator("#stage").is_visible() and tab.locator("[data-role=verdict]").is_visible()
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", NARROW), ("dark", NARROW)])
+def test_everyone_can_read_the_stage(some: tuple[Store, Path], scheme: str, width: int, open_page: Open) -> None:
+    tab = opened(open_page, some[1], {"checkpoint": "step10", "layer": 1, "heads": [1, 3]}, scheme=scheme, width=width)
+    assert not grave_findings(tab, "#stage")
+    parts = tab.query_selector_all("#stage, #stage > *")
+    assert not [part for part in parts if part.evaluate("one => one.scrollWidth > one.clientWidth + 1")]
+
+
+def test_the_whole_lattice_paints_and_steps_fast(large: tuple[Store, Path], open_page: Open) -> None:
+    tab = opened(open_page, large[1], {"checkpoint": "step0", "layer": 6, "heads": "even"})
+    paint = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    step = """() => {
+      const slider = document.querySelector("[name=checkpoint]"), times = [];
+      for (let at = 0; at <= 10; at++) {
+        const before = performance.now();
+        slider.value = at;
+        slider.dispatchEvent(new Event("input"));
+        document.body.getBoundingClientRect();
+        times.push(performance.now() - before);
+      }
+      return times.sort((a, b) => a - b)[5];
+    }"""
+    median = tab.evaluate(step)
+    print(f"first paint {paint:.0f} ms, step {median:.1f} ms, page {large[1].stat().st_size / 1e6:.2f} MB")
+    # Twice what is aimed at: other work goes on beside tests.
+    assert paint < 2000 and median < 100
