@@ -145,6 +145,7 @@ def test_a_slider_step_is_quick_with_nine_training_runs(open_page: Open, tmp_pat
     """Milliseconds of one step, script and layout, on whatever runs the tests: far below what an eye notices."""
     runs = [training_run(f"run{seed}", {(1, 0): 3.0}, words=BALANCED, seed=seed) for seed in range(9)]
     tab = open_page(write_to(tmp_path, compare(runs)))
+    tab.get_by_role("grid").first.wait_for()
     took = tab.evaluate(
         """() => {
           const slider = document.querySelector("[name=checkpoint]");
