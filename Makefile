@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 PIP = -m pip install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 # Models of the tests are too small for threads; a file's fixtures are made once.
-PYTEST = -m pytest -n 2 --dist loadfile
+PYTEST = -m pytest -n 3 --dist loadfile
 
 # The torch that is tested: newer ones come as CUDA builds of several GB even where there is no GPU.
 TORCH := 2.13.0

@@ -6,8 +6,10 @@ import socket
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 from packaging.version import Version
 
@@ -17,6 +19,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # tokenizers warns when a process that has used it is forked.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ENGINE = Path(__file__).parent.parent / "engine"
+
+SHAPED = [
+    ".".join(("headlapse", *path.relative_to(ENGINE.parent).with_suffix("").parts))
+    for path in sorted(ENGINE.rglob("*.py"))
+    if "from jaxtyping import" in path.read_text(encoding="utf-8")
+]
+"""Modules whose functions have the shapes of their arrays checked at each call.  The others have none, and checking
+what mypy has checked already would take a tenth of the time of all tests."""
+
+jaxtyping.install_import_hook(SHAPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 CHECKED = {"neox-parallel": "denoise", "llama-gqa": "noise"}

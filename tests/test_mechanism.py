@@ -703,6 +703,6 @@ def test_the_report_shows_what_was_measured(files: Path, tmp_path: Path) -> None
     reported = run("report", cache=tmp_path)
     assert reported.returncode == 0, reported.stderr
     page = Path(reported.stdout.strip())
-    assert "<h2>Mechanism</h2>" in page.read_text() and len(pd.read_csv(page.parent / "mechanism.csv"))
-    assert "<h2>Roles of heads</h2>" in page.read_text() and "score at least 0.3 above its null" in page.read_text()
+    assert "<h3>Mechanism</h3>" in page.read_text() and len(pd.read_csv(page.parent / "mechanism.csv"))
+    assert "<h3>Roles of heads</h3>" in page.read_text() and "score at least 0.3 above its null" in page.read_text()
     assert len(pd.read_csv(page.parent / "roles.csv")) == len(LABELS) * len(ROLES) * N_LAYERS * N_HEADS
