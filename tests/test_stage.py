@@ -350,6 +350,16 @@ def test_every_kind_of_run_can_be_shown(shape: str, tmp_path: Path, open_page: O
     assert sideways_overflow(tab) <= 0
 
 
+def test_heads_that_are_not_significant_are_hatched(some: tuple[Store, Path], open_page: Open) -> None:
+    tab = opened(open_page, some[1], {"checkpoint": "step100", "layer": 1, "heads": [0]})
+    looks = tab.eval_on_selector_all(
+        "[data-head]",
+        "all => all.map((one) => [one.getAttribute('aria-label'), getComputedStyle(one).backgroundImage])",
+    )
+    assert {("not significant" in words) == (image != "none") for words, image in looks} == {True}
+    assert [image for _, image in looks if image != "none"], "noise is not significant"
+
+
 def test_without_a_script_there_is_no_stage(some: tuple[Store, Path], open_page: Open) -> None:
     tab = open_page(some[1], script=False)
     assert not tab.locator("#stage").is_visible() and tab.locator("[data-role=verdict]").is_visible()
