@@ -50,6 +50,12 @@ class RemoteFile:
     sha256: str | None
     """Known of large files only."""
 
+    def __post_init__(self) -> None:
+        """Raises `TypeError` for what is neither: the client passes on whatever the hub says."""
+        for value, kind in ((self.size, int), (self.blob, str), (self.sha256, str)):
+            if not isinstance(value, kind | None):
+                raise TypeError(f"{value!r} is no {kind.__name__}")
+
 
 @dataclass(frozen=True)
 class Revision:
