@@ -18,7 +18,6 @@ import torch
 from headlapse.__main__ import main
 from headlapse.engine.checkpoints.plausible import refuse_impossible_numbers
 from headlapse.engine.runtime.errors import UserError
-from headlapse.engine.store.store import FORMAT
 from tests import hostile
 from tests.hostile import DIGITS
 from tests.models import CONFIGS
@@ -94,7 +93,6 @@ def test_a_share_of_damaged_files_ends_in_one_line_each(model: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FORMAT < 2, reason="metadata of format 1 have no checksums")
 def test_a_share_of_damaged_stores_ends_in_one_line_each(model: Path, tmp_path: Path) -> None:
     before = hostile.peak_memory()
     ends = hostile.try_stores(range(10**6, 10**6 + 12), tmp_path / "damaged")

@@ -12,7 +12,7 @@ from .colours import SCALES, WORDS, words_on
 from .findings.comparison import format_position
 from .packing import MISSING, hundredths, pack
 from .plot_style import place_steps
-from .stage import as_json, source
+from .stage import embedded, source
 
 NAMED = {"head_1": "largest head", "all": "all heads of the layer", "parity": "even − odd"}
 """What is drawn over training, by its column of the timeline."""
@@ -70,13 +70,7 @@ def _heads(effects: pd.DataFrame, name: str) -> dict[str, Any] | None:
 
 def comparison_stage(comparison: Comparison) -> tuple[Markup, Markup]:
     """The place of the small multiples, hidden until their script has run, and what the page ends in."""
-    style, shared = source("comparison.css"), source("stage.js")
     # What it imports stands before it, in the one script of the page.
     own = source("comparison.js").partition('from "./stage.js";\n')[2]
-    place = Markup(f'<style>{style}</style>\n<section class="multiples" id="stage" hidden></section>')
-    begin = 'show(document.getElementById("stage"), JSON.parse(document.getElementById("stage-numbers").textContent));'
-    numbers = as_json(comparison_payload(comparison))
-    return place, Markup(
-        f'<script type="application/json" id="stage-numbers">{numbers}</script>\n'
-        f'<script type="module">\n{shared}\n{own}\n{begin}\n</script>'
-    )
+    script = f"{source('stage.js')}\n{own}"
+    return embedded("multiples", source("comparison.css"), script, "show", comparison_payload(comparison))

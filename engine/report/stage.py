@@ -83,13 +83,17 @@ def stage_html(store: Store, result: Result) -> tuple[Markup, Markup]:
     """The stage's place in the page, hidden until its script has run, and what the page ends in: numbers and script."""
     if not can_be_staged(store, result.name):
         return Markup(""), Markup("")
-    script, style = source("stage.js"), source("stage.css")
-    place = Markup(f'<style>{style}</style>\n<section class="stage" id="stage" hidden></section>')
-    begin = 'mount(document.getElementById("stage"), JSON.parse(document.getElementById("stage-numbers").textContent));'
-    numbers = as_json(stage_payload(store, result))
+    return embedded("stage", source("stage.css"), source("stage.js"), "mount", stage_payload(store, result))
+
+
+def embedded(looks: str, style: str, script: str, begin: str, payload: dict[str, Any]) -> tuple[Markup, Markup]:
+    """A place of the class `looks`, and what a page ends in: the numbers, and the script, whose function `begin` is
+    called with both."""
+    place = Markup(f'<style>{style}</style>\n<section class="{looks}" id="stage" hidden></section>')
+    numbers = 'JSON.parse(document.getElementById("stage-numbers").textContent)'
     return place, Markup(
-        f'<script type="application/json" id="stage-numbers">{numbers}</script>\n'
-        f'<script type="module">\n{script}\n{begin}\n</script>'
+        f'<script type="application/json" id="stage-numbers">{as_json(payload)}</script>\n'
+        f'<script type="module">\n{script}\n{begin}(document.getElementById("stage"), {numbers});\n</script>'
     )
 
 
@@ -156,10 +160,9 @@ class _Run:
         mask: Bool[np.ndarray, "subset head"] = self.run.mask.values
         every = all_subset_rows(mask)
         cells = self.run.sizes["checkpoint"] * self.run.sizes["layer"]
-        self.rows = _nearest(mask, MOST_EFFECTS // cells) if every is None else every
-        self.lattice = every is not None and cells * len(every) <= MOST_EFFECTS
-        if every is not None and not self.lattice:
-            self.rows = _nearest(mask, MOST_EFFECTS // cells)
+        most = MOST_EFFECTS // cells
+        self.lattice = every is not None and len(every) <= most
+        self.rows = every if every is not None and self.lattice else _nearest(mask, most)
         self.mask = mask[self.rows]
         self.effects = self._read()
 

@@ -88,17 +88,17 @@ def date_parity(
     overlap = splits.overlap(even)
     if first is None:
         size = least_size
-        absent = excluded(null, even, overlap, size) & excluded(null, even, overlap, -size)
+        absent = _excluded_either_way(null, even, overlap, size)
     else:
         size = float(null[first, even])
         absent = excluded(null, even, overlap, size)
-    whole_excluded = all(excluded(null[-1:], even, overlap, sign * abs(whole)).all() for sign in (1, -1))
+    neither_carries = bool(_excluded_either_way(null[-1], even, overlap, whole))
     n_before = int(np.argmin(np.append(absent[: len(absent) if first is None else first], False)))
     lasts = first is not None and p <= 1 - LEVEL and bool(null[first, even] * null[-1, even] > 0)
     return ParityOnset(
         p, adjusted, absent, abs(size), int(steps[n_before - 1]) if n_before else None,
         None if first is None else int(steps[first]), lasts, power_of(null[-1], splits, least_size), splits.least_p,
-        whole_excluded,
+        neither_carries,
     )  # fmt: skip
 
 
@@ -116,6 +116,12 @@ def excluded(
     slack = 1e-6 * np.abs(null).max(-1) + 1e-9
     p = (left <= (left[..., even] + slack)[..., None]).mean(-1)
     return np.asarray(p <= 1 - LEVEL)
+
+
+def _excluded_either_way(
+    null: Float[np.ndarray, "*cell split"], even: int, overlap: Float[np.ndarray, " split"], size: float
+) -> Bool[np.ndarray, "*cell"]:
+    return np.asarray(excluded(null, even, overlap, size) & excluded(null, even, overlap, -size))
 
 
 def power_of(null: Float[np.ndarray, " split"], splits: EqualSplits, size: float) -> float:
