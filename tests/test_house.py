@@ -18,8 +18,8 @@ ROOMS = (
 """The folders of engine/, in the order in which they may import: each only those before it, and itself."""
 
 LIBRARIES = {
-    "torch": {"runtime.resources", "checkpoints", "capture", "store", "replay", "mechanism", "bench"},
-    "transformers": {"checkpoints", "replay", "bench"},
+    "torch": {"runtime.resources", "runtime.importing", "checkpoints", "capture", "store", "replay", "mechanism", "bench"},
+    "transformers": {"runtime.importing", "checkpoints", "replay", "bench"},
     "accelerate": {"runtime.resources", "checkpoints", "bench"},
     "huggingface_hub": {"checkpoints"},
     "zarr": {"store"},

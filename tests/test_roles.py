@@ -507,6 +507,8 @@ def test_the_loss_bump_is_the_largest_fall_that_sequences_agree_on() -> None:
     noise = run.assign(loss_second=(("checkpoint", "sequence"), rng.normal(3, 1, (4, 10))))
     assert loss_bump(noise) is None
     assert loss_bump(run.isel(checkpoint=[0])) is None
+    backwards = run.loss_second.isel(checkpoint=slice(None, None, -1)).drop_vars("checkpoint")
+    assert loss_bump(run.assign(loss_second=backwards)) is None, "it only rises"
 
 
 def test_the_lines_name_heads_onset_and_what_is_missing() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
@@ -181,7 +182,8 @@ class _DryRun:
 def _without_weights(config: PreTrainedConfig) -> PreTrainedModel:
     auto: Any = AutoModelForCausalLM  # untyped in transformers
     try:
-        with torch.device("meta"):
+        # Random numbers for no memory at all cost torch a second, most of it for sympy.
+        with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = auto.from_config(
                 config, attn_implementation=IMPLEMENTATION, trust_remote_code=False
             ).eval()

@@ -158,12 +158,14 @@ def loss_bump(run: xr.Dataset) -> LossBump | None:
         return None
     fall = loss.mean(1)[:, None] - loss.mean(1)
     steps, first, last = complete.step.values, *np.triu_indices(len(loss), 1)
+    if fall[first, last].max() <= 0:
+        return None
     long_enough = fall[first, last] >= MOST * fall[first, last].max()
     n_stretches, first, last = len(first), first[long_enough], last[long_enough]
     at = np.lexsort((-fall[first, last], steps[last] - steps[first]))[0]
     after, by = int(first[at]), int(last[at])
     _, _, p = t_test((loss[after] - loss[by])[None])
-    if not (fall[after, by] > 0 and n_stretches * p[0] <= 1 - LEVEL):
+    if n_stretches * p[0] > 1 - LEVEL:
         return None
     labels = complete.checkpoint.values
     return LossBump(str(labels[after]), str(labels[by]), float(fall[after, by]))

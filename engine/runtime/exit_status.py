@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from .errors import UserError, VerificationError, printable, unwritable
+from .importing import import_less
 from .shortage import shortage_of
 
 DONE, FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
@@ -30,6 +31,7 @@ def exit_status_of(main: Callable[[], int]) -> int:
     # Idle OpenMP threads then go to sleep soon instead of spinning: no slower alone, many times faster on a machine
     # that others use too.  The variable is read when torch is first imported, which `main` does.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    import_less()
     try:
         return main()
     except UserError as error:
