@@ -18,7 +18,11 @@ ROOMS = (
 """The folders of engine/, in the order in which they may import: each only those before it, and itself."""
 
 LIBRARIES = {
-    "torch": {"runtime.resources", "runtime.importing", "checkpoints", "capture", "store", "replay", "mechanism", "bench"},
+    # fmt: off
+    "torch": {
+        "runtime.resources", "runtime.importing", "checkpoints", "capture", "store", "replay", "mechanism", "bench",
+    },
+    # fmt: on
     "transformers": {"runtime.importing", "checkpoints", "replay", "bench"},
     "accelerate": {"runtime.resources", "checkpoints", "bench"},
     "huggingface_hub": {"checkpoints"},

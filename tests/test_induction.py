@@ -1,11 +1,13 @@
-"""Roles in a model in which induction grows: who has it, whose patch matters, and when both begin."""
+"""Roles in models in which induction grows: who has it, whose patch matters, when both begin, and over seeds."""
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import headlapse
 from headlapse.engine.capture.run import cache_series
 from headlapse.engine.checkpoints.resolve import resolve
 from headlapse.engine.mechanism.role_summary import (
@@ -28,12 +30,21 @@ MATTERS = 0.5
 """Nats."""
 
 
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """The checkpoints of seed 0, and the training loss before each; a dozen seconds."""
+    folder = tmp_path_factory.mktemp("grown") / "grown-seed0"
+    return folder, grow(folder, seed=0)
+
+
 @pytest.mark.slow
-def test_induction_heads_are_those_whose_patch_matters_and_they_form_at_the_loss_bump(tmp_path: Path) -> None:
+def test_induction_heads_are_those_whose_patch_matters_and_they_form_at_the_loss_bump(
+    tmp_path: Path, grown: tuple[Path, dict[int, float]]
+) -> None:
     """The bump is the shortest stretch over which the loss on repeated tokens falls by three quarters of its fall; the
-    training loss, on other documents, is steepest in it.  30 CPU seconds, imports included."""
-    losses = grow(tmp_path / "grown", seed=0)
-    study = Study(str(tmp_path / "grown"), task="induction", trials=15)
+    training loss, on other documents, is steepest in it."""
+    folder, losses = grown
+    study = Study(str(folder), task="induction", trials=15)
     list(cache_series(study, resolve(study.model, [], tmp_path), tmp_path / "s.zarr", tmp_path, Machine()))
     store = Store(tmp_path / "s.zarr")
     plan = make_plan(store, ["patching", "roles"])
@@ -71,3 +82,29 @@ def test_induction_heads_are_those_whose_patch_matters_and_they_form_at_the_loss
 
     text = "\n".join(mechanism_summary(run, plan.settings, store.study))
     assert "  induction, copying" in text and f"between {bump.after} and {bump.by}" in text
+
+
+@pytest.mark.slow
+def test_induction_is_found_in_each_of_three_seeds_whatever_the_numbers_of_its_heads(
+    tmp_path: Path, grown: tuple[Path, dict[int, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained, captured, patched and measured as a user would; no two seeds need have the role in the same heads."""
+    monkeypatch.setenv("HEADLAPSE_CACHE", str(tmp_path / "cache"))
+    ends = [f"step{STEPS[0]}", f"step{STEPS[-1]}"]
+    stores = []
+    for folder in (grown[0], tmp_path / "grown-seed1", tmp_path / "grown-seed2"):
+        if not folder.exists():
+            grow(folder, int(folder.name[-1]), (STEPS[0], STEPS[-1]))
+        store = headlapse.cache(folder, task="induction", trials=8, checkpoints=ends)
+        store.patch(subsets=["each", "all"])
+        store.mechanism(parts="roles")
+        stores.append(store)
+    found = headlapse.compare(*stores)
+    induction = {name: set(heads["induction"]) for name, heads in found.roles.items()}
+    assert len(induction) == 3 and all(induction.values())
+    for name, row in found.table.iterrows():
+        assert row["heads"][0] in induction[str(name)], "the head whose patch matters most has the role"
+    [line] = [line for line in found.verdict() if line.startswith("roles")]
+    assert re.search(r"induction in 3 of 3", line), line
+    assert len(found.verdict()) <= 12
+    assert "induction in 3 of 3" in found.report().read_text()

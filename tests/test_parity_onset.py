@@ -45,7 +45,8 @@ def dated(heads: np.ndarray, steps: np.ndarray, splits: EqualSplits, noise: floa
     what all heads add at the last."""
     n_subsets, rng = len(splits.halves), np.random.default_rng(seed)
     scatter = noise * rng.standard_normal((len(steps), n_subsets))
-    scatter = scatter - scatter[:, [splits.halves.index(row) for row in splits.rests]] if splits.swaps else scatter
+    place = {half: at for at, half in enumerate(splits.halves)}
+    scatter = scatter - scatter[:, [place[rest] for rest in splits.rests]] if splits.swaps else scatter
     nats = heads @ (2.0 * splits.mask - 1).T + scatter
     differences = SplitDifferences(nats, np.full(len(steps), 2 * noise**2), splits.even, splits.swaps)
     whole = abs(float(heads[-1].sum()))
@@ -119,7 +120,8 @@ def test_a_half_that_carries_the_layer_is_denied_in_five_percent_at_most(n_heads
     heads = rng.standard_normal((2000, 1, n_heads))
     heads[..., ::2] += 6 / n_heads
     heads[..., 1::2] -= heads[..., 1::2].mean(-1, keepdims=True)
-    denied = [dated(one, steps, splits).neither_carries for one in heads]
+    with unchecked():
+        denied = [dated(one, steps, splits).neither_carries for one in heads]
     assert np.mean(denied) <= 0.05 + 0.0146
 
 
