@@ -17,12 +17,10 @@ ROOMS = (
 )
 """The folders of engine/, in the order in which they may import: each only those before it, and itself."""
 
+COMPUTING = ("checkpoints", "capture", "store", "replay", "mechanism")
+
 LIBRARIES = {
-    # fmt: off
-    "torch": {
-        "runtime.resources", "runtime.importing", "checkpoints", "capture", "store", "replay", "mechanism", "bench",
-    },
-    # fmt: on
+    "torch": {"runtime.resources", "runtime.importing", "bench", *COMPUTING},
     "transformers": {"runtime.importing", "checkpoints", "replay", "bench"},
     "accelerate": {"runtime.resources", "checkpoints", "bench"},
     "huggingface_hub": {"checkpoints"},
