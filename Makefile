@@ -34,7 +34,9 @@ seeds: demo  ## the embedded series from two more seeds, compared with the first
 		> cache/demo-seed$$seed.txt || exit 1; done
 	$(VENV)/bin/headlapse compare cache/demo-decimal.zarr cache/demo-seed1-decimal.zarr cache/demo-seed2-decimal.zarr
 
-test: lint imports  ## set up, then run everything: lint, types, all tests
+# Type checkers use one core each.
+test: $(VENV)/tools  ## set up, then run everything: lint, types, all tests
+	$(MAKE) --no-print-directory --jobs 2 lint imports
 	$(RUN) $(PYTEST)
 
 check: lint  ## lint, types and the fast tests
