@@ -75,6 +75,14 @@ def same_seed() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """No machine loses its power under tests; those of a power cut record what would be lost, whoever waits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _handle: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def offline() -> Iterator[None]:
     """Tests talk to this machine only: whatever else a test tries to reach fails at once, whoever swallows errors."""
     tried: list[str] = []
