@@ -183,7 +183,7 @@ def _head_lines(
         yield Line("heads", _no_single_heads(settings))
         return
     last, at = _labels(complete)[-1], telling_checkpoint(effects)
-    heads = rank_heads(effects, at or last)
+    heads = rank_heads(effects, at or last, reading.margin)
     if judges is not None:
         heads = _in_order_of(heads, head_effects(judges, settings, reading.correction), at or last)
     if complete.sizes["trial"] == 1:
@@ -205,14 +205,14 @@ def _head_lines(
         yield Line(
             "heads",
             fitting(
-                f"{counts}{shown}; mean effect (nats, 95 % interval){chosen}; adjusted p",
-                f"{counts}{shown}; nats [95 % interval]{chosen}; adjusted p",
-                f"{counts}{shown}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
-                f"{counts}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
+                f"{counts}{shown}; mean effect (nats, joint 95 % intervals){chosen}; adjusted p",
+                f"{counts}{shown}; nats [joint 95 % interval]{chosen}; adjusted p",
+                f"{counts}{shown}; nats [joint 95 %]{chosen.partition(':')[0]}; adjusted p",
+                f"{counts}; nats [joint 95 %]{chosen.partition(':')[0]}; adjusted p",
                 counts,
             ),
         )
-        yield from _table(significant[:SHOWN], len(_labels(complete)))
+        yield from _table(significant[:SHOWN], len(_labels(complete)), reading.margin)
 
 
 def _in_order_of(heads: Sequence[HeadEffect], effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
@@ -227,13 +227,13 @@ def _no_single_heads(settings: PatchSettings) -> str:
     return "not patched one by one; for the effects of single heads: --subsets each all"
 
 
-def _table(heads: Sequence[HeadEffect], n_checkpoints: int) -> Iterator[Line]:
+def _table(heads: Sequence[HeadEffect], n_checkpoints: int, margin: float) -> Iterator[Line]:
     """A line a head, in columns."""
     cells = [
         [
             format_estimate(head.effect, head.low, head.high),
             format_p(head.p_adjusted),
-            "" if n_checkpoints == 1 else _significant_from(head),
+            "" if n_checkpoints == 1 else _since_when(head, margin),
             "" if math.isnan(head.share) else f"{100 * head.share:.0f} % of layer {head.layer}",
         ]
         for head in heads
@@ -244,7 +244,10 @@ def _table(heads: Sequence[HeadEffect], n_checkpoints: int) -> Iterator[Line]:
         yield Line(f"  {head}", "  ".join(columns).rstrip())
 
 
-def _significant_from(head: HeadEffect) -> str:
+def _since_when(head: HeadEffect, margin: float) -> str:
+    """From when on its effect is significant and of the margin's size: smaller ones have no onset worth a date."""
+    if abs(head.effect) < margin:
+        return f"below {margin:g} nats"
     if head.by is None:
         return "at single checkpoints only"
     return "from the start" if head.after is None else f"from {_between(head.after, head.by)}"
