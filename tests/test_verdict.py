@@ -132,7 +132,7 @@ def test_with_a_null_yes_no_and_cannot_tell_are_three_things() -> None:
     unequal = line_about(lines_of({(1, head): 0.5 * head for head in range(N_HEADS)}, words=words), "even/odd")
     assert unequal.startswith("no, neither carries the layer: -2.05 [") and "p = .57 of 70" in unequal
     few = line_about(lines_of({(1, 5): 3.0}, seed=1), "even/odd")
-    assert few.startswith("cannot tell: ") and "5 random splits are too few" in few
+    assert few.startswith("cannot tell: ") and "5 splits are too few: --subsets balanced" in few
 
 
 def test_the_default_run_finds_what_goes_through_all_layers() -> None:

@@ -349,12 +349,12 @@ def _parity_texts(
         yield f"yes, all layers together ({joint_p}): {difference}"
         yield f"yes, all layers together ({joint_p})"
     if splits.least_p > 1 - LEVEL:
-        words = " ".join(("even odd all", how_to_test(complete.sizes["head"], settings.n_groups)[0]))
-        text = f"cannot tell: {difference}, {n_splits} splits are too few"
-        yield f"{text} (--subsets {words}); {joint_p}"
-        yield f"{text}; {joint_p}"
-        yield f"cannot tell: {difference}, {splits.n_splits - 1:,} splits are too few; {joint_p}"
-        yield f"cannot tell: {n_splits} splits are too few; {joint_p}"
+        word = how_to_test(complete.sizes["head"], settings.n_groups)[0]
+        few = f"{splits.n_splits - 1:,} splits are too few"
+        yield f"cannot tell: {difference}, {n_splits} splits are too few (--subsets even odd all {word}); {joint_p}"
+        yield f"cannot tell: {difference}, {few} (--subsets {word}); {joint_p}"
+        yield f"cannot tell: {difference}, {few}: --subsets {word}"
+        yield f"cannot tell: {few}: --subsets {word}; {joint_p}"
         return
     onset = parity_onset(complete, settings.direction, layer)
     p = permutation_p(complete, splits, layer)
