@@ -60,6 +60,7 @@ def test_what_the_interval_leaves_out_is_what_the_test_rejects(n_prompts: int, r
     np.testing.assert_array_equal(rejected, (low > 0) | (high < 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_prompts", [5, 8, 15, 50])
 def test_means_that_are_read_together_are_all_covered_in_95_percent(n_prompts: int) -> None:
     """144 means, each prompt on its own, or with half of its variance in common: 1,000 of either, within three standard

@@ -28,11 +28,11 @@ from headlapse.engine.study.subsets import parse_subsets
 from tests.models import D_MLP, D_MODEL, N_HEADS, SHAPE, randomised, redrawn, save, tiny_tokenizer
 from tests.simulating import unchecked
 
-MODELS = int(os.environ.get("HEADLAPSE_NULL_MODELS", "6"))
+MODELS = int(os.environ.get("HEADLAPSE_NULL_MODELS", "4"))
 """With 500, half an hour: what docs/statistics.md states."""
 
 STEPS = (0, 100, 200, 300)
-N_LAYERS, N_PROMPTS = 2, 8
+N_LAYERS, N_PROMPTS = 3, 8
 EVERY_SPLIT, DEFAULT = ("balanced", "all", "each"), ("even", "odd", "all", "each", "splits")
 
 
