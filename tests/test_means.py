@@ -63,15 +63,15 @@ def test_what_the_interval_leaves_out_is_what_the_test_rejects(n_prompts: int, r
 @pytest.mark.slow
 @pytest.mark.parametrize("n_prompts", [5, 8, 15, 50])
 def test_means_that_are_read_together_are_all_covered_in_95_percent(n_prompts: int) -> None:
-    """144 means, each prompt on its own, or with half of its variance in common: 1,000 of either, within three standard
-    errors (2.1 points); no fewer where they depend on each other.  Of exponential values as often as stated (within 4.7
+    """144 means, each prompt on its own, or with half of its variance in common: 500 of either, within three standard
+    errors (2.9 points); no fewer where they depend on each other.  Of exponential values as often as stated (within 6.7
     points)."""
-    rng, shape = np.random.default_rng(n_prompts), (1000, 144, n_prompts)
+    rng, shape = np.random.default_rng(n_prompts), (500, 144, n_prompts)
     apart = rng.standard_normal(shape)
-    alike = np.sqrt(0.5) * (apart + rng.standard_normal((1000, 1, n_prompts)))
+    alike = np.sqrt(0.5) * (apart + rng.standard_normal((500, 1, n_prompts)))
     covered = [_all_cover(values) for values in (apart, alike, rng.exponential(size=shape) - 1)]
-    assert covered[0] == pytest.approx(0.95, abs=0.021) and covered[1] >= 0.95 - 0.021
-    assert covered[2] == pytest.approx({5: 0.46, 8: 0.36, 15: 0.42, 50: 0.73}[n_prompts], abs=0.047)
+    assert covered[0] == pytest.approx(0.95, abs=0.029) and covered[1] >= 0.95 - 0.029
+    assert covered[2] == pytest.approx({5: 0.46, 8: 0.36, 15: 0.42, 50: 0.73}[n_prompts], abs=0.067)
 
 
 def _all_cover(values: np.ndarray) -> float:

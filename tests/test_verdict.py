@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,15 @@ def test_with_a_null_yes_no_and_cannot_tell_are_three_things() -> None:
     assert unequal.startswith("no, neither carries the layer: -2.05 [") and "p = .57 of 70" in unequal
     few = line_about(lines_of({(1, 5): 3.0}, seed=1), "even/odd")
     assert few.startswith("cannot tell: ") and "5 splits are too few: --subsets balanced" in few
+
+
+def test_heads_of_which_too_few_equal_splits_exist_are_told_of_no_words_that_would_help() -> None:
+    """Of eight heads in four groups eight pairs of halves are alike, whose p is at least 1/8."""
+    run, settings = planted_run({(1, 5): 3.0}, words=("even", "odd", "all", "balanced"))
+    settings = replace(settings, n_groups=4)
+    run.attrs["patch"] = settings.to_attributes()
+    said = line_about(verdict(run, settings, STUDY), "even/odd")
+    assert "8 heads have too few equal splits" in said and "--subsets" not in said
 
 
 def test_the_default_run_finds_what_goes_through_all_layers() -> None:

@@ -33,6 +33,7 @@ from ...statistics.selection import held_out
 from ...study.patch_settings import PatchSettings
 from ...study.reading import READING, Reading
 from ...study.study import TOLERANCE
+from ...study.subsets import count_halves
 from .parity import how_to_test
 from .primary import CHANGED, answer, primary_tests, stamps
 from .published import success_table
@@ -349,12 +350,7 @@ def _parity_texts(
         yield f"yes, all layers together ({joint_p}): {difference}"
         yield f"yes, all layers together ({joint_p})"
     if splits.least_p > 1 - LEVEL:
-        word = how_to_test(complete.sizes["head"], settings.n_groups)[0]
-        few = f"{splits.n_splits - 1:,} splits are too few"
-        yield f"cannot tell: {difference}, {n_splits} splits are too few (--subsets even odd all {word}); {joint_p}"
-        yield f"cannot tell: {difference}, {few} (--subsets {word}); {joint_p}"
-        yield f"cannot tell: {difference}, {few}: --subsets {word}"
-        yield f"cannot tell: {few}: --subsets {word}; {joint_p}"
+        yield from _too_few_texts(complete.sizes["head"], settings.n_groups, splits, difference, joint_p)
         return
     onset = parity_onset(complete, settings.direction, layer)
     p = permutation_p(complete, splits, layer)
@@ -364,6 +360,20 @@ def _parity_texts(
     yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits"
     yield f"{answer}: {difference}{since}, {format_p(p)} of {n_splits} splits"
     yield f"{answer}: {difference}, {format_p(p)} of {n_splits} splits"
+
+
+def _too_few_texts(n_heads: int, n_groups: int, splits: EqualSplits, difference: str, joint_p: str) -> Iterator[str]:
+    """That so few splits can show nothing in one layer, and which words of `--subsets` can, the longest first."""
+    if 2 / count_halves(n_heads, n_groups) > 1 - LEVEL:
+        few = f"{n_heads} heads have too few equal splits"
+        yield f"cannot tell: {difference}, {few}; {joint_p}"
+        yield f"cannot tell: {few}; {joint_p}"
+        return
+    few, word = f"{splits.n_splits - 1:,} splits are too few", how_to_test(n_heads, n_groups)[0]
+    yield f"cannot tell: {difference}, {few} (--subsets even odd all {word}); {joint_p}"
+    yield f"cannot tell: {difference}, {few} (--subsets {word}); {joint_p}"
+    yield f"cannot tell: {difference}, {few}: --subsets {word}"
+    yield f"cannot tell: {few}: --subsets {word}; {joint_p}"
 
 
 def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tuple[str, str]:
