@@ -338,9 +338,9 @@ class PatchedRun:
     def heads(self) -> pd.DataFrame:
         """What each head does when it is patched alone: one row for each checkpoint, layer and head.
 
-        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), `p`, `p_adjusted`, `p_equivalent`
-        (that the effect is as large as the margin; adjusted as well) and `share` of the whole layer's effect.  Empty
-        where no head was patched alone.
+        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), and `low_joint` to `high_joint`
+        for who reads of the largest of all heads; `p`, `p_adjusted`, `p_equivalent` (that the effect is as large as the
+        margin; adjusted as well) and `share` of the whole layer's effect.  Empty where no head was patched alone.
         """
         return results.heads(self.store.path, self.name, self.reading)
 

@@ -137,7 +137,7 @@ def test_patching_prints_the_timeline_and_the_largest_difference(cached: Path) -
     ]
     assert [row.split()[0] for row in rows[:3]] == ["step0", "step10", "step20"]
     assert "nothing to do" in again.stdout and "largest difference" in again.stdout
-    assert "cannot tell: 5 random splits are too few; joint test" in again.stdout, "as many as double the runs"
+    assert "5 splits are too few: --subsets balanced" in again.stdout, "as many as double the runs"
     run_of = xr.open_zarr(the_store(cached), group="patches/parity", consolidated=False)
     assert list(run_of.subset.values[:11]) == ["even", "odd", "all", *map(str, range(8))]
     assert (run_of.mask.values[11:].sum(1) == 4).all() and run_of.sizes["subset"] == 11 + 2 * 5
