@@ -1,7 +1,7 @@
 """Laws of the stage: what it shows is what the store holds, at every address, by mouse and by keyboard."""
 
-import subprocess
-import sys
+import contextlib
+import io
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
-from headlapse.engine.report.packing import MISSING, hundredths, pack, size_of
+from headlapse.engine.report.packing import MISSING, RATIO, hundredths, pack, powers, size_of
 from headlapse.engine.report.page import write_report
 from headlapse.engine.report.result import read_result
 from headlapse.engine.report.stage import as_json, source, stage_payload
@@ -19,10 +19,12 @@ from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.statistics.head_subsets import head_subset_statistics
 from headlapse.engine.statistics.means import interval
 from headlapse.engine.store.store import Store
+from headlapse.engine.study.study import MEASURES
 from tests.browser import NARROW, Open, browser, grave_findings, open_page, sideways_overflow
 from tests.stages import (
     address_of,
     effect_in_store,
+    effects_in_store,
     random_run,
     random_states,
     random_store,
@@ -51,7 +53,8 @@ def some(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     """A store of three layers of six heads with two runs, and its whole report."""
     folder = tmp_path_factory.mktemp("stage")
     store = random_store(folder / "some.zarr", n_heads=6)
-    random_run(store, ("each", "all", "even", "odd", "none"), "few", positions="end:2")
+    measured = {"measures": MEASURES, "generate": 3}
+    random_run(store, ("each", "all", "even", "odd", "none"), "few", positions="end:2", **measured)
     random_run(store, direction="noise", name="noise")
     random_run(store)
     return store, write_report(store, folder / "out", "run")
@@ -93,6 +96,12 @@ def test_what_is_packed_is_what_is_unpacked(size: int, lattice: bool) -> None:
     assert (unpacked(pack(values, lattice)) == values).all()
 
 
+def test_a_size_is_within_one_per_cent_of_its_power() -> None:
+    sizes = np.exp(np.random.default_rng(0).uniform(np.log(0.005), 20, size=1000))
+    assert (np.abs(0.005 * RATIO ** powers(sizes) / sizes - 1) < 0.01).all()
+    assert powers(np.array([0.0, 1e-9])).tolist() == [0, 0]
+
+
 def test_sets_of_heads_that_add_up_take_little_room() -> None:
     heads = np.random.default_rng(0).integers(-500, 500, size=10)
     sums = np.array([[heads[k] * (bits >> k & 1) for k in range(10)] for bits in range(1024)]).sum(1)
@@ -112,9 +121,10 @@ def test_every_mean_and_interval_on_the_page_is_the_stores(shape: str, tmp_path:
     effect = (
         (run.logit_diff - target).transpose("checkpoint", "layer", "subset", "trial").values.astype(float)[:, :, order]
     )
-    mean = unpacked(carried["mean"])
+    kept = carried["measures"]["logit_diff"]
+    mean = unpacked(kept["mean"])
     assert np.abs(mean - effect.mean(-1) * 100).max() <= 0.5 + 1e-3
-    width, lean = (unpacked(carried["spread"][name]) for name in ("width", "lean"))
+    width, lean = (unpacked(kept["spread"][name]) for name in ("width", "lean"))
     for found, end in zip(
         ((lean + 2 * mean - width) / 2, (lean + 2 * mean + width) / 2), interval(effect), strict=True
     ):
@@ -129,7 +139,9 @@ def test_single_heads_and_smallest_sets_are_those_of_the_tables(some: tuple[Stor
     result = read_result(store, "run")
     carried = stage_payload(store, result)["runs"][0]
     effects = head_effects(result.run, result.settings)
-    assert (unpacked(carried["significant"]["is"]).ravel() == (effects["p_adjusted"] <= 0.05)).all()
+    assert (
+        unpacked(carried["measures"]["logit_diff"]["significant"]["is"]).ravel() == (effects["p_adjusted"] <= 0.05)
+    ).all()
     statistics = head_subset_statistics(result.run, "denoise")
     assert statistics is not None
     assert (unpacked(carried["sufficient"]["count"]) == statistics.sufficient_count.values).all()
@@ -143,15 +155,17 @@ def test_more_than_a_page_holds_is_left_out_and_said(tmp_path: Path, monkeypatch
     store = random_store(tmp_path / "a.zarr")
     random_run(store)
     random_run(store, ("even", "odd"), "other")
-    monkeypatch.setattr("headlapse.engine.report.stage.MOST_EFFECTS", 15 * 10)
-    monkeypatch.setattr("headlapse.engine.report.stage.MOST_TEXT", 10)
-    monkeypatch.setattr("headlapse.engine.report.stage.DETAIL_TEXT", 10)
+    for module, limits in (("stage", ["DETAIL"]), ("stage_run", ["MOST", "DETAIL"])):
+        for limit in limits:
+            monkeypatch.setattr(f"headlapse.engine.report.{module}.{limit}_TEXT", 10)
+    monkeypatch.setattr("headlapse.engine.report.stage_run.MOST_EFFECTS", 15 * 14)
     payload = stage_payload(store, read_result(store, "run"))
     carried = payload["runs"][0]
     masks = np.unpackbits(unpacked(carried["mask"]).astype(np.uint8), axis=1)[:, :4]
-    assert sorted(masks.sum(1).tolist())[:5] == [0, 1, 1, 1, 1] and len(masks) == 10
-    assert carried["by_prompt"] is None and len(carried["spread"]["rows"]) < 16
-    assert "10 of the 16 subsets" in carried["notes"][0] and len(carried["notes"]) == 5
+    assert sorted(masks.sum(1).tolist())[:5] == [0, 1, 1, 1, 1] and len(masks) == 14
+    assert carried["by_prompt"] is None and len(carried["measures"]["logit_diff"]["spread"]["rows"]) == 12
+    assert list(carried["measures"]) == ["logit_diff"]
+    assert "14 of the 16 subsets" in carried["notes"][0] and len(carried["notes"]) == 4
     assert payload["notes"] == ["no room on this page for the run other"] and len(payload["runs"]) == 1
 
 
@@ -171,23 +185,21 @@ def test_the_script_ends_no_element_and_asks_for_nothing() -> None:
 @pytest.mark.parametrize("kind", ["some", "large"])
 def test_effects_at_200_addresses_are_the_stores(kind: str, open_page: Open, request: pytest.FixtureRequest) -> None:
     store, page = request.getfixturevalue(kind)
-    states = [*random_states(store, "run", 200)]
+    states = random_states(store, "run", 200)
     if kind == "some":
-        states[::10] = [*random_states(store, "few", 10), *random_states(store, "noise", 10)]
+        few = [state | {"measure": MEASURES[at % 4]} for at, state in enumerate(random_states(store, "few", 20))]
+        states[::5] = [*few, *random_states(store, "noise", 20)]
+    runs = {name: store.patch(name).load().compute() for name in store.patch_names()}
     tab = opened(open_page, page)
-    run = {name: store.patch(name).load() for name in store.patch_names()}
     for state, (effect, range_, status) in zip(states, visit(tab, states), strict=True):
-        at = run[state["run"]].sel(checkpoint=state["checkpoint"], layer=state["layer"])
-        wanted = np.isin(np.arange(at.sizes["head"]), state["heads"])
-        [patched] = at.logit_diff.values[(at.mask.values == wanted).all(1)].astype(float)
-        target = (at.clean_logit_diff if state["run"] == "noise" else at.corrupt_logit_diff).values
-        [low], [high] = interval((patched - target)[None])
-        assert abs(float(effect) - (patched - target).mean()) <= 0.005 + 1e-5 and effect[0] in "+-", state
-        if range_:
-            shown = [float(part) for part in range_.strip("[]").split(", ")]
-            assert np.abs(np.array(shown) - [low, high]).max() <= 0.005 + 1e-5
-        else:
-            assert kind == "large", "every interval is on a small page"
+        true = effects_in_store(runs[state["run"]], store.patch(state["run"]).settings.direction, state)
+        assert abs(float(effect) - true.mean()) <= 0.005 + 1e-5 and effect[0] in "+-", state
+        ends, [low, high] = range_.strip("[]").split(", "), np.ravel(interval(true[None]))
+        half = min(true.mean() - low, high - true.mean())
+        [step] = {0.1 ** len(end.partition(".")[2]) for end in ends}
+        allowed = step / 2 + (1e-5 if kind == "some" else 0.01 * max(true.mean() - low, high - true.mean()))
+        assert np.abs(np.array(ends, float) - [low, high]).max() <= allowed, state
+        assert step < 0.011 if kind == "some" else step <= max(0.0101, 0.11 * half), "two digits of the half-width"
         assert not status
 
 
@@ -226,9 +238,20 @@ def test_every_measure_and_every_set_can_be_chosen(some: tuple[Store, Path], ope
         heads = [int(head.partition("H")[2]) for head in pressed(tab)]
         state = {"run": "run", "checkpoint": "step100", "layer": 1, "heads": heads}
         assert abs(float(text(tab, "effect")) - effect_in_store(store, state)) <= 0.005 + 1e-5
-    tab.select_option("[name=run]", "few")
-    tab.click("[data-set=even]")
-    assert "run=few" in tab.url and text(tab, "effect") != "–"
+
+
+def test_what_was_generated_is_shown_and_counted(some: tuple[Store, Path], open_page: Open) -> None:
+    store, page = some
+    state = {"run": "few", "checkpoint": "step10", "layer": 1, "heads": [0, 2, 4], "measure": "answers"}
+    tab = opened(open_page, page, state)
+    at = store.patch("few").load().sel(checkpoint="step10", layer=1, subset="even")
+    change = 100 * effect_in_store(store, state)
+    assert text(tab, "effect") == f"{change:+.0f} %"
+    restored = (at.success.values & ~at.corrupt_success.values).sum()
+    assert text(tab, "interval").startswith(f"restores {restored} of {(~at.corrupt_success.values).sum()} failing")
+    for trial, line in enumerate(tab.locator(".stage-prompt .stage-text").all_inner_texts()):
+        written = [str(values.values[trial]).replace("\n", "\\n") for values in (at.text, at.corrupt_text)]
+        assert line.split() == ["writes", *written[0].split(), "unpatched", *written[1].split()]
 
 
 def test_what_was_not_patched_is_said_and_never_guessed(some: tuple[Store, Path], open_page: Open) -> None:
@@ -281,16 +304,23 @@ def test_clicking_the_line_goes_there(some: tuple[Store, Path], open_page: Open)
 
 
 def test_what_is_copied_gives_what_is_seen(some: tuple[Store, Path], open_page: Open) -> None:
-    state = {"run": "run", "checkpoint": "step10", "layer": 1, "heads": [1, 3], "measure": "logit_diff"}
+    state = {"run": "few", "checkpoint": "step10", "layer": 1, "heads": [3], "measure": "logit_diff"}
     tab = opened(open_page, some[1], state)
-    tab.click("[data-copy=python]")
-    code = [sys.executable, "-c", text(tab, "copied")]
-    printed = float(subprocess.run(code, capture_output=True, text=True, check=True).stdout)
-    assert abs(float(text(tab, "effect")) - printed) <= 0.005 + 1e-5
+    for measure in ("logit_diff", *MEASURES, "success", "recovery", "answers"):
+        tab.select_option("[name=measure]", measure)
+        tab.click("[data-copy=python]")
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(text(tab, "copied"), {})
+        shown = text(tab, "effect").replace(" %", "e-2")
+        assert abs(float(shown) - float(printed.getvalue())) <= 0.005 + 1e-5, measure
     tab.click("[data-copy=link]")
-    assert text(tab, "copied") == tab.url
+    assert text(tab, "copied") == tab.url and tab.url.endswith("measure=answers")
     tab.click("[data-copy=command]")
-    assert text(tab, "copied").endswith("--subsets 1,3 --layers 1 --checkpoints step10")
+    words = "--subsets 3 --layers 1 --positions end:2 --generate 3 --checkpoints step10"
+    assert text(tab, "copied").endswith(words)
+    tab.select_option("[name=measure]", "rank")
+    tab.click("[data-copy=command]")
+    assert text(tab, "copied").endswith(words.replace("--generate 3", "--measures rank"))
 
 
 def test_what_is_saved_is_what_is_seen(some: tuple[Store, Path], open_page: Open, tmp_path: Path) -> None:
