@@ -16,6 +16,8 @@ RENDER = """
 async function render({ model, el }) {
   const root = document.createElement("section");
   root.className = "stage headlapse-stage";
+  // JupyterLab takes arrows, space and letters for its own unless the element that has the focus says this.
+  root.addEventListener("focusin", ({ target }) => target.setAttribute("data-lm-suppress-shortcuts", "true"));
   el.append(root);
   const texts = (chosen) => Object.fromEntries(Object.entries(chosen).map(([name, value]) => [name, String(value)]));
   let ours = "";

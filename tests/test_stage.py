@@ -14,11 +14,13 @@ from playwright.sync_api import Page
 from headlapse.engine.report.packing import MISSING, RATIO, hundredths, pack, powers, size_of
 from headlapse.engine.report.page import write_report
 from headlapse.engine.report.result import read_result
-from headlapse.engine.report.stage import as_json, source, stage_payload
+from headlapse.engine.report.stage import as_json, source, stage_html, stage_payload
+from headlapse.engine.runtime.errors import UserError
 from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.statistics.head_subsets import head_subset_statistics
 from headlapse.engine.statistics.means import interval
 from headlapse.engine.store.store import Store
+from headlapse.engine.store.zarr_group import dims_of
 from headlapse.engine.study.study import MEASURES
 from tests.browser import NARROW, Open, browser, grave_findings, open_page, sideways_overflow
 from tests.stages import (
@@ -167,6 +169,34 @@ def test_more_than_a_page_holds_is_left_out_and_said(tmp_path: Path, monkeypatch
     assert list(carried["measures"]) == ["logit_diff"]
     assert "14 of the 16 subsets" in carried["notes"][0] and len(carried["notes"]) == 4
     assert payload["notes"] == ["no room on this page for the run other"] and len(payload["runs"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("array", "dims", "why"),
+    [
+        ("logit_diff", ("checkpoint", "layer", "subset", "position", "trial"), "positions were patched one at a time"),
+        ("logit_diff", ("checkpoint", "subset", "trial"), "its sets of heads lie in several layers"),
+        ("mask", ("subset",), "what was patched has no heads"),
+    ],
+)
+def test_a_run_that_the_stage_cannot_show_says_why(
+    array: str, dims: tuple[str, ...], why: str, some: tuple[Store, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, result = some[0], read_result(some[0], "run")
+    monkeypatch.setattr(
+        "headlapse.engine.report.stage.dims_of",
+        lambda one: dims if str(one.store_path).endswith(f"few/{array}") else dims_of(one),
+    )
+    assert stage_payload(store, result)["notes"] == [f"the run few is not here: {why}"]
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "headlapse.engine.report.stage.dims_of",
+        lambda one: dims if str(one.store_path).endswith(array) else dims_of(one),
+    )
+    place, scripts = stage_html(store, result)
+    assert place.count("<p") == 1 and why in place and not scripts
+    with pytest.raises(UserError, match=f"run run has no time-lapse: {why}"):
+        stage_payload(store, result)
 
 
 def test_all_subsets_of_a_small_model_fit_into_three_megabytes(large: tuple[Store, Path]) -> None:

@@ -44,7 +44,7 @@ def pack(values: Int[np.ndarray, "*cell"], lattice: bool = False) -> dict[str, A
     width = next(w for w in (1, 2, 4) if not kept.size or np.abs(kept).max() < 2 ** (8 * w - 1))
     whole = np.ascontiguousarray(kept, dtype=f"<i{width}")
     planes = whole.view(np.uint8).reshape(-1, width).T.tobytes()
-    data = base64.b64encode(zlib.compress(planes, 9)).decode("ascii")
+    data = base64.b64encode(zlib.compress(planes, 6)).decode("ascii")
     return {"shape": list(values.shape), "bytes": width, "sums": sums, "data": data}
 
 

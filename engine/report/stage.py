@@ -32,7 +32,12 @@ MOST_SHARES = 500_000
 
 
 def stage_payload(store: Store, result: Result) -> dict[str, Any]:
-    """What `stage.js` shows: the runs of the corrected protocol, that of the page first, prompts and mechanism."""
+    """What `stage.js` shows: the runs of the corrected protocol, that of the page first, prompts and mechanism.
+
+    Raises `UserError` where the page's run is of a kind that the stage cannot show.
+    """
+    if problem := not_for_the_stage(store, result.name):
+        raise UserError(f"run {result.name} has no time-lapse: {problem}")
     first = StageRun(result)
     payload: dict[str, Any] = {
         "store": str(store.path),
@@ -62,9 +67,13 @@ def as_json(payload: dict[str, Any]) -> Markup:
 
 
 def stage_html(store: Store, result: Result) -> tuple[Markup, Markup]:
-    """The stage's place in the page, hidden until its script has run, and what the page ends in: numbers and script."""
-    if not can_be_staged(store, result.name):
-        return Markup(""), Markup("")
+    """The stage's place in the page, hidden until its script has run, and what the page ends in: numbers and script.
+
+    Where the run has no stage, what there is in its place, and nothing at the end.
+    """
+    if problem := not_for_the_stage(store, result.name):
+        line = Markup('<p class="soft" id="stage">No time-lapse: {}. Figures and tables below show this run.</p>')
+        return line.format(problem), Markup("")
     return embedded("stage", source("stage.css"), source("stage.js"), "mount", stage_payload(store, result))
 
 
@@ -96,8 +105,8 @@ def _add_if_it_fits(payload: dict[str, Any], name: str, value: Any, words: str) 
 def _add_run(payload: dict[str, Any], store: Store, name: str) -> None:
     """Another run of the store, where there is room; else a note."""
     taken = size_of(payload)
-    if not can_be_staged(store, name):
-        payload["notes"].append(f"the run {name} is not on this page: it has more than layers and subsets of heads")
+    if problem := not_for_the_stage(store, name):
+        payload["notes"].append(f"the run {name} is not here: {problem}")
         return
     if store.patch(name).array("logit_diff").size > DETAIL_EFFECTS or taken > DETAIL_TEXT:
         payload["notes"].append(f"no room on this page for the run {name}")
@@ -113,9 +122,17 @@ def _add_run(payload: dict[str, Any], store: Store, name: str) -> None:
         payload["runs"].append(run)
 
 
-def can_be_staged(store: Store, name: str) -> bool:
-    """Whether a run has one effect for each checkpoint, layer, subset and prompt."""
-    return dims_of(store.patch(name).array("logit_diff")) == ("checkpoint", "layer", "subset", "trial")
+def not_for_the_stage(store: Store, name: str) -> str:
+    """Why the stage cannot show a run; empty where each checkpoint, layer, set of heads and prompt has an effect."""
+    group = store.patch(name).group
+    dims = dims_of(group["logit_diff"])
+    if "position" in dims:
+        return "positions were patched one at a time"
+    if "layer" not in dims:
+        return "its sets of heads lie in several layers"
+    if "mask" not in group or dims_of(group["mask"]) != ("subset", "head"):
+        return "what was patched has no heads"
+    return "" if dims == ("checkpoint", "layer", "subset", "trial") else f"it has an effect for each {', '.join(dims)}"
 
 
 def _prompts(trials: Trials) -> dict[str, Any]:
