@@ -7,7 +7,7 @@ from typing import Any
 import anywidget
 import traitlets
 
-from .engine.report.colours import PAGE
+from .engine.report.colours import CELLS, PAGE, declared
 from .engine.report.result import read_result
 from .engine.report.stage import source, stage_payload
 from .engine.store.store import Store
@@ -49,7 +49,7 @@ def _script() -> str:
 
 def _style() -> str:
     """The stage's looks, and the colours that a page has of its own."""
-    light, dark = ("; ".join(f"--{name}: {colour[at]}" for name, colour in PAGE.items()) for at in (0, 1))
+    light, dark = (declared(PAGE | CELLS, scheme) for scheme in (0, 1))
     frame = (
         "background: var(--page); color: var(--ink); padding: 1rem; color-scheme: light dark; box-sizing: border-box"
     )

@@ -13,6 +13,7 @@ import torch
 import xarray as xr
 from playwright.sync_api import Page
 
+from headlapse.engine.report.colours import CELLS, PAGE, declared
 from headlapse.engine.report.result import read_result
 from headlapse.engine.report.stage import stage_html
 from headlapse.engine.store.activations import Capture
@@ -33,10 +34,12 @@ MEASURED: dict[Measure, Callable[[np.random.Generator, tuple[int, ...]], np.ndar
 }
 """Values of each measure."""
 
-LOOKS = """
-:root { --page: #fcfcfa; --ink: #22262b; --soft: #5b636c; --line: #dcdfe2; --tint: #f0f1ef; }
+LOOKS = (
+    f":root {{ {declared(PAGE | CELLS, 0)} }}"
+    + """
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.55 sans-serif; color: var(--ink) }
 """
+)
 
 
 def random_store(

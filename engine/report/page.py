@@ -22,7 +22,7 @@ from ..study.alignment import align
 from ..study.prompts import Trials
 from ..study.study import RUNS
 from .caveats import threats
-from .colours import variables, with_variables
+from .colours import declared, variables, with_variables
 from .figures import SHOWS, draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
@@ -185,7 +185,7 @@ def template(name: str) -> Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = with_minus_signs
-    templates.globals["colours"] = variables()
+    templates.globals |= {"colours": variables(), "declared": declared}
     return templates.get_template(name)
 
 
