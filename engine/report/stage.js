@@ -1337,4 +1337,4 @@ export async function mount(element, payload, { address = true, changed = null }
 }
 
 // What the page of a comparison draws with.
-export { PACE, el, linear, minus, niceTicks, put, svg, unpackAll };
+export { PACE, el, linear, mark, minus, niceTicks, put, svg, unpackAll };
