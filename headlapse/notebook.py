@@ -7,6 +7,7 @@ from typing import Any
 import anywidget
 import traitlets
 
+from .engine.mechanism.store import read_mechanism
 from .engine.report.colours import CELLS, PAGE, declared
 from .engine.report.result import read_result
 from .engine.report.stage import source, stage_payload
@@ -74,7 +75,7 @@ class StageWidget(anywidget.AnyWidget):
 def stage_widget(store: Path, name: str) -> StageWidget:
     """The stage of a patched run.  Raises `UserError` where it has no finished checkpoint."""
     opened = Store(store)
-    payload = stage_payload(opened, read_result(opened, name))
+    payload = stage_payload(opened, read_result(opened, name), read_mechanism(opened))
     first, start = payload["runs"][0], payload["start"]
     selected = {
         "run": name,

@@ -125,8 +125,7 @@ def test_play_goes_through_training_and_stops_at_its_end(open_page: Open, page: 
     assert tab.locator("[name=checkpoint]").input_value() == last
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", WIDE), ("dark", NARROW)], ids=["wide", "narrow"])
 def test_everyone_can_use_it_in_any_window(open_page: Open, page: Path, scheme: str, width: int) -> None:
     tab = open_page(page, scheme=scheme, width=width)
     tab.get_by_role("grid").first.wait_for()

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
+import headlapse as hl
 from headlapse.engine.report.packing import MISSING, RATIO, hundredths, pack, powers, size_of
-from headlapse.engine.report.page import write_report
 from headlapse.engine.report.result import read_result
 from headlapse.engine.report.stage import as_json, source, stage_html, stage_payload
 from headlapse.engine.runtime.errors import UserError
@@ -22,7 +22,8 @@ from headlapse.engine.statistics.means import interval
 from headlapse.engine.store.store import Store
 from headlapse.engine.store.zarr_group import dims_of
 from headlapse.engine.study.study import MEASURES
-from tests.browser import NARROW, Open, browser, grave_findings, open_page, sideways_overflow
+from tests.browser import NARROW, WIDE, Open, browser, grave_findings, open_page, sideways_overflow
+from tests.models import save, tiny, tiny_tokenizer
 from tests.stages import (
     address_of,
     effect_in_store,
@@ -52,14 +53,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def some(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
-    """A store of three layers of six heads with two runs, and its whole report."""
+    """A store of three layers of six heads with three runs, and a page of the stage."""
     folder = tmp_path_factory.mktemp("stage")
     store = random_store(folder / "some.zarr", n_heads=6)
     measured = {"measures": MEASURES, "generate": 3}
     random_run(store, ("each", "all", "even", "odd", "none"), "few", positions="end:2", **measured)
     random_run(store, direction="noise", name="noise")
     random_run(store)
-    return store, write_report(store, folder / "out", "run")
+    return store, stage_page(store, folder / "some.html")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,18 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     store = random_store(folder / "large.zarr", [0, *(2**k for k in range(10))], n_layers=12, n_heads=12, n_trials=3)
     random_run(store)
     return store, stage_page(store, folder / "large.html")
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
+    """A model whose heads share keys, captured and patched, with every measure and with texts."""
+    folder = tmp_path_factory.mktemp("grouped")
+    for seed, label in enumerate(("step0", "step10")):
+        save(tiny("llama-gqa", seed), folder / "series" / label, tokenizer=tiny_tokenizer())
+    cached = hl.cache(folder / "series", task="decimal", trials=3, store=folder / "a.zarr")
+    run = cached.patch(subsets=["each", "even", "odd", "splits:1"], measures=MEASURES, generate=3)
+    store = Store(cached.path)
+    return store, stage_page(store, folder / "grouped.html", run.name)
 
 
 def opened(open_page: Open, page: Path, state: dict[str, Any] | None = None, **looks: Any) -> Page:
@@ -372,7 +385,7 @@ def test_hostile_names_stay_text(tmp_path: Path, open_page: Open) -> None:
     name = "</script><img src=x onerror=alert(1)>{{7*7}}\"'&--><!--"
     store = random_store(tmp_path / "a.zarr", name=name, model=name)
     random_run(store)
-    tab = opened(open_page, write_report(store, tmp_path / "out"), {"heads": [0]})
+    tab = opened(open_page, stage_page(store, tmp_path / "a.html"), {"heads": [0]})
     assert tab.locator("#stage img").count() == 0
     assert name in tab.locator(".stage-prompt").first.inner_text()
     tab.fill("[name=checkpoint]", "4")
@@ -420,12 +433,23 @@ def test_heads_that_are_not_significant_are_hatched(some: tuple[Store, Path], op
     assert [image for _, image in looks if image != "none"], "noise is not significant"
 
 
+def test_grouped_queries_and_what_was_measured_of_them_are_on_the_stage(
+    grouped: tuple[Store, Path], open_page: Open
+) -> None:
+    store, page = grouped
+    state = {"run": store.patch_names()[0], "checkpoint": "step10", "layer": 1, "heads": [1, 3, 5, 7]}
+    states = [state | {"measure": measure} for measure in ("logit_diff", *MEASURES, "answers")]
+    for asked, (effect, _, status) in zip(states, visit(opened(open_page, page), states), strict=True):
+        shown = float(effect.replace(" %", "e-2"))
+        assert shown == pytest.approx(effect_in_store(store, asked), abs=0.005 + 1e-5) and not status
+
+
 def test_without_a_script_there_is_no_stage(some: tuple[Store, Path], open_page: Open) -> None:
     tab = open_page(some[1], script=False)
-    assert not tab.locator("#stage").is_visible() and tab.locator("[data-role=verdict]").is_visible()
+    assert not tab.locator("#stage").is_visible() and tab.locator("h1").is_visible()
 
 
-@pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", NARROW), ("dark", NARROW)])
+@pytest.mark.parametrize(("scheme", "width"), [("dark", WIDE), ("light", NARROW)])  # tests/test_page.py has the others
 def test_everyone_can_read_the_stage(some: tuple[Store, Path], scheme: str, width: int, open_page: Open) -> None:
     tab = opened(open_page, some[1], {"checkpoint": "step10", "layer": 1, "heads": [1, 3]}, scheme=scheme, width=width)
     assert not grave_findings(tab, "#stage")

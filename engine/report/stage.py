@@ -13,10 +13,9 @@ from markupsafe import Markup
 
 from ..measures.logit_diff import CLEAR_OF_ZERO
 from ..mechanism.role_summary import in_role
-from ..mechanism.store import MechanismRun, mechanism_path
+from ..mechanism.store import MechanismRun
 from ..runtime.errors import UserError
 from ..statistics.bootstrap import LEVEL
-from ..store.disk import is_group
 from ..store.store import Store
 from ..store.zarr_group import dims_of
 from ..study.prompts import Trials
@@ -31,7 +30,7 @@ MOST_SHARES = 500_000
 """Shares of attention in single prompts above which only their means are carried."""
 
 
-def stage_payload(store: Store, result: Result) -> dict[str, Any]:
+def stage_payload(store: Store, result: Result, mechanism: MechanismRun | None = None) -> dict[str, Any]:
     """What `stage.js` shows: the runs of the corrected protocol, that of the page first, prompts and mechanism.
 
     Raises `UserError` where the page's run is of a kind that the stage cannot show.
@@ -52,8 +51,8 @@ def stage_payload(store: Store, result: Result) -> dict[str, Any]:
         "runs": [first.carried(0)],
         "notes": [],
     }
-    if mechanism := _mechanism(store):
-        _add_if_it_fits(payload, "mechanism", mechanism, "what heads attend to, and their roles")
+    if mechanism and (measured := _mechanism(mechanism)):
+        _add_if_it_fits(payload, "mechanism", measured, "what heads attend to, and their roles")
     for name in reversed(store.patch_names("corrected")):
         if name != result.name:
             _add_run(payload, store, name)
@@ -66,7 +65,7 @@ def as_json(payload: dict[str, Any]) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def stage_html(store: Store, result: Result) -> tuple[Markup, Markup]:
+def stage_html(store: Store, result: Result, mechanism: MechanismRun | None = None) -> tuple[Markup, Markup]:
     """The stage's place in the page, hidden until its script has run, and what the page ends in: numbers and script.
 
     Where the run has no stage, what there is in its place, and nothing at the end.
@@ -74,7 +73,8 @@ def stage_html(store: Store, result: Result) -> tuple[Markup, Markup]:
     if problem := not_for_the_stage(store, result.name):
         line = Markup('<p class="soft" id="stage">No time-lapse: {}. Figures and tables below show this run.</p>')
         return line.format(problem), Markup("")
-    return embedded("stage", source("stage.css"), source("stage.js"), "mount", stage_payload(store, result))
+    payload = stage_payload(store, result, mechanism)
+    return embedded("stage", source("stage.css"), source("stage.js"), "mount", payload)
 
 
 def embedded(looks: str, style: str, script: str, begin: str, payload: dict[str, Any]) -> tuple[Markup, Markup]:
@@ -146,13 +146,11 @@ def _prompts(trials: Trials) -> dict[str, Any]:
     return {"n": trials.n_trials, "tokens": tokens, "answers": answers}
 
 
-def _mechanism(store: Store) -> dict[str, Any] | None:
-    """What heads attend to from the read position, and their roles, where `headlapse mechanism` measured either."""
-    if not is_group(mechanism_path(store)):
-        return None
-    run = MechanismRun(mechanism_path(store)).load()
+def _mechanism(mechanism: MechanismRun) -> dict[str, Any] | None:
+    """What heads attend to from the read position, and their roles; None where neither was measured."""
+    run = mechanism.load()
     complete = run.isel(checkpoint=np.flatnonzero(run.complete.values))
-    if not complete.sizes["checkpoint"] or not {"attention", "role_score"} & set(complete):
+    if not {"attention", "role_score"} & set(complete):
         return None
     found: dict[str, Any] = {
         "checkpoints": [str(label) for label in complete.checkpoint.values],
