@@ -355,9 +355,9 @@ class Stage {
     }
   }
 
-  // Show the state that stands in the address.
+  // Show the state that stands in the address.  A plus is part of a run's name, not a space.
   follow() {
-    const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+    const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B")));
     this.select(asked, "The address asks for what this page does not have");
   }
 

@@ -168,8 +168,8 @@ class StageRun:
                 values.append(of)
             if keeps_prompts:
                 prompts.append(effect.transpose(0, 2, 1))
-        stacked = (np.array(values) for values in (means, lows, highs, ps))
-        return Effects(*stacked, np.array(prompts) if prompts else None)
+        by_prompt = np.array(prompts) if prompts else None
+        return Effects(np.array(means), np.array(lows), np.array(highs), np.array(ps), by_prompt)
 
     def _effects(self, measure: str, rows: Rows) -> Iterator[Float[np.ndarray, "layer row trial"]]:
         """Patched minus unpatched target run, prompt by prompt, of one checkpoint after another."""
