@@ -144,7 +144,7 @@ def test_every_mean_and_interval_on_the_page_is_the_stores(shape: str, tmp_path:
         ((lean + 2 * mean - width) / 2, (lean + 2 * mean + width) / 2), interval(effect), strict=True
     ):
         assert np.abs(found - end * 100).max() <= 0.5 + 1e-3
-    by_prompt = unpacked(carried["by_prompt"]["effect"]).transpose(0, 1, 3, 2)
+    by_prompt = unpacked(kept["by_prompt"]["effect"]).transpose(0, 1, 3, 2)
     assert np.abs(by_prompt - effect * 100).max() <= 0.5 + 1e-2
     assert "</" not in as_json(stage_payload(store, result))
 
@@ -178,7 +178,8 @@ def test_more_than_a_page_holds_is_left_out_and_said(tmp_path: Path, monkeypatch
     carried = payload["runs"][0]
     masks = np.unpackbits(unpacked(carried["mask"]).astype(np.uint8), axis=1)[:, :4]
     assert sorted(masks.sum(1).tolist())[:5] == [0, 1, 1, 1, 1] and len(masks) == 14
-    assert carried["by_prompt"] is None and len(carried["measures"]["logit_diff"]["spread"]["rows"]) == 12
+    kept = carried["measures"]["logit_diff"]
+    assert kept["by_prompt"] is None and len(kept["spread"]["rows"]) == 12
     assert list(carried["measures"]) == ["logit_diff"]
     assert "14 of the 16 subsets" in carried["notes"][0] and len(carried["notes"]) == 4
     assert payload["notes"] == ["no room on this page for the run other"] and len(payload["runs"]) == 1
@@ -439,9 +440,16 @@ def test_grouped_queries_and_what_was_measured_of_them_are_on_the_stage(
     store, page = grouped
     state = {"run": store.patch_names()[0], "checkpoint": "step10", "layer": 1, "heads": [1, 3, 5, 7]}
     states = [state | {"measure": measure} for measure in ("logit_diff", *MEASURES, "answers")]
-    for asked, (effect, _, status) in zip(states, visit(opened(open_page, page), states), strict=True):
+    tab = opened(open_page, page)
+    for asked, (effect, _, status) in zip(states, visit(tab, states), strict=True):
         shown = float(effect.replace(" %", "e-2"))
         assert shown == pytest.approx(effect_in_store(store, asked), abs=0.005 + 1e-5) and not status
+    run = store.patch(state["run"]).load()
+    for measure in ("logit_diff", *MEASURES):
+        tab.select_option("[name=measure]", measure)
+        by_prompt = [float(one.replace("−", "-")) for one in tab.locator(".stage-prompt b").all_inner_texts()]
+        true = effects_in_store(run, "denoise", state | {"measure": measure})
+        assert by_prompt == pytest.approx(true, abs=0.005 + 1e-5), measure
 
 
 def test_without_a_script_there_is_no_stage(some: tuple[Store, Path], open_page: Open) -> None:

@@ -986,7 +986,7 @@ class Stage {
     if (!this.promptBox.open) return;
     if (!this.promptRows.length) this.buildPromptRows();
     const { run } = this;
-    const effects = run.by_prompt && this.subset !== undefined ? this.effectsByPrompt() : null;
+    const effects = this.effectsByPrompt();
     const limit = effects ? Math.max(1, ...effects.map(Math.abs)) : 1;
     this.promptList.classList.toggle("stage-plain", effects === null);
     this.promptRows.forEach((row, trial) => this.showPrompt(row, trial, effects, limit));
@@ -996,8 +996,9 @@ class Stage {
   promptsInWords(hasEffects) {
     const { run } = this;
     if (this.subset === undefined) return "";
-    const said = !run.by_prompt ? "The effect on each prompt is not on this page; it is in the store."
-      : hasEffects ? `Effect of ${this.chosenWords()} on each prompt's logit difference (nats), and that of the ${run.target} run with it.` : "";
+    const { label, unit } = MEASURES[this.promptMeasure()];
+    const said = hasEffects ? `Effect of ${this.chosenWords()} on each prompt's ${label}${label === unit ? "" : ` (${unit})`}, and that of the ${run.target} run with it.`
+      : "The effect on each prompt is not on this page; it is in the store.";
     return `${said}${run.texts ? ` What the ${run.target} run writes then, and unpatched.` : ""}${this.attentionWords()}`;
   }
 
@@ -1006,10 +1007,18 @@ class Stage {
     return ` Shaded: what ${this.headName(this.focused.layer, this.focused.head)} attends to in the clean prompt: the first token, the last two, and digits, these by what they get together.`;
   }
 
+  // What is shown prompt by prompt: the chosen measure, or the logit difference where prompts have no number of it.
+  promptMeasure() {
+    const { measure } = this.state;
+    return this.run.measures[measure].by_prompt ? measure : "logit_diff";
+  }
+
   effectsByPrompt() {
     const { run, state } = this;
+    const { by_prompt } = run.measures[this.promptMeasure()];
+    if (!by_prompt || this.subset === undefined) return null;
     const start = (state.checkpoint * run.layers.length + state.layer) * run.n_trials;
-    return Array.from({ length: run.n_trials }, (_, trial) => run.by_prompt.effect[(start + trial) * run.nRows + this.subset]);
+    return Array.from({ length: run.n_trials }, (_, trial) => by_prompt.effect[(start + trial) * run.nRows + this.subset]);
   }
 
   buildPromptRows() {
@@ -1034,12 +1043,16 @@ class Stage {
 
   showPrompt(row, trial, effects, limit) {
     const { run, state } = this;
+    const measure = this.promptMeasure();
+    const { falls } = MEASURES[measure];
+    const isNeverNegative = falls || measure === "probability";
+    const level = (of) => signed(measure, of).slice(isNeverNegative ? 1 : 0);
     const value = effects ? effects[trial] : null;
-    put(row.number, value === null ? "" : minus(signed("logit_diff", value)));
+    put(row.number, value === null ? "" : minus(signed(measure, value)));
     const width = value === null ? 0 : (50 * Math.abs(value)) / limit;
-    row.bar.style.cssText = `left: ${value < 0 ? 50 - width : 50}%; width: ${width}%; background: var(${value < 0 ? "--away" : "--towards"})`;
-    const unpatched = value === null ? 0 : run.by_prompt[run.target][state.checkpoint * run.n_trials + trial];
-    put(row.words, value === null ? "" : minus(`${signed("logit_diff", unpatched)} → ${signed("logit_diff", unpatched + value)}`));
+    row.bar.style.cssText = `left: ${value < 0 ? 50 - width : 50}%; width: ${width}%; background: var(${value < 0 === !falls ? "--away" : "--towards"})`;
+    const unpatched = value === null ? 0 : run.measures[measure].by_prompt.target[state.checkpoint * run.n_trials + trial];
+    put(row.words, value === null ? "" : minus(`${level(unpatched)} → ${level(unpatched + value)}`));
     row.spans.forEach((spans, which) => this.markPatched(spans, ["clean", "corrupt"][which] === run.target));
     this.shade(row.spans[0], trial);
     this.showTexts(row.texts, trial);

@@ -66,9 +66,6 @@ class Effects:
     p: Float[np.ndarray, "checkpoint layer alone"]
     """Of no effect, of each head that was patched alone, in order of heads."""
 
-    by_prompt: Float[np.ndarray, "checkpoint layer trial subset"] | None
-    """None where these were not asked for."""
-
 
 class StageRun:
     """A patched run, and what of it there is room for."""
@@ -88,8 +85,7 @@ class StageRun:
         self.mask = mask[self.rows]
         self.every: Rows = np.arange(len(self.rows))
         self.few: Rows = self._few()
-        shape = [self.run.sizes[dim] for dim in ("checkpoint", "layer", "trial")]
-        self.effects = self._read("logit_diff", self.every, bool(np.prod(shape) * len(self.rows) <= DETAIL_EFFECTS))
+        self.effects = self._read("logit_diff", self.every)
 
     def start(self) -> dict[str, Any]:
         """Where the page begins: at the head that matters most where one surely does; else at no head, and the end."""
@@ -124,7 +120,7 @@ class StageRun:
             "mask": None if self.lattice else pack(np.packbits(self.mask, axis=1).astype(np.int64)),
             "measures": {"logit_diff": self._means("logit_diff", self.effects, self.every)},
             "fine": pack(self._fine()),
-            "by_prompt": None, "texts": None,
+            "texts": None,
             "starts": self._starts(),
             "sufficient": None, "necessary": None, "shapley": self._shapley(),
             "notes": list(self._notes()),
@@ -136,9 +132,7 @@ class StageRun:
             carried["measures"]["logit_diff"]["spread"] = spread
             carried["notes"] += [note] if note else []
         self._add_measures(carried, taken)
-        if "text" in run:
-            self._add(carried, taken, "texts", self._texts(), "the generated texts")
-        self._add(carried, taken, "by_prompt", self._by_prompt(), "the effect on each prompt")
+        self._add_prompts(carried, taken)
         return carried
 
     def _notes(self) -> Iterator[str]:
@@ -157,19 +151,16 @@ class StageRun:
 
     # --- measures ---
 
-    def _read(self, measure: str, rows: Rows, keeps_prompts: bool = False) -> Effects:
+    def _read(self, measure: str, rows: Rows) -> Effects:
         """The effects of these subsets, one checkpoint in memory at a time."""
-        means, lows, highs, ps, prompts = (list[np.ndarray]() for _ in range(5))
+        means, lows, highs, ps = (list[np.ndarray]() for _ in range(4))
         alone = np.searchsorted(rows, self.alone)
         for effect in self._effects(measure, rows):
             low, high = interval(effect)
             parts = (effect.mean(-1), low, high, p_differs(effect[:, alone]))
             for values, of in zip((means, lows, highs, ps), parts, strict=True):
                 values.append(of)
-            if keeps_prompts:
-                prompts.append(effect.transpose(0, 2, 1))
-        by_prompt = np.array(prompts) if prompts else None
-        return Effects(np.array(means), np.array(lows), np.array(highs), np.array(ps), by_prompt)
+        return Effects(np.array(means), np.array(lows), np.array(highs), np.array(ps))
 
     def _effects(self, measure: str, rows: Rows) -> Iterator[Float[np.ndarray, "layer row trial"]]:
         """Patched minus unpatched target run, prompt by prompt, of one checkpoint after another."""
@@ -204,6 +195,7 @@ class StageRun:
             "unpatched": {run: pack(hundredths(self._unpatched(run, name).mean(-1))) for run in ("clean", "corrupt")},
             "significant": self._significant(effects),
             "spread": None,
+            "by_prompt": None,
         }
 
     def _significant(self, effects: Effects) -> dict[str, Any] | None:
@@ -297,18 +289,32 @@ class StageRun:
 
     # --- prompt by prompt ---
 
-    def _add(self, carried: dict[str, Any], taken: int, name: str, value: Any, words: str) -> None:
-        if value is not None and taken + size_of([carried, value]) <= DETAIL_TEXT:
-            carried[name] = value
-        else:
-            carried["notes"].append(f"no room on this page for {words}")
+    def _add_prompts(self, carried: dict[str, Any], taken: int) -> None:
+        """Texts and effects prompt by prompt, where there is room."""
 
-    def _by_prompt(self) -> dict[str, Any] | None:
-        """Effects prompt by prompt, and the unpatched logit differences; None where these are too many."""
-        if self.effects.by_prompt is None:
+        def fits(value: Any) -> bool:
+            return value is not None and taken + size_of([carried, value]) <= DETAIL_TEXT
+
+        missing = []
+        if "text" in self.run:
+            if fits(texts := self._texts()):
+                carried["texts"] = texts
+            else:
+                missing.append("the generated texts")
+        for name in filter(carried["measures"].get, ("logit_diff", *MEASURES)):
+            if fits(effects := self._by_prompt(name)):
+                carried["measures"][name]["by_prompt"] = effects
+            else:
+                missing.append(f"the effect on each prompt by {IN_WORDS.get(name, 'the logit difference')}")
+        carried["notes"] += [f"no room on this page for {listed(missing)}"] if missing else []
+
+    def _by_prompt(self, name: str) -> dict[str, Any] | None:
+        """Effects prompt by prompt, and the unpatched target run; None where these are too many."""
+        if self.effects.mean.size * self.run.sizes["trial"] > DETAIL_EFFECTS:
             return None
-        unpatched = {name: pack(hundredths(self._unpatched(name))) for name in ("clean", "corrupt")}
-        return {"effect": pack(hundredths(self.effects.by_prompt), self.lattice), **unpatched}
+        effect = np.array([of.transpose(0, 2, 1) for of in self._effects(name, self.every)])
+        target = pack(hundredths(self._unpatched(self.result.target, name)))
+        return {"effect": pack(hundredths(effect), self.lattice), "target": target}
 
     def _texts(self) -> dict[str, Any] | None:
         """Generated texts, each of them once, and which of them every run wrote; None where these are too many."""
