@@ -371,13 +371,14 @@ class PatchedRun:
         return stage_widget(self.store.path, self.name)
 
     def _repr_mimebundle_(self, **asked: Any) -> Any:
-        """In a notebook the stage, where anywidget is installed; everywhere else `_repr_html_` serves."""
+        """In a notebook the stage, or why there is none; everywhere else `_repr_html_` serves."""
         if not _is_notebook() or self.settings.protocol == "published":
             return None
         try:
             widget = self.widget()
-        except UserError:
-            return None
+        except UserError as problem:
+            said = f"<p>No time-lapse here: {html.escape(str(problem))}</p>"
+            return {"text/plain": repr(self), "text/html": f"{self._repr_html_()}{said}"}, {}
         from .notebook import display
 
         bundle, metadata = display(widget, **asked)
