@@ -139,7 +139,7 @@ class Store(CheckpointArrays):
 
     def write_problem(self, label: str, problem: str) -> None:
         """Keep why a checkpoint could not be captured."""
-        self.array("problem")[self.index(label)] = problem
+        self.put("problem", self.index(label), np.array(problem, dtype=object))
 
     def _check_shapes(self, label: str, captured: Capture) -> None:
         n_layers = self.layers[-1] + 1
