@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
+from ..runtime.durable import sync, sync_all
 from ..runtime.errors import DamageError, UserError
 from ..runtime.format import one_line
 from . import integrity
 from .chunk_files import ChunkFiles
-from .disk import sync, sync_all
 from .integrity import AXIS, SEAL, damaged
 from .locks import layout_lock
 from .small_files import SmallFiles

@@ -16,6 +16,7 @@ import zarr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..runtime.durable import sync
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
 from ..study.patch_settings import PatchSettings
@@ -26,7 +27,7 @@ from ..study.tasks.contrast import Contrast
 from . import zarr_group
 from .activations import NUMPY_DTYPES, Capture, to_numpy, to_tensor
 from .checkpoint_arrays import CheckpointArrays
-from .disk import atomic_write, replacement_of, sync
+from .disk import atomic_write, replacement_of
 from .integrity import damaged, verified_attributes
 from .inventory import patch_paths, require_store
 from .locks import layout_lock
