@@ -53,13 +53,14 @@ class ChunkFiles:
     @classmethod
     def of(cls, folder: Path, array: "zarr.Array[Any]") -> "ChunkFiles | None":
         """Of an array whose chunks lie in `folder`; None where it is laid out in another way than ours."""
-        codecs = [codec.to_dict() for codec in array.metadata.codecs]
+        metadata: Any = array.metadata  # zarr types the content of codecs as any JSON
+        codecs = _plain(metadata.codecs)
         if array.shards is not None:
             [sharding] = (codec["configuration"] for codec in codecs)
             if sharding["index_location"] != "end" or _plain(sharding["index_codecs"]) != _LITTLE:
                 return None
-            codecs = sharding["codecs"]
-        kind = next((kind for kind, ours in _CODECS.items() if _plain(codecs) == ours), None)
+            codecs = _plain(sharding["codecs"])
+        kind = next((kind for kind, ours in _CODECS.items() if codecs == ours), None)
         by_row = array.ndim > 1 and array.chunks[1] == 1
         chunks = (1, 1, *array.shape[2:]) if by_row else (1, *array.shape[1:])
         shards = (1, *array.shape[1:]) if by_row and kind != "text" else None
@@ -132,7 +133,7 @@ class ChunkFiles:
                 if n_bytes != row.nbytes + 4:
                     raise ValueError(f"chunk {place} has {n_bytes} bytes, where {row.nbytes + 4} belong")
                 file.seek(offset)
-                if file.readinto(_bytes_of(row)) != row.nbytes or file.read(4) != _crc(_bytes_of(row)):
+                if file.readinto(memoryview(_bytes_of(row))) != row.nbytes or file.read(4) != _crc(_bytes_of(row)):
                     raise ValueError(f"chunk {place} does not match its checksum")
 
     def _index_of(self, file: BinaryIO) -> list[list[int]]:
@@ -176,7 +177,7 @@ def _replace(path: str, parts: Sequence[Part]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(partial, "wb") as file:
-            file.writelines(parts)
+            file.writelines(map(memoryview, parts))
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
