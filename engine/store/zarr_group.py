@@ -12,10 +12,10 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from ..runtime.durable import sync
 from ..runtime.errors import UserError
 from ..runtime.format import shorten
 from . import integrity
-from .disk import sync
 from .integrity import AXIS, SEAL
 from .small_files import SmallFiles
 
