@@ -133,7 +133,7 @@ class ChunkFiles:
                 if n_bytes != row.nbytes + 4:
                     raise ValueError(f"chunk {place} has {n_bytes} bytes, where {row.nbytes + 4} belong")
                 file.seek(offset)
-                if file.readinto(memoryview(_bytes_of(row))) != row.nbytes or file.read(4) != _crc(_bytes_of(row)):
+                if file.readinto(_bytes_of(row).data) != row.nbytes or file.read(4) != _crc(_bytes_of(row)):
                     raise ValueError(f"chunk {place} does not match its checksum")
 
     def _index_of(self, file: BinaryIO) -> list[list[int]]:
@@ -177,7 +177,7 @@ def _replace(path: str, parts: Sequence[Part]) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     try:
         with open(partial, "wb") as file:
-            file.writelines(map(memoryview, parts))
+            file.writelines(part if isinstance(part, bytes) else part.data for part in parts)
         os.replace(partial, path)
     except BaseException:
         Path(partial).unlink(missing_ok=True)
