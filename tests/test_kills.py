@@ -1,7 +1,7 @@
 """Laws of interrupted writing: killed at any file operation, or by a power cut, the next run ends at the same bytes.
 
 Each command's writing is run here at the level of the store, without a model, in a forked process that is killed at one
-of its file operations.  HEADLAPSE_KILLS=1 tries every one of them, which takes minutes; else every so many.
+of its file operations.  HEADLAPSE_KILLS=1 tries every one of them, which takes half an hour; else every so many.
 """
 
 import os
