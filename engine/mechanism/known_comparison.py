@@ -7,7 +7,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from ..checkpoints.revisions import step_of
+from ..checkpoints.training_place import read_place
 from ..runtime.errors import UserError
 from ..statistics.bootstrap import LEVEL
 from ..statistics.multiple_testing import adjust
@@ -106,4 +106,4 @@ def compare_onset(known: KnownOnset, frame: pd.DataFrame) -> ComparedOnset:
     if not len(taken):
         return ComparedOnset(known, None, None)
     first = min(labels.index(str(by)) for by in taken["by"])
-    return ComparedOnset(known, step_of(labels[first - 1]) if first else None, step_of(labels[first]))
+    return ComparedOnset(known, read_place(labels[first - 1]).step if first else None, read_place(labels[first]).step)
