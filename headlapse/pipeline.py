@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from .engine.checkpoints import known_problems
 from .engine.checkpoints.resolve import Checkpoint, resolve
 from .engine.checkpoints.revisions import RevisionIndex, select
-from .engine.checkpoints.training_place import place_at
 from .engine.runtime.importing import importing
 from .engine.runtime.outcome import Outcome
 from .engine.runtime.progress import Progress, progress
@@ -346,7 +345,7 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
     """
     arrays = CheckpointArrays(store)
     complete = list(arrays.complete())
-    places = {row.label: place_at(row.label, row.step) for row in arrays.rows() if row.label in complete}
+    places = {row.label: row.place for row in arrays.rows() if row.label in complete}
     index = RevisionIndex(str(store), lambda: places, "all")
     chosen = {label for word in words for label in select(index, word)}
     return [label for label in complete if label in chosen]
