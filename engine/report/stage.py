@@ -30,7 +30,7 @@ from ..store.store import Store
 from ..store.zarr_group import dims_of
 from ..study.prompts import Trials
 from .packing import MISSING, hundredths, pack, size_of
-from .plot_style import place_steps, step_labels
+from .plot_style import axis_name, place_steps, step_labels
 from .result import Result, ranges, read_result
 
 MOST_EFFECTS = 700_000
@@ -199,7 +199,7 @@ class _Run:
         """Everything that there is room for beside `taken` characters."""
         result, run = self.result, self.run
         n_heads, n_trials = self.mask.shape[1], run.sizes["trial"]
-        x, is_log = place_steps(result.table["step"].to_numpy())
+        x, is_log = place_steps(result.positions)
         carried: dict[str, Any] = {
             "name": result.name, "direction": self.settings.direction, "source": result.source,
             "target": result.target, "positions": self.settings.positions, "joint": self.settings.joint,
@@ -208,12 +208,15 @@ class _Run:
             "layers": [int(layer) for layer in run.layer.values],
             "patched_layers": list(self.settings.layers), "layer_words": ranges(self.settings.layers),
             "checkpoints": [
-                {"label": str(label), "step": int(step), "short": short, "x": round(float(at), 4)}
-                for label, step, short, at in zip(
-                    result.table.index, result.table["step"], step_labels(result), x, strict=True
+                {
+                    "label": str(label), "step": int(step), "known": bool(place >= 0), "short": short,
+                    "x": round(float(at), 4),
+                }
+                for label, step, place, short, at in zip(
+                    result.table.index, result.table["step"], result.positions, step_labels(result), x, strict=True
                 )
             ],
-            "is_log": is_log,
+            "is_log": is_log, "axis": axis_name(result.points), "by_label": bool(result.points.labels),
             "lattice": self.lattice,
             "mask": None if self.lattice else pack(np.packbits(self.mask, axis=1).astype(np.int64)),
             "unpatched": {name: pack(hundredths(self._unpatched(name).mean(-1))) for name in ("clean", "corrupt")},
