@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,6 +23,7 @@ from .engine.study.role_settings import ROLES
 from .face import Lines
 from .options import CompareOptions
 from .pipeline import open_run
+from .results import study_of
 
 _SEED = re.compile(r"[-_]?seed[-_]?[0-9]+", re.IGNORECASE)
 
@@ -88,9 +90,9 @@ def compare_stores(options: CompareOptions) -> Comparison:
     for store in options.stores:
         inventory.require_store(store)
     runs = [_run_of(store, options.name) for store in options.stores]
-    names = _names(options.stores)
-    opened = [_opened(*which) for which in zip(names, options.stores, runs, strict=True)]
-    _refuse_unlike(opened, options.stores)
+    names, studies = _names(options.stores), [study_of(store) for store in options.stores]
+    opened = [_opened(*which) for which in zip(names, options.stores, runs, studies, strict=True)]
+    _refuse_unlike(opened, options.stores, studies)
     numbers = comparison.compare(opened)
     by_name = {name: _roles(store, numbers.at[name]) for name, store in zip(names, options.stores, strict=True)}
     roles = {name: roles for name, roles in by_name.items() if roles is not None}
@@ -130,19 +132,20 @@ def _names(stores: Sequence[Path]) -> list[str]:
     return [stem if stems.count(stem) == 1 else str(store) for stem, store in zip(stems, stores, strict=True)]
 
 
-def _opened(name: str, store: Path, run: str) -> comparison.TrainingRun:
+def _opened(name: str, store: Path, run: str, study: Mapping[str, Any]) -> comparison.TrainingRun:
     dataset, settings = open_run(store, run)
     if settings.protocol == "published":
         raise UserError(f"{run} of {store} was made by the published protocol, which has no effects of heads")
     if not (positions_of(finished(dataset)) >= 0).any():
         raise UserError(f"{run} of {store} has no finished checkpoint with a known step; nothing places it in training")
-    study = CheckpointArrays(store).attrs["study"]
     model, task = str(study["model"]), Path(study["task"]).name
     group = f"{_SEED.sub('', Path(model).name)} on {task}"
     return comparison.TrainingRun(name, group, dataset, settings, tokens_per_step(model))
 
 
-def _refuse_unlike(runs: Sequence[comparison.TrainingRun], stores: Sequence[Path]) -> None:
+def _refuse_unlike(
+    runs: Sequence[comparison.TrainingRun], stores: Sequence[Path], studies: Sequence[Mapping[str, Any]]
+) -> None:
     first = runs[0].settings
     for run, store in zip(runs[1:], stores[1:], strict=True):
         for name in ALIKE:
@@ -151,8 +154,7 @@ def _refuse_unlike(runs: Sequence[comparison.TrainingRun], stores: Sequence[Path
                 raise UserError(f"{name} differs: {values}; patch them alike, and choose with --name")
     seen: dict[tuple[str, str], Path] = {}
     asked: dict[str, tuple[str, Path]] = {}
-    for run, store in zip(runs, stores, strict=True):
-        study = CheckpointArrays(store).attrs["study"]
+    for run, store, study in zip(runs, stores, studies, strict=True):
         key, prompts = (
             (str(study["model"]), run.group),
             f"{study['trials']} prompt pairs of {study['task_digest'][:12]}",

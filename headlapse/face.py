@@ -338,9 +338,9 @@ class PatchedRun:
     def heads(self) -> pd.DataFrame:
         """What each head does when it is patched alone: one row for each checkpoint, layer and head.
 
-        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), `p`, `p_adjusted`, `p_equivalent`
-        (that the effect is as large as the margin; adjusted as well) and `share` of the whole layer's effect.  Empty
-        where no head was patched alone.
+        Columns: `effect` with its 95 % interval over prompts `low` to `high` (nats), and `low_joint` to `high_joint`
+        for who reads of the largest of all heads; `p`, `p_adjusted`, `p_equivalent` (that the effect is as large as the
+        margin; adjusted as well) and `share` of the whole layer's effect.  Empty where no head was patched alone.
         """
         return results.heads(self.store.path, self.name, self.reading)
 
@@ -371,13 +371,14 @@ class PatchedRun:
         return stage_widget(self.store.path, self.name)
 
     def _repr_mimebundle_(self, **asked: Any) -> Any:
-        """In a notebook the stage, where anywidget is installed; everywhere else `_repr_html_` serves."""
+        """In a notebook the stage, or why there is none; everywhere else `_repr_html_` serves."""
         if not _is_notebook() or self.settings.protocol == "published":
             return None
         try:
             widget = self.widget()
-        except UserError:
-            return None
+        except UserError as problem:
+            said = f"<p>No time-lapse here: {html.escape(str(problem))}</p>"
+            return {"text/plain": repr(self), "text/html": f"{self._repr_html_()}{said}"}, {}
         from .notebook import display
 
         bundle, metadata = display(widget, **asked)

@@ -7,7 +7,8 @@ from typing import Any
 import anywidget
 import traitlets
 
-from .engine.report.colours import PAGE
+from .engine.mechanism.store import read_mechanism
+from .engine.report.colours import CELLS, PAGE, declared
 from .engine.report.result import read_result
 from .engine.report.stage import source, stage_payload
 from .engine.store.store import Store
@@ -16,6 +17,8 @@ RENDER = """
 async function render({ model, el }) {
   const root = document.createElement("section");
   root.className = "stage headlapse-stage";
+  // JupyterLab takes arrows, space and letters for its own unless the element that has the focus says this.
+  root.addEventListener("focusin", ({ target }) => target.setAttribute("data-lm-suppress-shortcuts", "true"));
   el.append(root);
   const texts = (chosen) => Object.fromEntries(Object.entries(chosen).map(([name, value]) => [name, String(value)]));
   let ours = "";
@@ -47,7 +50,7 @@ def _script() -> str:
 
 def _style() -> str:
     """The stage's looks, and the colours that a page has of its own."""
-    light, dark = ("; ".join(f"--{name}: {colour[at]}" for name, colour in PAGE.items()) for at in (0, 1))
+    light, dark = (declared(PAGE | CELLS, scheme) for scheme in (0, 1))
     frame = (
         "background: var(--page); color: var(--ink); padding: 1rem; color-scheme: light dark; box-sizing: border-box"
     )
@@ -72,7 +75,7 @@ class StageWidget(anywidget.AnyWidget):
 def stage_widget(store: Path, name: str) -> StageWidget:
     """The stage of a patched run.  Raises `UserError` where it has no finished checkpoint."""
     opened = Store(store)
-    payload = stage_payload(opened, read_result(opened, name))
+    payload = stage_payload(opened, read_result(opened, name), read_mechanism(opened))
     first, start = payload["runs"][0], payload["start"]
     selected = {
         "run": name,

@@ -25,11 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import headlapse as hl  # noqa: E402
+from headlapse.engine.measures.logit_diff import PATTERN  # noqa: E402
 from headlapse.engine.runtime.errors import UserError  # noqa: E402
 from headlapse.engine.runtime.exit_status import DONE, exit_status_of  # noqa: E402
-
-RULE = 0.3
-"""The published study's: the success rate with even heads patched minus that with odd ones."""
 
 PLANTED_STEPS, ONE_HEAD, ONE_HEAD_FROM, EVEN_FROM = range(0, 801, 100), 5, 200, 700
 """Of the series made by hand: the head that acts on its own, and from when on it and all even heads do."""
@@ -54,9 +52,9 @@ class Control:
     """How many of all equal splits meet the rule at the last checkpoint."""
 
     def __str__(self) -> str:
-        first = next((label for label, rate in zip(self.labels, self.rates, strict=True) if rate > RULE), None)
+        first = next((label for label, rate in zip(self.labels, self.rates, strict=True) if rate > PATTERN), None)
         rule = f"pattern from {first}, {self.rates[-1]:+.2f} at the last" if first else f"none ({max(self.rates):+.2f})"
-        return f"{self.name:<12}rule > {RULE}: {rule}{self.met}\n{'':<12}headlapse:  {self.verdict}"
+        return f"{self.name:<12}rule > {PATTERN}: {rule}{self.met}\n{'':<12}headlapse:  {self.verdict}"
 
 
 def controls(store: Path, out: Path, task: str | None = None) -> list[Control]:
@@ -109,7 +107,7 @@ def half_that_meets_the_rule(run: hl.PatchedRun) -> tuple[int, list[int], str]:
     last = complete.logit_diff.isel(checkpoint=-1).sel(layer=layer).transpose("subset", "trial").values
     rate, nats = (last > 0).mean(1), last.mean(1)
     by_size = sorted(
-        (half for half, rest in zip(*rows, strict=True) if rate[half] - rate[rest] > RULE),
+        (half for half, rest in zip(*rows, strict=True) if rate[half] - rate[rest] > PATTERN),
         key=lambda half: nats[half],
     )
     if not by_size:

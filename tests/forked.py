@@ -38,8 +38,8 @@ def exit_status(work: Callable[..., None], *arguments: Any) -> int:
 
 
 def run_script(words: Sequence[str], directory: Path, env: Mapping[str, str], output: Path, kill_at: int) -> None:
-    """Run a script as `python` does with these words, what it prints in files `output`.out and .err; SIGKILL it at its
-    write to a store with the number `kill_at`, counted from 0, if that is not negative."""
+    """Run a script as `python` does with these words, what it prints in files `output`.out and .err; SIGKILL it as it
+    puts the file with the number `kill_at` in its place, counted from 0, if that is not negative."""
     _enter(directory, env, output)
     if kill_at >= 0:
         _die_at_write(kill_at)
@@ -66,15 +66,13 @@ def _enter(directory: Path, env: Mapping[str, str], output: Path) -> None:
 
 
 def _die_at_write(number: int) -> None:
-    import zarr.storage._local as local
+    put_in_place, left = os.replace, number
 
-    write, left = local._put, number
-
-    def put_or_die(*args: Any, **kwargs: Any) -> Any:
+    def put_in_place_or_die(*args: Any, **kwargs: Any) -> None:
         nonlocal left
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left -= 1
-        return write(*args, **kwargs)
+        put_in_place(*args, **kwargs)
 
-    local._put = put_or_die
+    os.replace = put_in_place_or_die

@@ -48,6 +48,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "measures/logit_diff": ("measures", "findings"),
     "store/activations": ("store", "replay"),
     "store/checkpoint_arrays": ("store", "completion"),
+    "store/chunk_files": ("chunk_files",),
     "store/disk": ("store",),
     "store/integrity": ("store", "integrity"),
     "store/health": ("doctor",),

@@ -3,28 +3,43 @@
 import base64
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import xarray as xr
 from playwright.sync_api import Page
 
+from headlapse.engine.report.colours import CELLS, PAGE, declared
 from headlapse.engine.report.result import read_result
 from headlapse.engine.report.stage import stage_html
 from headlapse.engine.store.activations import Capture
+from headlapse.engine.store.patched_run import Answers
 from headlapse.engine.store.store import Store, create_store
 from headlapse.engine.store.zarr_group import CheckpointRow
 from headlapse.engine.study.patch_settings import Direction, PatchSettings
 from headlapse.engine.study.prompts import Trials
+from headlapse.engine.study.study import Measure
 from headlapse.engine.study.subsets import parse_subsets
 from headlapse.engine.study.tasks.contrast import Contrast
 
-LOOKS = """
-:root { --page: #fcfcfa; --ink: #22262b; --soft: #5b636c; --line: #dcdfe2; --tint: #f0f1ef; }
+MEASURED: dict[Measure, Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]] = {
+    "probability": lambda rng, shape: rng.uniform(size=shape).astype("float32"),
+    "rank": lambda rng, shape: rng.integers(0, 50_000, size=shape).astype("float32"),
+    "kl": lambda rng, shape: rng.exponential(size=shape).astype("float32"),
+    "sequence": lambda rng, shape: rng.normal(0, 300, size=shape).astype("float32"),
+}
+"""Values of each measure."""
+
+LOOKS = (
+    f":root {{ {declared(PAGE | CELLS, 0)} }}"
+    + """
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; font: 1rem/1.55 sans-serif; color: var(--ink) }
 """
+)
 
 
 def random_store(
@@ -60,13 +75,18 @@ def random_run(
     positions: str = "last",
     scale: float = 2.0,
     gap: float = 8.0,
+    measures: Sequence[Measure] = (),
+    generate: int = 0,
 ) -> None:
-    """A patched run: heads that nearly add up, and noise; `none` changes nothing."""
+    """A patched run: heads that nearly add up, and noise; `none` changes nothing.  `measures` and texts are noise."""
     rng, subsets, n_heads = np.random.default_rng(0), parse_subsets(words, store.n_heads), store.n_heads
     layers = store.layers
-    settings = PatchSettings("corrected", direction, positions, tuple(layers), joint, tuple(words))
+    settings = PatchSettings(
+        "corrected", direction, positions, tuple(layers), joint, tuple(words), measures=tuple(measures)
+    )
+    settings = replace(settings, generate=generate)
     sites, n_trials = layers[:1] if joint else layers, store.trials().n_trials
-    run = store.open_patch(name, settings, sites, subsets.labels, subsets.mask)
+    run = store.open_patch(name, settings, sites, subsets.labels, subsets.mask, measures, generate)
     for row in store.rows():
         heads = rng.normal(0, scale, size=(len(sites), n_heads, n_trials))
         noise = rng.normal(0, scale / 4, size=(len(sites), len(subsets), n_trials))
@@ -78,8 +98,21 @@ def random_run(
         which = 1 if direction == "denoise" else 0
         answers[which, :, 0], answers[1 - which, :, 0] = sign * target, sign * (target + gap)
         writer = run.write(row.label)
-        writer.put_layers(0, patched)
+        further = {name: MEASURED[name](rng, (*patched.shape[:2], n_trials)) for name in measures}
+        writer.put_layers(0, patched, **further)
+        unpatched = {name: MEASURED[name](rng, (2, n_trials)) for name in measures}
+        writer.put_measures(unpatched, dict.fromkeys(measures, 1e-6))
+        if generate:
+            writer.put_answers(_random_answers(rng, patched.shape, generate))
         writer.finish(answers, 2.5e-6, 1e-4, device="cpu")
+
+
+def _random_answers(rng: np.random.Generator, shape: tuple[int, ...], n_tokens: int) -> Answers:
+    """A few texts, right every other time."""
+    texts = np.array(["9.8", "9.11\n", "</script>", " 9.8 or"], dtype=object)
+    patched, plain = rng.integers(0, 4, shape), rng.integers(0, 4, (2, shape[-1]))
+    token = np.full((*shape, n_tokens), -1)
+    return Answers(texts[patched], token, patched % 2 == 0, texts[plain], plain % 2 == 0, n_near=0)
 
 
 def stage_page(store: Store, path: Path, run: str = "run") -> Path:
@@ -105,15 +138,20 @@ def unpacked(packed: dict[str, Any]) -> np.ndarray:
     return values
 
 
-def effect_in_store(store: Store, state: dict[str, Any]) -> float:
-    """Mean over prompts of the patched minus the unpatched target run's logit difference, in nats."""
-    run, direction = store.patch(state["run"]).load(), store.patch(state["run"]).settings.direction
+def effects_in_store(run: xr.Dataset, direction: str, state: dict[str, Any]) -> np.ndarray:
+    """Of every prompt, the patched minus the unpatched target run, in the measure that the state asks for."""
     at = run.sel(checkpoint=state["checkpoint"], layer=state["layer"])
     wanted = np.isin(np.arange(run.sizes["head"]), state["heads"])
-    patched = at.logit_diff.values[(run.mask.values == wanted).all(1)]
-    target = at[f"{'corrupt' if direction == 'denoise' else 'clean'}_logit_diff"].values
-    [difference] = patched.astype(float) - target.astype(float)
-    return float(difference.mean())
+    name = {"answers": "success"}.get(measure := state.get("measure", "logit_diff"), measure)
+    target = at[f"{'corrupt' if direction == 'denoise' else 'clean'}_{name}"].values
+    [difference] = at[name].values[(run.mask.values == wanted).all(1)].astype(float) - target.astype(float)
+    return np.asarray(difference)
+
+
+def effect_in_store(store: Store, state: dict[str, Any]) -> float:
+    """Mean of `effects_in_store`: nats, unless the state asks for another measure."""
+    patch = store.patch(state["run"])
+    return float(effects_in_store(patch.load(), patch.settings.direction, state).mean())
 
 
 def random_states(store: Store, run: str, n: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from headlapse.engine.report.colours import (
+    CELLS,
     LINES,
     PAGE,
     SCALES,
@@ -56,6 +57,8 @@ def test_words_stand_out_from_whatever_they_stand_on(scheme: int) -> None:
     for paper, words in {"page": ["ink", "soft", "warn", "accent"], "tint": ["ink", "soft"], "mark": ["ink"]}.items():
         for word in words:
             assert contrast(PAGE[word][scheme], PAGE[paper][scheme]) >= 4.5, f"{word} on {paper}"
+    for cell in CELLS.values():
+        assert contrast(PAGE["ink"][scheme], cell[scheme]) >= 4.5, cell
 
 
 @SCHEMES

@@ -58,19 +58,25 @@ def test_every_cell_is_the_effect_at_the_last_checkpoint_of_its_run_by_then(
     positions = sorted(set(comparison.timeline["position"]))
     assert len(positions) == int(tab.locator("[name=checkpoint]").get_attribute("max") or 0) + 1
     rng = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(30):
         place, name = int(rng.integers(len(positions))), str(rng.choice([SHORT, LONG]))
         layer, head = int(rng.integers(4)), int(rng.integers(N_HEADS))
         go(tab, place)
         run = comparison.timeline.loc[name]
         label = run.index[run["position"] <= positions[place]][-1]
         row = comparison.heads.loc[(name, label, layer, head)]
-        cell = panel(tab, name).get_by_role("gridcell", name=re.compile(rf"L{layer}\.H{head} "))
+        cell = panel(tab, name).locator(f"[id$='-{layer}-{head}']")
+        cell.hover()
         said = (cell.get_attribute("aria-label") or "").replace("−", "-")
         shown = [float(number) for number in re.findall(r"[+-]\d+\.\d\d", said)]
         assert shown == pytest.approx([row["effect"], row["low"], row["high"]], abs=0.0051)
         assert ("not significant" in said) == (row["p_adjusted"] > 0.05)
         assert label in panel(tab, name).inner_text()
+    tab.mouse.move(0, 0)
+    go(tab, 0)
+    row = comparison.heads.loc[(LONG, "step0", 2, 1)]
+    name = f"L2.H1 {row['effect']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] nats".replace("-", "−")
+    panel(tab, LONG).get_by_role("gridcell", name=name).wait_for()
 
 
 def test_a_run_that_has_ended_stays_at_its_last_checkpoint_and_says_so(open_page: Open, page: Path) -> None:
@@ -119,8 +125,7 @@ def test_play_goes_through_training_and_stops_at_its_end(open_page: Open, page: 
     assert tab.locator("[name=checkpoint]").input_value() == last
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [WIDE, NARROW], ids=["wide", "narrow"])
+@pytest.mark.parametrize(("scheme", "width"), [("light", WIDE), ("dark", NARROW)], ids=["wide", "narrow"])
 def test_everyone_can_use_it_in_any_window(open_page: Open, page: Path, scheme: str, width: int) -> None:
     tab = open_page(page, scheme=scheme, width=width)
     tab.get_by_role("grid").first.wait_for()

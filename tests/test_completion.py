@@ -1,12 +1,12 @@
 """Laws of the completion mark: it is the last thing written of a checkpoint; and duplicated weights are noticed."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 
 from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
 from headlapse.engine.store.patched_run import PatchedRun, TextRun
@@ -50,27 +50,28 @@ def test_a_checkpoint_is_complete_only_once_every_other_write_is_through(
 ) -> None:
     """The disk fills up at the first write, at the second, and so on: no such checkpoint counts."""
     group, write = prepare(some_store(tmp_path / "s.zarr"))
-    write_array, n_writes = zarr.Array.__setitem__, 0
+    put_in_place, n_writes = os.replace, 0
 
-    def fail_at(last: int) -> Callable[..., None]:
-        def set_item(array: Any, selection: Any, value: Any) -> None:
+    def fail_at(last: int) -> Callable[[str, str], None]:
+        def replace(partial: str, path: str) -> None:
             nonlocal n_writes
             if n_writes == last:
                 raise OSError("no space left on device")
             n_writes += 1
-            write_array(array, selection, value)
+            put_in_place(partial, path)
 
-        return set_item
+        return replace
 
     failures = 0
     while True:
         n_writes = 0
-        monkeypatch.setattr(zarr.Array, "__setitem__", fail_at(failures))
+        monkeypatch.setattr(os, "replace", fail_at(failures))
         try:
             write()
         except OSError:
             failures += 1
             assert type(group)(group.path).complete() == {}, f"complete after {n_writes} of its writes"
+            assert not list(group.path.rglob("*.partial"))
             continue
         break
     assert failures == n_writes >= 4

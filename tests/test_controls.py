@@ -8,6 +8,7 @@ import pytest
 
 import headlapse
 from headlapse.engine.checkpoints.planted import planted, task, tokenizer
+from headlapse.engine.measures.logit_diff import PATTERN
 from headlapse.engine.runtime.errors import UserError
 from tests.models import save
 
@@ -35,7 +36,7 @@ def test_heads_that_are_only_renumbered_meet_the_rule_and_are_no_pattern(control
     """Heads 0 to 5 carry the answer, three of them even."""
     store = store_of(range(6), controls, tmp_path)
     row = controls.renumbered(store, tmp_path / "renumbered", str(tmp_path / "digits.jsonl"))
-    assert row.rates[-1] > controls.RULE and row.labels == ("step0", "step100")
+    assert row.rates[-1] > PATTERN and row.labels == ("step0", "step100")
     assert row.verdict.startswith(("no", "cannot tell")), row
     assert "ways to halve the heads meet it" in row.met and "pattern from step100" in str(row)
 
@@ -45,7 +46,7 @@ def test_what_is_planted_is_found_from_its_step_on_beside_the_head_that_acts_ear
     controls: ModuleType, tmp_path: Path
 ) -> None:
     row = controls.planted(tmp_path / "planted")
-    assert row.rates[-1] > controls.RULE and row.verdict.startswith("yes"), row
+    assert row.rates[-1] > PATTERN and row.verdict.startswith("yes"), row
     assert f"L1.H{controls.ONE_HEAD} " in row.verdict and "from step 100-200" in row.verdict
     assert "pattern from step700" in str(row)
 

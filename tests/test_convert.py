@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from headlapse.engine.runtime.exit_status import exit_status_of
 from tests.forked import exit_status
-from tests.test_kills import STRIDE, Recorder, files_of
+from tests.test_kills import STRIDE, Recorder, empty_what_was_not_synced, files_of
 
 pytestmark = pytest.mark.thorough
 
@@ -205,14 +205,6 @@ def convert_until(gguf: Path, out: Path, kill_at: int, log: Path) -> None:
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def cut_power(log: Path, out: Path) -> None:
-    """Empty what was not made durable."""
-    durable = {Path(line.split("\t")[1]).name for line in log.read_text().splitlines() if line.startswith("sync")}
-    for file in filter(Path.is_file, out.rglob("*")):
-        if file.name not in durable:
-            file.write_bytes(b"")
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to see which file is made durable")
 def test_a_conversion_cut_off_at_any_file_operation_is_finished_by_the_next_one(tmp_path: Path):
@@ -227,7 +219,7 @@ def test_a_conversion_cut_off_at_any_file_operation_is_finished_by_the_next_one(
         if exit_status(convert_until, gguf, place / "out", kill_at, log) != -signal.SIGKILL:
             break
         n_kills += 1
-        cut_power(log, place / "out")
+        empty_what_was_not_synced(log, place / "out")
         assert exit_status(convert_until, gguf, place / "out", 10**6, log) == 0
         assert files_of(place) == expected, f"after a kill at file operation {kill_at}"
     assert n_kills * stride > 5

@@ -1,6 +1,8 @@
 """The Python face: the same results as the command, nothing changed that belongs to the user."""
 
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -13,7 +15,10 @@ import xarray as xr
 
 import headlapse as hl
 from headlapse.__main__ import main
+from headlapse.engine.checkpoints.loaded_model import save_loaded_model
+from tests.forked import exit_status
 from tests.models import save, tiny, tiny_tokenizer
+from tests.test_kills import STRIDE, Recorder, empty_what_was_not_synced, files_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -118,6 +123,35 @@ def test_other_weights_of_a_loaded_model_are_another_store(tmp_path: Path, monke
     stores = [hl.cache(tiny("gpt2", seed), tokenizer=tiny_tokenizer(), trials=2, sites="z") for seed in (0, 1)]
     assert stores[0].path != stores[1].path
     assert (stores[0].dataset.z.values != stores[1].dataset.z.values).any()
+
+
+def save_until(place: Path, kill_at: int, log: Path) -> None:
+    """Save a loaded model in this process, which dies at its file operation of that number."""
+    model, tokenizer = tiny("gpt2"), tiny_tokenizer()
+    Recorder(kill_at, place, log)
+    save_loaded_model(model, tokenizer, place)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to see which file is made durable")
+def test_a_loaded_model_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
+    """After a kill at a file operation and a power cut the next call ends at the same bytes, with nothing beside them;
+    HEADLAPSE_KILLS=1 tries every operation."""
+    place, log, stride = tmp_path / "place", tmp_path / "log", max(1, STRIDE // 24)
+    assert exit_status(save_until, tmp_path / "whole", 10**6, log) == 0
+    expected, n_kills = files_of(tmp_path / "whole"), 0
+    [whole] = [files_of(model) for model in (tmp_path / "whole" / "models").iterdir()]
+    for kill_at in range(stride // 2, 10**6, stride):
+        shutil.rmtree(place, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        if exit_status(save_until, place, kill_at, log) != -signal.SIGKILL:
+            break
+        n_kills += 1
+        empty_what_was_not_synced(log, place)
+        assert [files_of(model) for model in (place / "models").glob("[!.]*")] in ([], [whole])
+        assert exit_status(save_until, place, 10**6, log) == 0
+        assert files_of(place) == expected, f"after a kill at file operation {kill_at}"
+    assert n_kills * stride > 5
 
 
 def test_errors_are_exceptions_with_the_commands_line(store: hl.Store, capsys: pytest.CaptureFixture[str]) -> None:

@@ -304,9 +304,9 @@ def test_the_verdict_of_the_default_run_names_the_one_head_that_does_everything(
     effect = head_effects(run, settings).loc[("step400", 1, 5)]
     # Patched alone it writes 1/2 for each digit that clean and corrupt prompt are apart, 5 on average.
     assert effect["effect"] == pytest.approx(2.5, abs=0.3) and effect["low"] < 2.5 < effect["high"]
-    assert format_estimate(effect["effect"], effect["low"], effect["high"]) in row
+    assert format_estimate(effect["effect"], effect["low_joint"], effect["high_joint"]) in row
     assert "from step 200-300" in row and "p < .001" in row
-    assert "7 random splits are too few" in next(line for line in lines if line.startswith("even/odd"))
+    assert "7 splits are too few: --subsets balanced" in next(line for line in lines if line.startswith("even/odd"))
     assert "stock transformers within" in next(line for line in lines if line.startswith("checked"))
 
 

@@ -64,6 +64,9 @@ def test_it_shows_the_stage_and_tells_python_what_is_chosen(
     assert abs(float(effect.inner_text()) - effect_in_store(Store(run.store.path), asked)) <= 0.005 + 1e-5
     tab.click('[data-head="L2.H1"]')
     assert selected()["heads"] == [0, 1, 3] and "#" not in tab.url
+    tab.focus("[name=checkpoint]")
+    focused = tab.locator("[name=checkpoint]")
+    assert focused.get_attribute("data-lm-suppress-shortcuts"), "JupyterLab would take the arrows for its own"
     tab.evaluate("leave()")
 
 
@@ -80,3 +83,6 @@ def test_without_anywidget_it_says_what_to_install(run: "hl.PatchedRun", monkeyp
     monkeypatch.delitem(sys.modules, "headlapse.notebook", raising=False)
     with pytest.raises(hl.UserError, match=r"pip install 'headlapse\[notebook\]'"):
         run.widget()
+    monkeypatch.setattr("headlapse.face._is_notebook", lambda: True)
+    bundle, _ = run._repr_mimebundle_()
+    assert "<pre>" in bundle["text/html"] and "pip install &#x27;headlapse[notebook]&#x27;" in bundle["text/html"]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import xarray as xr
 from headlapse.engine.report.findings.verdict import format_estimate, format_p, verdict
 from headlapse.engine.statistics.head_effects import head_effects
 from headlapse.engine.study.patch_settings import Direction, PatchSettings
+from headlapse.engine.study.reading import Reading
 from headlapse.engine.study.subsets import parse_subsets
 from tests.simulating import unchecked
 
@@ -76,7 +78,8 @@ def test_the_default_run_names_the_head_that_does_everything_within_five_lines_w
     assert "p < .001" in row and "from step 32-48" in row and "% of layer 1" in row
     run, settings = planted_run({(1, 5): 3.0})
     frame = head_effects(run, settings).loc[("step256", 1, 5)]
-    assert format_estimate(frame["effect"], frame["low"], frame["high"]) in row
+    assert format_estimate(frame["effect"], frame["low_joint"], frame["high_joint"]) in row
+    assert "joint 95 %" in line_about(lines, "heads")
     assert not any(line.startswith("  L") for line in lines if line != row), "no other head is named"
 
 
@@ -85,6 +88,15 @@ def test_heads_are_ranked_by_the_size_of_their_effect_whichever_way_it_goes() ->
     assert [line.split()[0] for line in lines if line.startswith("  L")] == ["L1.H5", "L1.H0", "L2.H3"]
     assert "4 of 32 significant at step256" in line_about(lines, "heads")
     assert "-2." in next(line for line in lines if line.startswith("  L1.H0"))
+
+
+def test_an_effect_below_the_margin_has_no_onset_however_sure_it_is() -> None:
+    lines = lines_of({(1, 5): 3.0, (2, 3): 0.1}, noise=0.01)
+    small = next(line for line in lines if line.startswith("  L2.H3"))
+    assert "p < .001" in small and "below 0.5 nats" in small and "step" not in small
+    run, settings = planted_run({(1, 5): 3.0, (2, 3): 0.1}, noise=0.01)
+    lines = verdict(run, settings, STUDY, reading=Reading(margin=0.05))
+    assert "from step 32-48" in next(line for line in lines if line.startswith("  L2.H3"))
 
 
 def test_a_head_that_mattered_for_a_while_is_named_where_it_did() -> None:
@@ -121,7 +133,16 @@ def test_with_a_null_yes_no_and_cannot_tell_are_three_things() -> None:
     unequal = line_about(lines_of({(1, head): 0.5 * head for head in range(N_HEADS)}, words=words), "even/odd")
     assert unequal.startswith("no, neither carries the layer: -2.05 [") and "p = .57 of 70" in unequal
     few = line_about(lines_of({(1, 5): 3.0}, seed=1), "even/odd")
-    assert few.startswith("cannot tell: ") and "5 random splits are too few" in few
+    assert few.startswith("cannot tell: ") and "5 splits are too few: --subsets balanced" in few
+
+
+def test_heads_of_which_too_few_equal_splits_exist_are_told_of_no_words_that_would_help() -> None:
+    """Of eight heads in four groups eight pairs of halves are alike, whose p is at least 1/8."""
+    run, settings = planted_run({(1, 5): 3.0}, words=("even", "odd", "all", "balanced"))
+    settings = replace(settings, n_groups=4)
+    run.attrs["patch"] = settings.to_attributes()
+    said = line_about(verdict(run, settings, STUDY), "even/odd")
+    assert "8 heads have too few equal splits" in said and "--subsets" not in said
 
 
 def test_the_default_run_finds_what_goes_through_all_layers() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
+from ..runtime.durable import rename, sync
 from ..runtime.errors import UserError
 from ..runtime.progress import progress
 
@@ -225,18 +226,8 @@ def _durable_write(path: Path) -> Iterator[Path]:
     """A path to write a file or directory to, which is renamed to `path` once all of it has reached the disk."""
     partial = path.with_name(f".{path.name}.partial")
     yield partial
-    for entry in (*partial.rglob("*"), partial):
-        _sync(entry)
-    partial.replace(path)
-    _sync(path.parent)  # the new name is in the folder, not in the file
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(partial)
+    rename(partial, path)
 
 
 def _train(directory: Path, recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import shutil
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..runtime.durable import rename, sync
 from ..runtime.errors import UserError
+from ..runtime.file_lock import hold
 from .files import CONFIG, VOCABULARY, sha256
 
 FOLDER = "models"
@@ -22,15 +24,21 @@ def save_loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     """Write the weights that `model` holds now, and what goes with them, as a checkpoint; returns its directory.
 
     The directory is called after the model and the hash of its weights: the same weights are written once, others
-    elsewhere.  The model is only read; its hooks, attention implementation and training mode play no part.
+    elsewhere.  It is there whole or not at all, whatever happens meanwhile.  The model is only read; its hooks,
+    attention implementation and training mode play no part.
     Raises `UserError` for a tokenizer that tells no character offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("tokenizer: it tells no character offsets; pass a fast one, of AutoTokenizer.from_pretrained")
     folder = cache / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".", suffix=".partial", dir=folder))
-    try:
+    with ExitStack() as stack:  # one process after another: what lies there half written is a killed one's
+        hold(stack, cache / f".{FOLDER}.lock", patience=-1)
+        for leftover in folder.glob(".*.partial"):
+            shutil.rmtree(leftover)
+        partial = folder / ".saving.partial"
+        stack.callback(shutil.rmtree, partial, ignore_errors=True)
+        partial.mkdir()
         weights = partial / "model.safetensors"
         save_file(_distinct_tensors(model), weights, metadata={"format": "pt"})
         config = copy.deepcopy(model.config)
@@ -44,9 +52,8 @@ def save_loaded_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             )
         directory = folder / f"{_name(model)}-{_digest(partial)}"
         if not directory.exists():
-            partial.rename(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            sync(partial)
+            rename(partial, directory)
     return directory
 
 

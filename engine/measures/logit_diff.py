@@ -59,10 +59,15 @@ def effect(run: xr.Dataset, direction: str) -> xr.DataArray:
     return xr.DataArray(difference if direction == "denoise" else -difference)
 
 
-def effects_by_checkpoint(run: xr.Dataset, direction: str) -> Iterator[Float[np.ndarray, "layer subset trial"]]:
-    """`effect` of one checkpoint after another as plain arrays of float64: all of them together may not fit."""
-    target = run.corrupt_logit_diff if direction == "denoise" else run.clean_logit_diff
-    patched = run.logit_diff.transpose("checkpoint", "layer", "subset", "trial").variable
+def effects_by_checkpoint(
+    run: xr.Dataset, direction: str, measure: str = "logit_diff"
+) -> Iterator[Float[np.ndarray, "layer subset trial"]]:
+    """`effect` of one checkpoint after another as plain arrays of float64: all of them together may not fit.
+
+    Of another `measure` that the run kept, the same: towards the source run, in that measure's unit.
+    """
+    target = run[f"{'corrupt' if direction == 'denoise' else 'clean'}_{measure}"]
+    patched = run[measure].transpose("checkpoint", "layer", "subset", "trial").variable
     unpatched = target.transpose("checkpoint", "trial").variable
     for index in range(run.sizes["checkpoint"]):
         difference = patched[index].values - unpatched[index].values

@@ -75,8 +75,8 @@ def compare(check: Check, run: xr.Dataset) -> tuple[list[ComparedHeads], list[Co
             compared[at] = ComparedHeads(compared[at].known, compared[at].places, compared[at].n_heads, p)
     frame = roles_frame(run) if check.onsets else pd.DataFrame()
     placed = finished(run)
-    at = dict(zip(map(str, placed.checkpoint.values), positions_of(placed).tolist(), strict=True))
-    return compared, [compare_onset(known, frame, at) for known in check.onsets]
+    steps = dict(zip(map(str, placed.checkpoint.values), positions_of(placed).tolist(), strict=True))
+    return compared, [compare_onset(known, frame, steps) for known in check.onsets]
 
 
 def _values(final: xr.Dataset, known: KnownHeads) -> Float[np.ndarray, "layer head"]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..store import zarr_group
 from ..store.checkpoint_arrays import CheckpointArrays
+from ..store.disk import is_group
 from ..store.store import Store, open_group
 from ..store.zarr_group import CheckpointRow
 from ..study.mechanism_settings import MechanismSettings, Part
@@ -84,6 +85,13 @@ class MechanismRun(CheckpointArrays):
 
 def mechanism_path(store: Store) -> Path:
     return store.path / "mechanism"
+
+
+def read_mechanism(store: Store) -> MechanismRun | None:
+    """What `headlapse mechanism` measured of a store; None where it has not finished a checkpoint."""
+    path = mechanism_path(store)
+    run = MechanismRun(path) if is_group(path) else None
+    return run if run and run.complete() else None
 
 
 def open_mechanism(store: Store, settings: MechanismSettings, overwrite: bool = False) -> MechanismRun:

@@ -5,7 +5,7 @@ and takes the variables in their place where it stands on a page.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -64,12 +64,18 @@ class Scale(NamedTuple):
 SCALES = {
     "effect": Scale(
         ("#a3332a", "#e08b78", "#f5f4f1", "#7fa8dc", "#1f56a8"),
-        ("#ff9480", "#a84a3e", "#23282e", "#3f6db3", "#8ab8ff"),
+        ("#ff9480", "#a84a3e", "#23282e", "#3a66a8", "#8ab8ff"),
         41,
     ),
     "rate": Scale(("#f1f3f0", "#7fb8a0", "#1c6a4c"), ("#22272c", "#2f7a5c", "#7fdcb4"), 25),
 }
 """`effect`: red away from the right answer, blue towards it.  `rate`: a share, from none to all."""
+
+CELLS = {
+    name: Colour(SCALES["effect"].light[stop], SCALES["effect"].dark[stop])
+    for stop, name in enumerate(("away", "neutral", "towards"), start=1)
+}
+"""Ends and middle of the stage's scale, which `stage.js` mixes: the pale half of `effect`, on which ink is read."""
 
 BLACK, WHITE = "#000000", "#ffffff"
 
@@ -94,7 +100,12 @@ def levels(scale: str) -> list[Colour]:
 def variables() -> dict[str, Colour]:
     """Every colour by the name of its variable, without the dashes."""
     shades = {f"{scale}-{at}": colour for scale in SCALES for at, colour in enumerate(levels(scale))}
-    return PAGE | LINES | shades | WORDS
+    return PAGE | LINES | CELLS | shades | WORDS
+
+
+def declared(colours: Mapping[str, Colour], scheme: int) -> str:
+    """As variables of a style sheet, in the light scheme, 0, or the dark one, 1."""
+    return "; ".join(f"--{name}: {colour[scheme]}" for name, colour in colours.items())
 
 
 def words_on(scale: str, level: int) -> str:

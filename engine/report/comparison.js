@@ -3,7 +3,7 @@
 //
 // engine/report/comparison_stage.py makes the payload.  Effects are whole numbers of hundredths of a nat.  Names are
 // only ever set as text.
-import { PACE, el, linear, minus, niceTicks, put, svg, unpackAll } from "./stage.js";
+import { PACE, el, linear, mark, minus, niceTicks, put, svg, unpackAll } from "./stage.js";
 
 const COLOURS = { head_1: "clean", all: "all", parity: "even" };
 const DASHES = { head_1: "none", all: "1 3", parity: "6 3" };
@@ -38,7 +38,20 @@ class Multiples {
       this.legend(),
       el("div", { class: "multiples-panels" }, ...this.panels.map((panel) => panel.build())));
     this.root.hidden = false;
+    this.readColours();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.recoloured());
     this.go(Number(this.slider.value), false);
+  }
+
+  // The colours of the scale as they are: a thousand cells with variables would take twice as long at every step.
+  readColours() {
+    const style = getComputedStyle(this.root);
+    this.shades = Array.from({ length: this.payload.levels }, (_, level) => style.getPropertyValue(`--effect-${level}`).trim());
+  }
+
+  recoloured() {
+    this.readColours();
+    for (const panel of this.panels) panel.repaint();
   }
 
   legend() {
@@ -46,7 +59,7 @@ class Multiples {
     const key = ([name, words]) => el("span", { class: "multiples-key" },
       svg("svg", { width: 26, height: 10, "aria-hidden": "true" }, svg("line", { x1: 0, x2: 26, y1: 5, y2: 5, ...stroke(name) })), words);
     const scale = el("span", { class: "multiples-scale", "aria-hidden": "true" });
-    const n = this.payload.on.length;
+    const n = this.payload.levels;
     scale.style.background = `linear-gradient(to right, ${Array.from({ length: n }, (_, level) => `var(--effect-${level})`).join(", ")})`;
     return el("p", { class: "soft" }, el("span", { class: "multiples-key" }, inNats(-this.limit), scale, `${inNats(this.limit)} nats, a head alone`),
       el("span", { class: "multiples-key" }, el("span", { class: "multiples-hatch", "aria-hidden": "true" }), "not significant"), ...names.map(key));
@@ -65,6 +78,8 @@ class Multiples {
     put(this.where, label);
     this.slider.setAttribute("aria-valuetext", `${label} ${this.payload.unit}`);
     for (const panel of this.panels) panel.show(place);
+    clearTimeout(this.naming);
+    this.naming = setTimeout(() => this.panels.forEach((panel) => panel.name()), 150);
     if (isAsked) history.replaceState(null, "", `#at=${this.payload.positions[place]}`);
   }
 
@@ -152,25 +167,46 @@ class Panel {
     this.tell();
   }
 
-  read(layer, head) {
-    if (this.at === null) return null;
+  // Where the numbers of a head lie; null before the first checkpoint.
+  placeOf(layer, head) {
     const { heads } = this.run;
-    const place = (this.at * heads.layers.length + layer) * heads.n_heads + head;
+    return this.at === null ? null : (this.at * heads.layers.length + layer) * heads.n_heads + head;
+  }
+
+  read(layer, head) {
+    const place = this.placeOf(layer, head);
+    if (place === null) return null;
+    const { heads } = this.run;
     const known = (value) => (value === this.whole.payload.missing ? null : value);
     const [value, low, high] = ["effect", "low", "high"].map((name) => known(heads[name][place]));
     return value === null ? null : { value, low, high, isSignificant: heads.significant[place] === 1 };
   }
 
+  // Only what changes is touched, and names wait until the slider rests: with many training runs these take longest.
   colour() {
-    const { on } = this.whole.payload;
+    const { levels } = this.whole.payload;
     this.cells.forEach((row, layer) => row.forEach((cell, head) => {
-      const read = this.read(layer, head);
-      const level = read && Math.min(on.length - 1, Math.floor(((read.value / this.whole.limit + 1) / 2) * on.length));
-      cell.style.backgroundColor = read ? `var(--effect-${level})` : "transparent";
-      cell.style.color = read ? `var(--${on[level]})` : "inherit";
-      cell.classList.toggle("doubtful", read !== null && !read.isSignificant);
-      cell.setAttribute("aria-label", this.say(layer, head, read));
+      const at = this.placeOf(layer, head);
+      const { effect, significant } = this.run.heads;
+      const isKnown = at !== null && effect[at] !== this.whole.payload.missing;
+      const level = isKnown ? Math.min(levels - 1, Math.floor(((effect[at] / this.whole.limit + 1) / 2) * levels)) : null;
+      const isDoubtful = isKnown && significant[at] !== 1;
+      if (cell.level !== level) cell.style.backgroundColor = isKnown ? this.whole.shades[level] : "transparent";
+      if (cell.isDoubtful !== isDoubtful) cell.classList.toggle("doubtful", isDoubtful);
+      Object.assign(cell, { level, isDoubtful });
     }));
+  }
+
+  repaint() {
+    if (!this.run.heads) return;
+    for (const cell of this.cells.flat()) cell.level = undefined;
+    this.colour();
+  }
+
+  // The names of all cells, as a screen reader goes through them.
+  name() {
+    if (!this.run.heads) return;
+    this.cells.forEach((row, layer) => row.forEach((cell, head) => mark(cell, "aria-label", this.say(layer, head, this.read(layer, head)))));
   }
 
   say(layer, head, read) {
@@ -183,10 +219,29 @@ class Panel {
   // The head that is pointed at, else the largest at this checkpoint.
   tell() {
     if (!this.run.heads) return;
-    if (this.active) return put(this.words, this.say(...this.active, this.read(...this.active)));
-    const all = this.cells.flatMap((row, layer) => row.map((_, head) => ({ layer, head, read: this.read(layer, head) }))).filter(({ read }) => read);
-    const most = all.reduce((best, one) => (!best || Math.abs(one.read.value) > Math.abs(best.read.value) ? one : best), null);
-    put(this.words, most ? `largest: ${this.say(most.layer, most.head, most.read)}` : "");
+    if (this.active) {
+      const [layer, head] = this.active;
+      const words = this.say(layer, head, this.read(layer, head));
+      mark(this.cells[layer][head], "aria-label", words);
+      put(this.words, words);
+      return;
+    }
+    const most = this.largest();
+    put(this.words, most ? `largest: ${this.say(...most, this.read(...most))}` : "");
+  }
+
+  // [layer, head] of the head with the largest effect at this checkpoint; null where there is none.
+  largest() {
+    if (this.at === null) return null;
+    const { effect, layers, n_heads: n } = this.run.heads;
+    const { missing } = this.whole.payload;
+    const start = this.at * layers.length * n;
+    let most = null;
+    for (let at = 0; at < layers.length * n; at++) {
+      const value = effect[start + at];
+      if (value !== missing && (most === null || Math.abs(value) > Math.abs(effect[start + most]))) most = at;
+    }
+    return most === null ? null : [Math.floor(most / n), most % n];
   }
 
   drawLines() {

@@ -10,12 +10,11 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..runtime.errors import UserError
 from ..statistics.comparison import Comparison
 from .comparison_stage import comparison_stage
 from .figures import SHOWS
 from .findings.comparison import Roles, comparison_table, format_position, lines
-from .page import atomic_file, inline_figure, template
+from .page import atomic_file, inline_figure, make_folder, template
 from .plot_style import COLOURS, FAINT, STYLE, WIDTH, place_steps, to_svg
 
 COLUMNS, ROW_HEIGHT = 3, 1.9
@@ -28,14 +27,9 @@ LOOKS = {"all": "all", "head_1": "clean", "parity": "even"}
 def write_comparison(comparison: Comparison, roles: Roles, stores: Mapping[str, Path], out: Path) -> Path:
     """Write the page and its tables as CSV into `out`; the page's path.  Every file appears whole, the page last.
 
-    `stores`: training run → where its store is.  Raises `UserError` where a file is in the way.
+    `stores`: training run → where its store is.  Raises `UserError` where a store or a file is in the way.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {out}: there is a file in the way; name a directory") from None
-    if (out / "zarr.json").exists():
-        raise UserError(f"--out {out} is a store; name a directory of its own for the page")
+    make_folder(out)
     tables = {"runs": comparison.table, "seeds": comparison.summary, "timeline": comparison.timeline}
     for name, table in tables.items():
         with atomic_file(out / f"{name}.csv") as partial:

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from ..statistics.bootstrap import LEVEL
 from ..statistics.comparison import Comparison
-from .colours import SCALES, WORDS, words_on
+from .colours import SCALES
 from .findings.comparison import format_position
 from .packing import MISSING, hundredths, pack
 from .plot_style import place_steps
@@ -30,15 +30,10 @@ def comparison_payload(comparison: Comparison) -> dict[str, Any]:
         "labels": [format_position(float(position)) for position in positions],
         "x": [round(float(place), 4) for place in x],
         "is_log": is_log,
-        "on": [_words_of(level) for level in range(SCALES["effect"].n_levels)],
+        "levels": SCALES["effect"].n_levels,
         "named": NAMED,
         "runs": [_run(comparison, str(name), positions) for name in comparison.table.index],
     }
-
-
-def _words_of(level: int) -> str:
-    """The variable of the colour in which one writes on a level."""
-    return next(name for name, colour in WORDS.items() if colour.light == words_on("effect", level))
 
 
 def _run(comparison: Comparison, name: str, positions: np.ndarray) -> dict[str, Any]:

@@ -14,15 +14,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from ..measures.logit_diff import each_checkpoint, finished
-from ..mechanism.store import MechanismRun, mechanism_path
+from ..mechanism.store import MechanismRun, read_mechanism
 from ..runtime.errors import UserError
-from ..store.disk import is_group
 from ..store.store import Store, duplicate_weights
 from ..study.alignment import align
 from ..study.prompts import Trials
 from ..study.study import RUNS
 from .caveats import threats
-from .colours import variables, with_variables
+from .colours import declared, variables, with_variables
 from .figures import SHOWS, draw
 from .findings.all_findings import findings
 from .findings.finding import Finding
@@ -63,22 +62,29 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
         raise UserError(f"{store.path} has no patched run yet; make one with: headlapse patch {store.path}")
     begun = [name for name in names if store.patch(name).complete()]
     result = read_result(store, name or (begun or names)[-1])
-    if (out / "zarr.json").exists():
-        raise UserError(f"--out {out} is a store; name a directory of its own for the report")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--out {out}: there is a file in the way; name a directory") from None
+    make_folder(out)
     with atomic_file(out / "timeline.csv") as partial:
         result.table.to_csv(partial)
     with atomic_file(out / "patched.csv") as partial:
         _write_patched(result, partial)
-    shown = [*findings(result.run, result.settings, study=store.study), *_mechanism(store)]
+    mechanism = read_mechanism(store)
+    measured = mechanism_findings(mechanism.load(), mechanism.settings) if mechanism else ()
+    shown = [*findings(result.run, result.settings, study=store.study), *measured]
     drawn = _write_figures(result, _numbers(shown).get("shapley"), out)
     _write_numbers(shown, out)
     with atomic_file(out / "index.html") as partial:
-        partial.write_text(_page(store, result, drawn, shown), encoding="utf-8")
+        partial.write_text(_page(store, result, mechanism, drawn, shown), encoding="utf-8")
     return out / "index.html"
+
+
+def make_folder(out: Path) -> None:
+    """A folder for a page.  Raises `UserError` where there is a store or a file in the way."""
+    if (out / "zarr.json").exists():
+        raise UserError(f"--out {out} is a store; name a directory of its own for the page")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out {out}: there is a file in the way; name a directory") from None
 
 
 def _numbers(shown: Sequence[Finding]) -> dict[str, pd.DataFrame]:
@@ -136,7 +142,9 @@ def _means(result: Result, checkpoint: xr.Dataset, index: int) -> xr.Dataset:
     return xr.Dataset({name: values.isel(checkpoint=[index]) for name, values in patched.items()} | plain)
 
 
-def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[Finding]) -> str:
+def _page(
+    store: Store, result: Result, mechanism: MechanismRun | None, drawn: dict[str, str], shown: Sequence[Finding]
+) -> str:
     trials, run = store.trials(), store.patch(result.name)
     published = _published(store, result)
     return template("page.html.j2").render(
@@ -168,7 +176,7 @@ def _page(store: Store, result: Result, drawn: dict[str, str], shown: Sequence[F
         warnings=_warnings(store, result),
         threats=threats(store, result),
         provenance=[(label, store.provenance(label)) for label in store.complete()],
-        stage=stage_html(store, result),
+        stage=stage_html(store, result, mechanism),
         runs=[(name, store.patch(name).settings) for name in reversed(store.patch_names("corrected"))],
         published=published,
         sections=arrange(shown, ["study"] if published else []),
@@ -185,7 +193,7 @@ def template(name: str) -> Template:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = with_minus_signs
-    templates.globals["colours"] = variables()
+    templates.globals |= {"colours": variables(), "declared": declared}
     return templates.get_template(name)
 
 
@@ -234,14 +242,6 @@ def _headline(result: Result) -> list[tuple[str, str, str]]:
     where = f"layers {site} together" if result.settings.joint else f"layer {site}"
     named = [("clean", "clean, unpatched"), ("corrupt", "corrupt, unpatched"), (best, f"{heads_of(best)} of {where}")]
     return [(words, signed(row[name], 2), f"{row[f'{name}_rate']:.0%}") for name, words in named]
-
-
-def _mechanism(store: Store) -> list[Finding]:
-    """What `headlapse mechanism` measured, where it has finished a checkpoint."""
-    if not is_group(mechanism_path(store)):
-        return []
-    run = MechanismRun(mechanism_path(store))
-    return list(mechanism_findings(run.load(), run.settings)) if run.complete() else []
 
 
 def _published(store: Store, result: Result) -> dict[str, Any] | None:

@@ -1,12 +1,18 @@
 // The stage of the page: a slider through training, a grid of heads, and the stored effect of any set of them.
 //
-// engine/report/stage.py makes the payload.  Effects are whole numbers of hundredths: of a nat, or per cent of a gap.
+// engine/report/stage.py makes the payload.  Effects are whole numbers of hundredths of their measure's unit.
 // Names come from models and prompts, whatever these hold: they are only ever set as text.
 
+// `isShare`: said in per cent.  `falls`: less of it is nearer to the right answer, or to the clean run.
 const MEASURES = {
   logit_diff: { label: "logit difference", unit: "nats" },
-  success: { label: "success rate", unit: "of prompts" },
-  recovery: { label: "normalised recovery", unit: "of the gap" },
+  success: { label: "success rate", unit: "of prompts", isShare: true },
+  recovery: { label: "normalised recovery", unit: "of the gap", isShare: true },
+  probability: { label: "probability", unit: "probability", says: "probability of the right answer's first token where the answers differ" },
+  rank: { label: "rank", unit: "places", falls: true, says: "place of the right answer's first token where the answers differ, among all tokens; 0 is first" },
+  kl: { label: "divergence", unit: "nats", falls: true, says: "divergence (KL) of the next token's probabilities from the clean run's" },
+  sequence: { label: "whole answers", unit: "nats", says: "log-probability of the whole right answer less that of the wrong one" },
+  answers: { label: "generated answers", unit: "of prompts", isShare: true, says: "prompts whose generated text begins with the right answer" },
 };
 const PACE = { "no-preference": 600, reduce: 1200 }; // milliseconds a checkpoint, while playing
 const SVG = "http://www.w3.org/2000/svg";
@@ -66,11 +72,12 @@ class Run {
   async load() {
     Object.assign(this, await unpackAll(this.packed));
     this.labels = this.checkpoints.map((one) => one.label);
-    this.nRows = this.mean.length / (this.checkpoints.length * this.layers.length);
+    const values = this.measures.logit_diff.mean;
+    this.nRows = values.length / (this.checkpoints.length * this.layers.length);
     this.subsetHeads = this.lattice ? null : this.readMask();
     this.rowOf = new Map((this.subsetHeads || []).map((heads, row) => [heads.join(), row]));
     this.alone = Array.from({ length: this.nHeads }, (_, head) => this.row([head]));
-    this.spreadRow = this.spread && this.spread.rows && new Map(this.spread.rows.map((row, at) => [row, at]));
+    for (const of of Object.values(this.measures)) for (const one of [of, of.spread]) if (one?.rows) one.places = new Map(one.rows.map((row, at) => [row, at]));
     this.bySize = new Map();
   }
 
@@ -99,47 +106,48 @@ class Run {
     return this.bySize.get(size);
   }
 
-  measures() {
-    return Object.keys(MEASURES).filter((name) => name === "logit_diff" || (name === "recovery" ? this.recovery?.mean : this[name]));
+  // Where a number of a cell lies in `of`, which has all subsets of the page, or a few; undefined where it has none.
+  place(of, checkpoint, layer, row) {
+    const at = of.places ? of.places.get(row) : row;
+    return at === undefined ? undefined : (checkpoint * this.layers.length + layer) * (of.places?.size ?? this.nRows) + at;
   }
 
-  // {value, low, high} in hundredths; null where there is none.
+  // {value, low, high} in hundredths; null where there is none.  `digits`: to which decimal the ends are known.
   read(measure, checkpoint, layer, row) {
-    if (row === undefined) return null;
-    const at = (checkpoint * this.layers.length + layer) * this.nRows + row;
-    if (measure === "success") {
-      return { value: (100 * (this.success.restored[at] - this.success.broken[at])) / this.n_trials, low: null, high: null };
-    }
-    if (measure === "recovery") return this.readRecovery(checkpoint, at);
-    return { value: this.mean[at], ...this.interval(checkpoint, layer, row, this.mean[at]) };
+    const of = this.measures[measure];
+    const at = row === undefined ? undefined : this.place(of, checkpoint, layer, row);
+    if (at === undefined) return null;
+    if (of.restored) return { value: (100 * (of.restored[at] - of.broken[at])) / this.n_trials, low: null, high: null };
+    if (of.n_clear) return this.readRecovery(of, checkpoint, at);
+    return { value: of.mean[at], ...this.interval(of, checkpoint, layer, row, of.mean[at]) };
   }
 
-  interval(checkpoint, layer, row, mean) {
-    const none = { low: null, high: null };
-    if (!this.spread) return none;
-    const place = this.spreadRow ? this.spreadRow.get(row) : row;
-    if (place === undefined) return none;
-    const n = this.spreadRow ? this.spreadRow.size : this.nRows;
-    const at = (checkpoint * this.layers.length + layer) * n + place;
-    const middle = this.spread.lean[at] + 2 * mean;
-    return { low: (middle - this.spread.width[at]) / 2, high: (middle + this.spread.width[at]) / 2 };
+  interval({ spread }, checkpoint, layer, row, mean) {
+    const at = spread ? this.place(spread, checkpoint, layer, row) : undefined;
+    if (at === undefined) return { low: null, high: null };
+    if (spread.ratio) return roughly(mean, spread, at);
+    const middle = spread.lean[at] + 2 * mean;
+    return { low: (middle - spread.width[at]) / 2, high: (middle + spread.width[at]) / 2 };
   }
 
-  readRecovery(checkpoint, at) {
+  readRecovery(of, checkpoint, at) {
     const known = (values) => (values[at] === this.missing ? null : values[at]);
-    if (!this.recovery.n_clear[checkpoint]) return null;
-    return { value: known(this.recovery.mean), low: known(this.recovery.low), high: known(this.recovery.high) };
+    if (!of.n_clear[checkpoint]) return null;
+    return { value: known(of.mean), low: known(of.low), high: known(of.high) };
   }
 
-  isSignificant(checkpoint, layer, head) {
-    const place = this.significant ? this.significant.heads.indexOf(head) : -1;
+  // Whether the effect of a head alone is, by this measure; null where that is not known.
+  isSignificant(measure, checkpoint, layer, head) {
+    const { significant } = this.measures[measure];
+    const place = significant ? significant.heads.indexOf(head) : -1;
     if (place < 0) return null;
-    return this.significant.is[(checkpoint * this.layers.length + layer) * this.significant.heads.length + place] === 1;
+    return significant.is[(checkpoint * this.layers.length + layer) * significant.heads.length + place] === 1;
   }
 
   // The gap between the unpatched source and target runs: as much is everything that a patch could move.
-  gap(checkpoint) {
-    return this.unpatched[this.source][checkpoint] - this.unpatched[this.target][checkpoint];
+  gap(measure, checkpoint) {
+    const { unpatched } = this.measures[measure];
+    return unpatched[this.source][checkpoint] - unpatched[this.target][checkpoint];
   }
 
   smallest(which, checkpoint, layer) {
@@ -160,7 +168,8 @@ class Run {
     const rows = this.rowsOfSize(this.headsOf(row).length);
     const start = (checkpoint * this.layers.length + layer) * this.nRows;
     const sign = this.direction === "denoise" ? 1 : -1;
-    const better = rows.filter((other) => sign * this.mean[start + other] > sign * this.mean[start + row]).length;
+    const { mean } = this.measures.logit_diff;
+    const better = rows.filter((other) => sign * mean[start + other] > sign * mean[start + row]).length;
     return { place: better + 1, of: rows.length };
   }
 
@@ -178,24 +187,35 @@ class Run {
   }
 }
 
+// An interval of which both half-widths are known within one per cent: its ends, to the smaller one's second digit.
+function roughly(mean, { width, lean, ratio }, at) {
+  const [below, above] = [width[at], width[at] + lean[at]].map((power) => (power ? 0.5 * ratio ** power : 0));
+  const step = Math.max(1, 10 ** (Math.floor(Math.log10(Math.max(1, Math.min(below, above)))) - 1));
+  const rounded = (value) => Math.round(value / step) * step;
+  return { low: rounded(mean - below), high: rounded(mean + above), digits: Math.max(0, 2 - Math.log10(step)) };
+}
+
 // --- words ---
 
 const minus = (text) => text.replace(/(?<![\w-])-(?=\d)/g, "−");
 
 // Hundredths with their sign: +3.46; for shares +26 %.  With an ASCII minus, so that programs read it too.
-function signed(measure, value) {
-  const sign = value < 0 && Math.round(value) !== 0 ? "-" : "+";
+function signed(measure, value, digits = 2) {
   const size = Math.round(Math.abs(value));
-  return measure === "logit_diff" ? `${sign}${Math.floor(size / 100)}.${String(size % 100).padStart(2, "0")}` : `${sign}${size} %`;
+  const sign = value < 0 && size !== 0 ? "-" : "+";
+  return `${sign}${MEASURES[measure].isShare ? `${size} %` : (size / 100).toFixed(digits)}`;
 }
 
-const bracketed = (measure, { low, high }) => (low === null ? "" : `[${signed(measure, low)}, ${signed(measure, high)}]`);
+const bracketed = (measure, { low, high, digits }) => (low === null ? "" : `[${signed(measure, low, digits)}, ${signed(measure, high, digits)}]`);
 
 const count = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
 function sizeWords(size) {
   return size === 1 ? "single heads" : size === 2 ? "pairs" : size === 3 ? "triples" : `sets of ${size} heads`;
 }
+
+// A token or a text in one line.
+const shown = (text) => text.replaceAll("\n", "\\n").replaceAll("\t", "\\t");
 
 // A subset's label, as in `--subsets` and on the axis `subset` of the store.
 function labelOf(heads, nHeads) {
@@ -335,9 +355,9 @@ class Stage {
     }
   }
 
-  // Show the state that stands in the address.
+  // Show the state that stands in the address.  A plus is part of a run's name, not a space.
   follow() {
-    const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+    const asked = Object.fromEntries(new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B")));
     this.select(asked, "The address asks for what this page does not have");
   }
 
@@ -348,7 +368,7 @@ class Stage {
     const before = this.run;
     const problems = [];
     if ("run" in asked && !this.takeRun(asked.run)) problems.push(`run ${asked.run}`);
-    const options = { checkpoint: this.run.labels, layer: this.run.layers.map(String), measure: this.run.measures() };
+    const options = { checkpoint: this.run.labels, layer: this.run.layers.map(String), measure: Object.keys(this.run.measures) };
     const next = { ...this.state };
     for (const name of Object.keys(options).filter((one) => one in asked)) {
       const place = options[name].indexOf(asked[name]);
@@ -392,7 +412,7 @@ class Stage {
       checkpoint: at >= 0 ? at : run.labels.length - 1,
       layer: Math.max(0, run.layers.indexOf(layer)),
       heads: heads.filter((head) => head < run.nHeads),
-      measure: run.measures().includes(measure) ? measure : "logit_diff",
+      measure: measure in run.measures ? measure : "logit_diff",
     };
     return true;
   }
@@ -607,10 +627,10 @@ class Stage {
     const options = (select, entries, chosen) => select.replaceChildren(...entries.map(([value, words]) => el("option", { value, selected: value === chosen }, words)));
     options(this.runSelect, this.runs.map((one) => [one.name, one.name]), run.name);
     options(this.layerSelect, run.layers.map((layer, at) => [String(layer), this.site(at)]), String(this.layerNumber));
-    options(this.measureSelect, run.measures().map((name) => [name, MEASURES[name].label]), this.state.measure);
+    options(this.measureSelect, Object.keys(run.measures).map((name) => [name, MEASURES[name].label]), this.state.measure);
     this.slider.max = String(run.labels.length - 1);
     this.slider.disabled = this.playButton.disabled = run.labels.length < 2;
-    this.limits = Object.fromEntries(run.measures().map((name) => [name, run.largestAlone(name)]));
+    this.limits = Object.fromEntries(Object.keys(run.measures).map((name) => [name, run.largestAlone(name)]));
     this.buildTicks();
     this.buildGrid();
     this.notes.replaceChildren(...[...run.notes, ...this.payload.notes].map((note) => el("li", {}, `${note[0].toUpperCase()}${note.slice(1)}.`)));
@@ -681,7 +701,7 @@ class Stage {
     this.cells.forEach((row, layer) => row.forEach((cell, head) => {
       const read = this.run.read(state.measure, state.checkpoint, layer, this.run.alone[head]);
       const isKnown = read !== null && read.value !== null;
-      const isDoubtful = isKnown && this.run.isSignificant(state.checkpoint, layer, head) === false;
+      const isDoubtful = isKnown && this.run.isSignificant(state.measure, state.checkpoint, layer, head) === false;
       const isChosen = layer === state.layer && state.heads.includes(head);
       cell.style.backgroundColor = isKnown ? scale(read.value) : "transparent";
       const looks = `${isKnown ? "" : "stage-unknown"} ${isDoubtful ? "stage-doubtful" : ""}`;
@@ -705,7 +725,7 @@ class Stage {
   }
 
   short(value) {
-    const size = this.state.measure === "logit_diff" ? (Math.abs(value) / 100).toFixed(1) : String(Math.round(Math.abs(value)));
+    const size = MEASURES[this.state.measure].isShare ? String(Math.round(Math.abs(value))) : (Math.abs(value) / 100).toFixed(this.limits[this.state.measure] < 100 ? 2 : 1);
     return `${Number(size) === 0 ? "" : value < 0 ? "−" : "+"}${size}`;
   }
 
@@ -714,9 +734,9 @@ class Stage {
     const read = this.run.read(measure, checkpoint, layer, this.run.alone[head]);
     const name = this.headName(layer, head);
     if (!read || read.value === null) return `${name}: ${this.run.alone[head] === undefined ? "not patched alone" : "no value here"}`;
-    const significant = this.run.isSignificant(checkpoint, layer, head);
+    const significant = this.run.isSignificant(measure, checkpoint, layer, head);
     const doubt = significant === false ? ", not significant" : "";
-    const range = read.low === null ? "" : `, interval ${signed(measure, read.low)} to ${signed(measure, read.high)}`;
+    const range = read.low === null ? "" : `, interval ${signed(measure, read.low, read.digits)} to ${signed(measure, read.high, read.digits)}`;
     return `${name} alone ${signed(measure, read.value)} ${MEASURES[measure].unit}${range}${doubt}`;
   }
 
@@ -729,7 +749,7 @@ class Stage {
     const scale = this.scale();
     const stops = [-1, -0.5, 0, 0.5, 1].map((part) => scale(part * limit)).join(", ");
     const bar = el("span", { class: "stage-scale", style: `background: linear-gradient(to right, ${stops})`, "aria-hidden": "true" });
-    const doubtful = this.run.significant ? [el("span", { class: "stage-key stage-doubtful", "aria-hidden": "true" }), " not significant (adjusted p above .05)"] : [];
+    const doubtful = this.run.measures[measure].significant ? [el("span", { class: "stage-key stage-doubtful", "aria-hidden": "true" }), " not significant (adjusted p above .05)"] : [];
     this.legend.replaceChildren(minus(signed(measure, -limit)), " ", bar, " ", signed(measure, limit), ` ${MEASURES[measure].unit} `, ...doubtful);
   }
 
@@ -754,9 +774,10 @@ class Stage {
   scale() {
     const [away, neutral, towards] = this.colours;
     const limit = this.limits[this.state.measure];
+    const { falls } = MEASURES[this.state.measure];
     return (value) => {
       const part = Math.min(1, Math.abs(value) / limit);
-      const end = value < 0 ? away : towards;
+      const end = value < 0 === !falls ? away : towards;
       return `rgb(${neutral.map((from, i) => Math.round(from + (end[i] - from) * part)).join(", ")})`;
     };
   }
@@ -780,25 +801,42 @@ class Stage {
   }
 
   intervalWords(read) {
-    if (this.state.measure !== "success") return bracketed(this.state.measure, read);
-    const { restored, broken, right } = this.run.success;
-    const at = (this.state.checkpoint * this.run.layers.length + this.state.layer) * this.run.nRows + this.subset;
+    const of = this.run.measures[this.state.measure];
+    if (!of.restored) return bracketed(this.state.measure, read);
+    const { restored, broken, right } = of;
+    const at = this.run.place(of, this.state.checkpoint, this.state.layer, this.subset);
     const [n, answered] = [this.run.n_trials, right[this.state.checkpoint]];
     return `restores ${restored[at]} of ${n - answered} failing, breaks ${broken[at]} of ${answered}`;
   }
 
   factsOf(read) {
-    const { heads, checkpoint, layer, measure } = this.state;
     if (this.subset === undefined) return this.missingFacts();
-    const facts = [];
-    if (read === null || read.value === null) {
+    return [...this.valueFacts(read), ...(this.state.measure === "logit_diff" ? this.setFacts() : [])];
+  }
+
+  // What the measure says, and how well its value is known.
+  valueFacts(read) {
+    const { checkpoint, layer, measure } = this.state;
+    const { says, label } = MEASURES[measure];
+    const facts = says ? [says] : [];
+    const kept = this.run.measures[measure];
+    const { n_clear } = kept;
+    if (this.run.place(kept, checkpoint, layer, this.subset) === undefined) {
+      facts.push(`the ${label} of this set is not on this page; it is in the store`);
+    } else if (read === null || read.value === null) {
       facts.push("no prompt's clean and corrupt run are far enough apart here to normalise by");
-    } else if (measure === "logit_diff" && read.low === null && this.run.n_trials > 1) {
-      facts.push("its interval is not on this page");
     } else if (read.low !== null) {
-      facts.push(`${this.payload.level} % interval over ${count(measure === "recovery" ? this.run.recovery.n_clear[checkpoint] : this.run.n_trials, "prompt")}`);
+      facts.push(`${this.payload.level} % interval over ${count(n_clear ? n_clear[checkpoint] : this.run.n_trials, "prompt")}`);
+    } else if (kept.unpatched && this.run.n_trials > 1) {
+      facts.push("its interval is not on this page");
     }
-    if (measure !== "logit_diff") return facts;
+    return facts;
+  }
+
+  // Where the set stands among others, and whether its heads add up.
+  setFacts() {
+    const { heads, checkpoint, layer } = this.state;
+    const facts = [];
     const { place, of } = this.run.rank(checkpoint, layer, this.subset);
     if (of > 1) facts.push(`rank ${place.toLocaleString("en")} of ${this.hasAll(heads.length, of) ? "all " : "the "}${of.toLocaleString("en")} ${sizeWords(heads.length)}${this.hasAll(heads.length, of) ? "" : " on this page"}`);
     const sum = heads.length > 1 ? this.run.sumOfSingles(checkpoint, layer, heads) : null;
@@ -903,8 +941,9 @@ class Stage {
   // The thin line: the unpatched source run, which is as far as everything that differs could take it.
   source() {
     const { measure } = this.state;
-    if (measure === "success") return null;
-    return this.run.labels.map((_, at) => (measure === "recovery" ? 100 : this.run.gap(at)));
+    const { n_clear, unpatched } = this.run.measures[measure];
+    if (!n_clear && !unpatched) return null;
+    return this.run.labels.map((_, at) => (n_clear ? 100 : this.run.gap(measure, at)));
   }
 
   showTrajectory() {
@@ -947,13 +986,20 @@ class Stage {
     if (!this.promptBox.open) return;
     if (!this.promptRows.length) this.buildPromptRows();
     const { run } = this;
-    const effects = run.by_prompt && this.subset !== undefined ? this.effectsByPrompt() : null;
+    const effects = this.effectsByPrompt();
     const limit = effects ? Math.max(1, ...effects.map(Math.abs)) : 1;
     this.promptList.classList.toggle("stage-plain", effects === null);
     this.promptRows.forEach((row, trial) => this.showPrompt(row, trial, effects, limit));
-    put(this.promptWords, run.by_prompt
-      ? this.subset === undefined ? "" : `Effect of ${this.chosenWords()} on each prompt (nats), and the ${run.target} run's logit difference with it.${this.attentionWords()}`
-      : "The effect on each prompt is not on this page; it is in the store.");
+    put(this.promptWords, this.promptsInWords(effects !== null));
+  }
+
+  promptsInWords(hasEffects) {
+    const { run } = this;
+    if (this.subset === undefined) return "";
+    const { label, unit } = MEASURES[this.promptMeasure()];
+    const said = hasEffects ? `Effect of ${this.chosenWords()} on each prompt's ${label}${label === unit ? "" : ` (${unit})`}, and that of the ${run.target} run with it.`
+      : "The effect on each prompt is not on this page; it is in the store.";
+    return `${said}${run.texts ? ` What the ${run.target} run writes then, and unpatched.` : ""}${this.attentionWords()}`;
   }
 
   attentionWords() {
@@ -961,15 +1007,22 @@ class Stage {
     return ` Shaded: what ${this.headName(this.focused.layer, this.focused.head)} attends to in the clean prompt: the first token, the last two, and digits, these by what they get together.`;
   }
 
+  // What is shown prompt by prompt: the chosen measure, or the logit difference where prompts have no number of it.
+  promptMeasure() {
+    const { measure } = this.state;
+    return this.run.measures[measure].by_prompt ? measure : "logit_diff";
+  }
+
   effectsByPrompt() {
     const { run, state } = this;
+    const { by_prompt } = run.measures[this.promptMeasure()];
+    if (!by_prompt || this.subset === undefined) return null;
     const start = (state.checkpoint * run.layers.length + state.layer) * run.n_trials;
-    return Array.from({ length: run.n_trials }, (_, trial) => run.by_prompt.effect[(start + trial) * run.nRows + this.subset]);
+    return Array.from({ length: run.n_trials }, (_, trial) => by_prompt.effect[(start + trial) * run.nRows + this.subset]);
   }
 
   buildPromptRows() {
     const { tokens, answers } = this.payload.prompts;
-    const shown = (token) => token.replaceAll("\n", "\\n").replaceAll("\t", "\\t");
     const line = (name, pieces) => {
       const spans = pieces.map((piece) => el("span", { class: "token" }, shown(piece)));
       return { spans, element: el("div", { class: "tokens" }, el("span", { class: "stage-soft stage-run" }, name), ...spans) };
@@ -980,23 +1033,41 @@ class Stage {
       const bar = el("span", { class: "stage-bar-of", "aria-hidden": "true" }, el("i", {}));
       const words = el("span", { class: "stage-soft" });
       const wanted = el("span", { class: "stage-soft" }, `right ${shown(answers[trial][0])}, wrong ${shown(answers[trial][1])}`);
+      const texts = el("div", { class: "tokens stage-text", hidden: true });
       const element = el("div", { class: "stage-prompt" }, el("div", { class: "stage-prompt-effect" }, number, bar, words),
-        el("div", {}, ...lines.map((one) => one.element), wanted));
-      return { element, spans: lines.map((one) => one.spans), number, bar: bar.firstChild, words };
+        el("div", {}, ...lines.map((one) => one.element), texts, wanted));
+      return { element, spans: lines.map((one) => one.spans), number, bar: bar.firstChild, words, texts };
     });
     this.promptList.replaceChildren(...this.promptRows.map((row) => row.element));
   }
 
   showPrompt(row, trial, effects, limit) {
     const { run, state } = this;
+    const measure = this.promptMeasure();
+    const { falls } = MEASURES[measure];
+    const isNeverNegative = falls || measure === "probability";
+    const level = (of) => signed(measure, of).slice(isNeverNegative ? 1 : 0);
     const value = effects ? effects[trial] : null;
-    put(row.number, value === null ? "" : minus(signed("logit_diff", value)));
+    put(row.number, value === null ? "" : minus(signed(measure, value)));
     const width = value === null ? 0 : (50 * Math.abs(value)) / limit;
-    row.bar.style.cssText = `left: ${value < 0 ? 50 - width : 50}%; width: ${width}%; background: var(${value < 0 ? "--away" : "--towards"})`;
-    const unpatched = value === null ? 0 : run.by_prompt[run.target][state.checkpoint * run.n_trials + trial];
-    put(row.words, value === null ? "" : minus(`${signed("logit_diff", unpatched)} → ${signed("logit_diff", unpatched + value)}`));
+    row.bar.style.cssText = `left: ${value < 0 ? 50 - width : 50}%; width: ${width}%; background: var(${value < 0 === !falls ? "--away" : "--towards"})`;
+    const unpatched = value === null ? 0 : run.measures[measure].by_prompt.target[state.checkpoint * run.n_trials + trial];
+    put(row.words, value === null ? "" : minus(`${level(unpatched)} → ${level(unpatched + value)}`));
     row.spans.forEach((spans, which) => this.markPatched(spans, ["clean", "corrupt"][which] === run.target));
     this.shade(row.spans[0], trial);
+    this.showTexts(row.texts, trial);
+  }
+
+  // What was generated with the chosen heads patched, and without.
+  showTexts(line, trial) {
+    const { run, state } = this;
+    line.hidden = !run.texts || this.subset === undefined;
+    if (line.hidden) return;
+    const { words, patched, target } = run.texts;
+    const at = ((state.checkpoint * run.layers.length + state.layer) * run.n_trials + trial) * run.nRows + this.subset;
+    const text = (number) => el("span", { class: "token" }, shown(words[number]));
+    line.replaceChildren(el("span", { class: "stage-soft stage-run" }, "writes"), " ", text(patched[at]), " ",
+      el("span", { class: "stage-soft" }, "unpatched"), " ", text(target[state.checkpoint * run.n_trials + trial]));
   }
 
   // Frames the patched positions of the target run, where they are counted from the end.
@@ -1031,8 +1102,20 @@ class Stage {
       "import headlapse as hl",
       `run = hl.open(${text(this.payload.store)}).run(${text(this.run.name)}).dataset`,
       `at = run.sel(${Object.entries(where).map(([name, value]) => `${name}=${text(value)}`).join(", ")})`,
-      `print(float((at.logit_diff - at.${this.run.target}_logit_diff).mean()))`,
+      ...this.effectInPython(),
     ].join("\n");
+  }
+
+  effectInPython() {
+    const { source, target } = this.run;
+    const { measure } = this.state;
+    const of = {
+      success: `(at.logit_diff > 0).mean() - (at.${target}_logit_diff > 0).mean()`,
+      answers: `at.success.mean() - at.${target}_success.mean()`,
+      recovery: `((at.logit_diff - at.${target}_logit_diff) / gap).where(abs(gap) >= ${this.payload.clear}).mean()`,
+    }[measure] ?? `(at["${measure}"] - at.${target}_${measure}).mean()`;
+    const gap = measure === "recovery" ? [`gap = at.${source}_logit_diff - at.${target}_logit_diff`] : [];
+    return [...gap, `print(float(${of}))`];
   }
 
   asCommand() {
@@ -1042,6 +1125,9 @@ class Stage {
     if (run.joint) words.push("--joint");
     if (run.positions !== "last") words.push("--positions", run.positions);
     if (run.direction !== "denoise") words.push("--direction", run.direction);
+    const isKept = run.measures[state.measure].unpatched && state.measure !== "logit_diff";
+    if (isKept) words.push("--measures", state.measure);
+    if (state.measure === "answers") words.push("--generate", String(run.generate));
     words.push("--checkpoints", run.labels[state.checkpoint]);
     return words.map(quoted).join(" ");
   }
@@ -1199,7 +1285,7 @@ class Plot {
   axes(measure, { ink, soft, line }) {
     const { box, width, height } = this;
     const plain = (value) => minus(String(Number(value.toPrecision(6))));
-    const write = (value) => (measure === "logit_diff" ? plain(value / 100) : `${plain(value)} %`);
+    const write = (value) => (MEASURES[measure].isShare ? `${plain(value)} %` : plain(value / 100));
     const rules = this.ticks.flatMap((value) => [
       svg("line", { x1: box.left, x2: width - box.right, y1: this.y(value), y2: this.y(value), stroke: value === 0 ? ink : line, "stroke-width": value === 0 ? 1 : 0.6, "stroke-opacity": value === 0 ? 0.8 : 0.6 }),
       svg("text", { x: box.left - 6, y: this.y(value) + 4, "text-anchor": "end", "font-size": 12, fill: soft }, write(value)),
@@ -1264,4 +1350,4 @@ export async function mount(element, payload, { address = true, changed = null }
 }
 
 // What the page of a comparison draws with.
-export { PACE, el, linear, minus, niceTicks, put, svg, unpackAll };
+export { PACE, el, linear, mark, minus, niceTicks, put, svg, unpackAll };

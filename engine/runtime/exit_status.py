@@ -30,7 +30,7 @@ def exit_status_of(main: Callable[[], int]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     # Idle OpenMP threads then go to sleep soon instead of spinning: no slower alone, many times faster on a machine
     # that others use too.  The variable is read when torch is first imported, which `main` does.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import_less()
     try:
         return main()

@@ -22,7 +22,7 @@ from .head_effects import HeadEffect, head_effects, rank_heads
 from .joint import ROUNDING
 from .means import interval, t_test
 from .onset import HALF, first_sustained
-from .permutation import EqualSplits, find_equal_splits, permutation_p_value
+from .permutation import EqualSplits, differences_at, find_equal_splits, permutation_p_value
 
 RANKS = 3
 """So many of the heads with the largest effects are compared."""
@@ -207,10 +207,7 @@ class _Timeline:
         splits = find_equal_splits(self.run)
         if splits is None:
             return None
-        one = self.run.logit_diff.isel(checkpoint=place).sel(layer=self.layer(place))
-        mean = one.transpose("subset", "trial").values.mean(-1, dtype=float)
-        differences: Float[np.ndarray, " split"] = mean[splits.halves] - mean[splits.rests]
-        return differences, splits
+        return differences_at(self.run, splits, self.layer(place), place), splits
 
     def frame(self, place: int) -> pd.DataFrame:
         """What is drawn over training, in the layer and of the head that lead at `place`."""

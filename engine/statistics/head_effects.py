@@ -15,7 +15,7 @@ from .means import interval, p_differs, p_equivalent
 from .multiple_testing import adjust
 from .onset import first_sustained
 
-COLUMNS = ("effect", "low", "high", "p", "p_adjusted", "p_equivalent", "share")
+COLUMNS = ("effect", "low", "high", "low_joint", "high_joint", "p", "p_adjusted", "p_equivalent", "share")
 LEVELS = ("checkpoint", "layer", "head")
 
 
@@ -25,10 +25,15 @@ def head_effects(
     """One row for each finished checkpoint, layer and head that was patched alone; empty where none was.
 
     Columns: `effect`, the mean over distinct prompts of the patched minus the unpatched target run's logit difference,
-    towards the source run (nats); `low` and `high`, its 95 % interval over prompts (`means.interval`), and `p` of no
-    effect (`means.p_differs`), NaN for one prompt; `p_adjusted` over all rows; `p_equivalent` of an effect of `margin`
-    nats or more (`means.p_equivalent`), adjusted as well; `share` of the effect of the whole layer (`all`) at that
-    checkpoint, NaN where that was not run or is not clear of zero.
+    towards the source run (nats); `low` and `high`, its 95 % interval over prompts (`means.interval`), `low_joint` and
+    `high_joint`, wide enough for those of all heads to cover together in 95 %, and `p` of no effect
+    (`means.p_differs`), NaN for one prompt; `p_adjusted` over all rows; `p_equivalent` of an effect of `margin` nats or
+    more (`means.p_equivalent`), adjusted as well; `share` of the effect of the whole layer (`all`) at that checkpoint,
+    NaN where that was not run or is not clear of zero.
+
+    Joint are the intervals of all heads of the last checkpoint, for which of them are read depends on their effects;
+    those of an earlier checkpoint are joint with all heads of all checkpoints, for it is read where its effects choose
+    it.
 
     Not sign flips over prompts: n prompts have 2^n flips, so that their p is never below 2^(1 - n), and five prompts
     could show nothing.
@@ -42,12 +47,13 @@ def head_effects(
     alone = alone[np.argsort(complete.mask.values[alone].argmax(1), kind="stable")]
     heads, labels = complete.mask.values[alone].argmax(1), complete.subset.values.tolist()
     whole = labels.index("all") if "all" in labels else None
-    by_checkpoint = [
-        _of_checkpoint(nats[:, alone], None if whole is None else nats[:, whole], margin)
-        for nats in effects_by_checkpoint(complete, settings.direction)
-    ]
     levels = (list(map(str, complete.checkpoint.values)), complete.layer.values.tolist(), heads.tolist())
     index = pd.MultiIndex.from_product(levels, names=LEVELS)
+    read_together = [len(index)] * (len(levels[0]) - 1) + [len(index) // len(levels[0])]
+    by_checkpoint = [
+        _of_checkpoint(nats[:, alone], None if whole is None else nats[:, whole], margin, together)
+        for nats, together in zip(effects_by_checkpoint(complete, settings.direction), read_together, strict=True)
+    ]
     frame = pd.DataFrame({name: np.concatenate([c[name] for c in by_checkpoint]) for name in by_checkpoint[0]}, index)
     for name, of in (("p_adjusted", "p"), ("p_equivalent", "p_equivalent")):
         p = frame[of].to_numpy()
@@ -61,17 +67,23 @@ def _empty() -> pd.DataFrame:
 
 
 def _of_checkpoint(
-    alone: Float[np.ndarray, "layer head trial"], whole: Float[np.ndarray, "layer trial"] | None, margin: float
+    alone: Float[np.ndarray, "layer head trial"],
+    whole: Float[np.ndarray, "layer trial"] | None,
+    margin: float,
+    read_together: int,
 ) -> dict[str, Float[np.ndarray, " row"]]:
     """Columns of one checkpoint, as `head_effects` has them."""
-    low, high = interval(alone)
+    (low, high), (low_joint, high_joint) = interval(alone), interval(alone, read_together)
     mean = alone.mean(-1)
     share = np.full(mean.shape, np.nan)
     if whole is not None:
         of_layer = np.where(_is_clear(whole), whole.mean(-1), np.nan)
         share = mean / of_layer[:, None]
     p, equivalent = p_differs(alone), p_equivalent(alone, margin)
-    columns = {"effect": mean, "low": low, "high": high, "p": p, "p_equivalent": equivalent, "share": share}
+    columns = {
+        "effect": mean, "low": low, "high": high, "low_joint": low_joint, "high_joint": high_joint,
+        "p": p, "p_equivalent": equivalent, "share": share,
+    }  # fmt: skip
     return {name: values.ravel() for name, values in columns.items()}
 
 
@@ -85,12 +97,15 @@ def _is_clear(whole: Float[np.ndarray, "layer trial"]) -> Bool[np.ndarray, " lay
 
 @dataclass(frozen=True)
 class HeadEffect:
-    """One head at one checkpoint, as in the columns of `head_effects`, and since when its effect is significant."""
+    """One head among all at one checkpoint, as in the columns of `head_effects`, and since when it has an effect."""
 
     layer: int
     head: int
     effect: float
+
     low: float
+    """Of the joint interval: who reads of the head with the largest effect reads of the largest of many."""
+
     high: float
     p_adjusted: float
     p_equivalent: float
@@ -100,7 +115,8 @@ class HeadEffect:
     """The checkpoint before `by`; None where it is significant from the first on."""
 
     by: str | None
-    """The first of two consecutive significant checkpoints (the last may stand alone); None where there are none."""
+    """The first of two consecutive checkpoints (the last may stand alone) where its effect is significant and of the
+    margin's size or more; None where there are none."""
 
     @property
     def is_significant(self) -> bool:
@@ -115,25 +131,30 @@ class HeadEffect:
         return f"L{self.layer}.H{self.head}"
 
 
-def rank_heads(effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
+def rank_heads(effects: pd.DataFrame, checkpoint: str, margin: float = MARGIN) -> list[HeadEffect]:
     """The heads at a checkpoint: those whose effect is significant there before the others, the largest effects first.
 
-    Significant is `p_adjusted` at most 5 %; at other checkpoints it counts only on the same side of zero.
+    Significant is `p_adjusted` at most 5 %.  An effect starts where it is significant, on the side of zero where it is
+    at `checkpoint`, and `margin` nats or more: a few thousandths that all prompts share are significant too.
     """
     labels = [str(label) for label in effects.index.unique("checkpoint")]
     n, at = len(labels), labels.index(checkpoint)
     by_head = effects.to_numpy().reshape(n, -1, len(COLUMNS))  # rows are a product, checkpoints outermost
     nats, adjusted = by_head[..., COLUMNS.index("effect")], by_head[..., COLUMNS.index("p_adjusted")]
-    significant = (adjusted <= 1 - LEVEL) & (np.sign(nats) == np.sign(nats[at]))
-    first = first_sustained(significant)
+    significant = adjusted <= 1 - LEVEL
+    first = first_sustained(significant & (nats * np.sign(nats[at]) >= margin))
     heads = []
     for place in np.lexsort((-np.abs(nats[at]), ~significant[at])):
         _, layer, head = effects.index[place]
         values = dict(zip(COLUMNS, by_head[at, place].tolist(), strict=True))
-        del values["p"]
         by = labels[first[place]] if first[place] < n else None
         after = labels[first[place] - 1] if 0 < first[place] < n else None
-        heads.append(HeadEffect(int(layer), int(head), **values, after=after, by=by))
+        heads.append(
+            HeadEffect(
+                int(layer), int(head), values["effect"], values["low_joint"], values["high_joint"],
+                values["p_adjusted"], values["p_equivalent"], values["share"], after=after, by=by,
+            )
+        )  # fmt: skip
     return heads
 
 

@@ -79,9 +79,9 @@ class Onset:
         return "right" if self.by is None else "left" if self.after is None else ""
 
     def __str__(self) -> str:
-        return self.told(STEPS)
+        return self.text(STEPS)
 
-    def told(self, points: TrainingPoints) -> str:
+    def text(self, points: TrainingPoints) -> str:
         """Between which points of training, `20 to 30`."""
         if self.by is None:
             return "never"
@@ -165,9 +165,9 @@ class Decline:
     """What is left of the depth when as much is taken off as noise over prompts drops anywhere, in 95 % of cases."""
 
     def __str__(self) -> str:
-        return self.told(STEPS)
+        return self.text(STEPS)
 
-    def told(self, points: TrainingPoints) -> str:
+    def text(self, points: TrainingPoints) -> str:
         """Where from and where to, and how deep: `20 to 30: -1.50`."""
         return f"{points.name(self.start)} to {points.name(self.end)}: -{self.depth:.2f}"
 
@@ -278,10 +278,10 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
                 "measure": series.name, "layer": series.layer, "unit": series.unit, "threshold": series.threshold,
                 "after": onset.after, "by": onset.by, "low": onset.low, "high": onset.high,
                 "significant": onset.significant,
-                "censored": onset.censored, "onset": onset.told(points),
+                "censored": onset.censored, "onset": onset.text(points),
                 "shape": evaluate_shape(steps.astype(float), series.values).verdict,
                 "shape_log": evaluate_shape(np.log(np.maximum(steps, 1)), series.values).verdict,
-                "drops": "; ".join(decline.told(points) for decline in declines(steps, series)),
+                "drops": "; ".join(decline.text(points) for decline in declines(steps, series)),
             }
         )  # fmt: skip
     return pd.DataFrame(records).astype(dict.fromkeys(("layer", "after", "by", "low", "high", "significant"), "Int64"))

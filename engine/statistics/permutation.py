@@ -184,10 +184,18 @@ def parity(run: xr.Dataset, correction: Correction = "bh") -> pd.DataFrame | Non
     return frame
 
 
+def differences_at(run: xr.Dataset, splits: EqualSplits, layer: int, place: int = -1) -> Float[np.ndarray, " split"]:
+    """Half minus complement of every split in one layer, at the checkpoint at `place`: mean over prompts, nats."""
+    cell = run.logit_diff.isel(checkpoint=[place]).sel(layer=[layer])
+    nats: Float[np.ndarray, " split"] = splits.differences(
+        cell.transpose("checkpoint", "layer", "subset", "trial").values
+    ).nats[0, 0]
+    return nats
+
+
 def permutation_p(run: xr.Dataset, splits: EqualSplits, layer: int) -> float:
     """The permutation p-value of even against odd in one layer at the last checkpoint of a run that is complete."""
-    mean = run.logit_diff.isel(checkpoint=-1).sel(layer=layer).transpose("subset", "trial").values.mean(-1, dtype=float)
-    null = mean[splits.halves] - mean[splits.rests]
+    null = differences_at(run, splits, layer)
     return permutation_p_value(float(null[splits.even]), null)
 
 

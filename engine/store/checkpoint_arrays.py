@@ -15,10 +15,11 @@ import numpy as np
 import zarr
 
 from ..checkpoints.training_place import positions, read_place, refuse_unordered
+from ..runtime.durable import sync, sync_all
 from ..runtime.errors import DamageError, UserError
 from ..runtime.format import format_names, one_line
 from . import integrity
-from .disk import sync, sync_all
+from .chunk_files import ChunkFiles
 from .integrity import AXIS, SEAL, damaged
 from .locks import layout_lock
 from .small_files import SmallFiles
@@ -64,6 +65,7 @@ class CheckpointArrays:
 
         names = self._attributes[SEAL]["metadata"] if self.is_sealed else self.group.array_keys()
         self._arrays: dict[str, zarr.Array[Any]] = {name: self._open_array(name) for name in names}
+        self._chunks = {name: ChunkFiles.of(self.path / name / "c", a) for name, a in self._arrays.items() if a.ndim}
         self._rows = self._read_rows()
         self._index = {row.label: index for index, row in enumerate(self._rows)}
 
@@ -95,9 +97,7 @@ class CheckpointArrays:
         """A whole array in memory, along the checkpoint axis as far as it is laid out; for small ones."""
         if name in self._fixed:
             return self._fixed[name]
-        values = self._read(name, ...)
-        if self._has_axis(name):
-            values = values[: self._n_checkpoints(len(values))]
+        values = self._read(name)
         expected = self._attributes.get(SEAL, {}).get("values", {})
         if name in expected and integrity.checksum(values) != expected[name]:
             raise damaged(self.path / name, "its values do not match their checksum")
@@ -149,7 +149,7 @@ class CheckpointArrays:
         Raises `DamageError` where the values are not what was written.
         """
         rows = slice(first, None if count is None else first + count)
-        values = self._read(name, (self.index(label), rows) if self.has_chunk_a_row(name) else self.index(label))
+        values = self._read(name, self.index(label), rows)
         record = self.record(label) if record is None else record
         self._compare(name, label, values, rows if self.has_chunk_a_row(name) else slice(None), record)
         return values if self.has_chunk_a_row(name) or values.ndim == 0 else values[rows]
@@ -161,6 +161,16 @@ class CheckpointArrays:
     def stored(self, name: str, label: str) -> np.ndarray:
         """A checkpoint's values of one array, complete or not, compared with nothing but zarr's own checksums."""
         return self._read(name, self.index(label))
+
+    def put(self, name: str, index: int, values: np.ndarray, first: int = 0) -> None:
+        """Write a checkpoint's values of one array, or some of them, from the index `first` of their first axis on."""
+        chunks, array = self._chunks[name], self.array(name)
+        if chunks is not None and (array.shards is None or values.shape == array.shape[1:]):
+            chunks.write(index, values, first)
+        elif self.has_chunk_a_row(name):
+            array[index, first : first + len(values)] = values
+        else:
+            array[index] = values
 
     def _compare(self, name: str, label: str, values: np.ndarray, rows: slice, record: Mapping[str, Any]) -> None:
         if not self.is_sealed:
@@ -310,15 +320,31 @@ class CheckpointArrays:
                 "use another --store or --name, or replace it with --overwrite"
             )
 
-    def _read(self, name: str, selection: Any) -> np.ndarray:
+    def _read(self, name: str, index: int | None = None, rows: slice = slice(None)) -> np.ndarray:
+        """An array, as far as its checkpoint axis is laid out, or one checkpoint's values of it: all, or only the
+        `rows` where each of them is a chunk."""
         try:
-            values = np.asarray(self.array(name)[selection])
+            values = self._read_all(name) if index is None else self._read_one(name, index, rows)
             # Strings as Python's: numpy's own, which are new, make older versions of pandas and xarray crash.
             return values.astype(object) if values.dtype.kind == "T" else values
         except KeyError:
             raise damaged(self.path / name, "the array is missing") from None
         except Exception as error:  # zarr and its codecs raise many kinds for bytes that are not what they wrote
             raise damaged(self.path / name, one_line(error)) from error
+
+    def _read_all(self, name: str) -> np.ndarray:
+        array, chunks = self.array(name), self._chunks.get(name)
+        if not self._has_axis(name):
+            return np.asarray(array[...])
+        n_checkpoints = self._n_checkpoints(array.shape[0])
+        if chunks is None:
+            return np.asarray(array[:n_checkpoints])
+        return chunks.read_all(n_checkpoints)
+
+    def _read_one(self, name: str, index: int, rows: slice) -> np.ndarray:
+        if (chunks := self._chunks.get(name)) is not None:
+            return chunks.read(index, rows)
+        return np.asarray(self.array(name)[(index, rows) if self.has_chunk_a_row(name) else index])
 
     def _read_rows(self) -> list[CheckpointRow]:
         labels, steps = map(str, self.values(AXIS)), map(int, self.values("step"))
@@ -351,7 +377,7 @@ class CheckpointWriter:
         for partial in arrays.partials().get(self._index, ()):
             partial.unlink(missing_ok=True)
         if arrays.has_values("complete", label):
-            arrays.array("complete")[self._index] = False
+            arrays.put("complete", self._index, np.array(False))
 
     def put(self, name: str, values: Any, first: int = 0) -> None:
         """Write an array's values, or some of them, from the index `first` of its next axis on."""
@@ -359,8 +385,7 @@ class CheckpointWriter:
         values = np.asarray(values, dtype=object if isinstance(values, str) else None)
         by_row = self._arrays.has_chunk_a_row(name)
         stored = values if values.dtype.kind in "OUT" else values.astype(array.dtype, copy=False)
-        selection = (self._index, slice(first, first + len(values))) if by_row else self._index
-        array[selection] = stored.astype(object) if stored.dtype.kind == "U" else stored
+        self._arrays.put(name, self._index, stored.astype(object) if stored.dtype.kind == "U" else stored, first)
         kept = self._checksums.setdefault(name, {})
         kept |= {first + row: crc for row, crc in enumerate(integrity.checksums(stored, by_row))}
 
@@ -373,9 +398,9 @@ class CheckpointWriter:
         sync_all(_within(arrays.path / name / "c", self._index) for name in self._checksums)
         crc32c = {name: [kept[row] for row in sorted(kept)] for name, kept in self._checksums.items()}
         record = {"label": self._label, **fields, "versions": package_versions(), "crc32c": crc32c}
-        last: dict[str, Any] = {"record": json.dumps(record), "complete": True}
+        last = {"record": np.array(json.dumps(record), dtype=object), "complete": np.array(True)}
         for name, value in last.items():
-            arrays.array(name)[self._index] = value
+            arrays.put(name, self._index, value)
             sync(_within(arrays.path / name / "c", self._index))
 
 

@@ -5,13 +5,13 @@ a killed process left there.
 """
 
 import glob
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..runtime.durable import rename, sync
 from ..runtime.errors import UserError
 from .locks import alone, layout_lock, remove_stale, unheld
 
@@ -28,44 +28,6 @@ def last_write_ns(path: Path) -> int:
     """When a group was created or a checkpoint of it completed, whichever was later, in nanoseconds."""
     marks = [path / "zarr.json", path / "complete" / "c"]
     return max((mark.stat().st_mtime_ns for mark in marks if mark.exists()), default=0)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder with all that is in it, is on the disk, under its name."""
-    sync_all([path])
-
-
-def sync_all(paths: Iterable[Path]) -> None:
-    """`sync` for several: a folder that holds many of them is waited for once."""
-    parents = set()
-    for path in map(os.fspath, paths):
-        _sync_tree(path)
-        parents.add(os.path.dirname(path))
-    for parent in sorted(parents):
-        if os.path.isdir(parent):
-            _fsync(parent)
-
-
-def _sync_tree(path: str) -> None:
-    try:
-        entries = os.scandir(path)
-    except NotADirectoryError:
-        _fsync(path)
-        return
-    except FileNotFoundError:
-        return
-    with entries:
-        for entry in entries:
-            _sync_tree(entry.path) if entry.is_dir(follow_symlinks=False) else _fsync(entry.path)
-    _fsync(path)
-
-
-def _fsync(path: str | Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -85,8 +47,7 @@ def atomic_write(path: Path, store: Path) -> Iterator[Path]:
         raise
     sync(partial)
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(partial, path)
-    _fsync(path.parent)
+    rename(partial, path)
 
 
 def replacement_of(path: Path) -> Path:
@@ -103,8 +64,7 @@ def put_in_place(path: Path, store: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
-        replacement_of(path).rename(path)
-        _fsync(path.parent)
+        rename(replacement_of(path), path)
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -16,6 +16,7 @@ import zarr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..runtime.durable import sync
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
 from ..study.patch_settings import PatchSettings
@@ -26,7 +27,7 @@ from ..study.tasks.contrast import Contrast
 from . import zarr_group
 from .activations import NUMPY_DTYPES, Capture, to_numpy, to_tensor
 from .checkpoint_arrays import CheckpointArrays
-from .disk import atomic_write, replacement_of, sync
+from .disk import atomic_write, replacement_of
 from .integrity import damaged, verified_attributes
 from .inventory import patch_paths, require_store
 from .locks import layout_lock
@@ -139,7 +140,7 @@ class Store(CheckpointArrays):
 
     def write_problem(self, label: str, problem: str) -> None:
         """Keep why a checkpoint could not be captured."""
-        self.array("problem")[self.index(label)] = problem
+        self.put("problem", self.index(label), np.array(problem, dtype=object))
 
     def _check_shapes(self, label: str, captured: Capture) -> None:
         n_layers = self.layers[-1] + 1

@@ -13,10 +13,10 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from ..checkpoints.training_place import UNKNOWN, Place, read_place
+from ..runtime.durable import sync
 from ..runtime.errors import UserError
 from ..runtime.format import shorten
 from . import integrity
-from .disk import sync
 from .integrity import AXIS, SEAL
 from .small_files import SmallFiles
 

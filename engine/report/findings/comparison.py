@@ -15,6 +15,8 @@ from .verdict import WIDTH, Line, fitting, format_estimate, format_p
 SHOWN = 8
 """Kinds of training runs that have a line; the table has all."""
 
+SINCE = f"significant and {MARGIN:g} nats or more"
+"""What a head's effect has to be from its onset on."""
 
 Roles = Mapping[str, Mapping[str, list[str]]]
 """Training run → role → heads that have it."""
@@ -64,7 +66,7 @@ def _of_seeds(comparison: Comparison, group: str) -> Iterator[Line]:
         effect = f"the head with the largest effect: {_over_seeds(seeds['head_1'])}"
         yield Line("largest", fitting(f"{effect} ({heads})", effect))
     if "head_1_from" in seeds:
-        yield Line("  from", _dated(seeds["head_1_from"], "significant", comparison.unit))
+        yield Line("  from", _dated(seeds["head_1_from"], SINCE, comparison.unit))
     if "parity" in seeds:
         yield Line("even/odd", _parity(seeds["parity"], comparison.parity.get(group), seeds.get("all")))
 

@@ -34,6 +34,7 @@ from ...statistics.selection import held_out
 from ...study.patch_settings import PatchSettings
 from ...study.reading import READING, Reading
 from ...study.study import TOLERANCE
+from ...study.subsets import count_halves
 from .parity import how_to_test
 from .primary import CHANGED, answer, primary_tests, stamps
 from .published import success_table
@@ -184,7 +185,7 @@ def _head_lines(
         yield Line("heads", _no_single_heads(settings))
         return
     last, at = _labels(complete)[-1], telling_checkpoint(effects)
-    heads = rank_heads(effects, at or last)
+    heads = rank_heads(effects, at or last, reading.margin)
     if judges is not None:
         heads = _in_order_of(heads, head_effects(judges, settings, reading.correction), at or last)
     if complete.sizes["trial"] == 1:
@@ -206,14 +207,14 @@ def _head_lines(
         yield Line(
             "heads",
             fitting(
-                f"{counts}{shown}; mean effect (nats, 95 % interval){chosen}; adjusted p",
-                f"{counts}{shown}; nats [95 % interval]{chosen}; adjusted p",
-                f"{counts}{shown}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
-                f"{counts}; nats [95 %]{chosen.partition(':')[0]}; adjusted p",
+                f"{counts}{shown}; mean effect (nats, joint 95 % intervals){chosen}; adjusted p",
+                f"{counts}{shown}; nats [joint 95 % interval]{chosen}; adjusted p",
+                f"{counts}{shown}; nats [joint 95 %]{chosen.partition(':')[0]}; adjusted p",
+                f"{counts}; nats [joint 95 %]{chosen.partition(':')[0]}; adjusted p",
                 counts,
             ),
         )
-        yield from _table(significant[:SHOWN], len(_labels(complete)))
+        yield from _table(significant[:SHOWN], len(_labels(complete)), reading.margin)
 
 
 def _in_order_of(heads: Sequence[HeadEffect], effects: pd.DataFrame, checkpoint: str) -> list[HeadEffect]:
@@ -228,13 +229,13 @@ def _no_single_heads(settings: PatchSettings) -> str:
     return "not patched one by one; for the effects of single heads: --subsets each all"
 
 
-def _table(heads: Sequence[HeadEffect], n_checkpoints: int) -> Iterator[Line]:
+def _table(heads: Sequence[HeadEffect], n_checkpoints: int, margin: float) -> Iterator[Line]:
     """A line a head, in columns."""
     cells = [
         [
             format_estimate(head.effect, head.low, head.high),
             format_p(head.p_adjusted),
-            "" if n_checkpoints == 1 else _significant_from(head),
+            "" if n_checkpoints == 1 else _since_when(head, margin),
             "" if math.isnan(head.share) else f"{100 * head.share:.0f} % of layer {head.layer}",
         ]
         for head in heads
@@ -245,7 +246,10 @@ def _table(heads: Sequence[HeadEffect], n_checkpoints: int) -> Iterator[Line]:
         yield Line(f"  {head}", "  ".join(columns).rstrip())
 
 
-def _significant_from(head: HeadEffect) -> str:
+def _since_when(head: HeadEffect, margin: float) -> str:
+    """From when on its effect is significant and of the margin's size: smaller ones have no onset worth a date."""
+    if abs(head.effect) < margin:
+        return f"below {margin:g} nats"
     if head.by is None:
         return "at single checkpoints only"
     return "from the start" if head.after is None else f"from {_between(head.after, head.by)}"
@@ -347,12 +351,7 @@ def _parity_texts(
         yield f"yes, all layers together ({joint_p}): {difference}"
         yield f"yes, all layers together ({joint_p})"
     if splits.least_p > 1 - LEVEL:
-        words = " ".join(("even odd all", how_to_test(complete.sizes["head"], settings.n_groups)[0]))
-        text = f"cannot tell: {difference}, {n_splits} splits are too few"
-        yield f"{text} (--subsets {words}); {joint_p}"
-        yield f"{text}; {joint_p}"
-        yield f"cannot tell: {difference}, {splits.n_splits - 1:,} splits are too few; {joint_p}"
-        yield f"cannot tell: {n_splits} splits are too few; {joint_p}"
+        yield from _too_few_texts(complete.sizes["head"], settings.n_groups, splits, difference, joint_p)
         return
     onset = parity_onset(complete, settings.direction, layer)
     p = permutation_p(complete, splits, layer)
@@ -364,13 +363,27 @@ def _parity_texts(
     yield f"{answer}: {difference}, {format_p(p)} of {n_splits} splits"
 
 
+def _too_few_texts(n_heads: int, n_groups: int, splits: EqualSplits, difference: str, joint_p: str) -> Iterator[str]:
+    """That so few splits can show nothing in one layer, and which words of `--subsets` can, the longest first."""
+    if 2 / count_halves(n_heads, n_groups) > 1 - LEVEL:
+        few = f"{n_heads} heads have too few equal splits"
+        yield f"cannot tell: {difference}, {few}; {joint_p}"
+        yield f"cannot tell: {few}; {joint_p}"
+        return
+    few, word = f"{splits.n_splits - 1:,} splits are too few", how_to_test(n_heads, n_groups)[0]
+    yield f"cannot tell: {difference}, {few} (--subsets even odd all {word}); {joint_p}"
+    yield f"cannot tell: {difference}, {few} (--subsets {word}); {joint_p}"
+    yield f"cannot tell: {difference}, {few}: --subsets {word}"
+    yield f"cannot tell: {few}: --subsets {word}; {joint_p}"
+
+
 def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None, points: TrainingPoints) -> tuple[str, str]:
     """Yes, no or that it cannot be told, and since when.  No only where a pattern is excluded (`ParityOnset.absent`) or
     at least one that carries the whole layer, and nothing elsewhere speaks for one."""
     if p <= 1 - LEVEL:
         if onset is None or onset.by is None or not onset.lasts:
             return "yes", ""
-        return "yes", f" from {_since_when(onset.after, onset.by, points)}"
+        return "yes", f" from {_between_points(onset.after, onset.by, points)}"
     if onset is None:
         return "cannot tell", ""
     if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
@@ -380,7 +393,7 @@ def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None, points
     return f"cannot tell (power {100 * onset.power:.0f} %)", ""
 
 
-def _since_when(after: int | None, by: int, points: TrainingPoints) -> str:
+def _between_points(after: int | None, by: int, points: TrainingPoints) -> str:
     """`step 48-56`, or labels: between which two checkpoints something starts."""
     if points.labels:
         return points.name(by) if after is None else f"{points.name(after)} to {points.name(by)}"
