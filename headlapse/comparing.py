@@ -11,6 +11,7 @@ import pandas as pd
 
 from .engine.checkpoints.resolve import tokens_per_step
 from .engine.measures.logit_diff import finished
+from .engine.measures.training import positions_of
 from .engine.report.findings.comparison import comparison_lines, comparison_table
 from .engine.runtime.errors import UserError
 from .engine.statistics import comparison
@@ -135,7 +136,7 @@ def _opened(name: str, store: Path, run: str, study: Mapping[str, Any]) -> compa
     dataset, settings = open_run(store, run)
     if settings.protocol == "published":
         raise UserError(f"{run} of {store} was made by the published protocol, which has no effects of heads")
-    if not (finished(dataset).step.values >= 0).any():
+    if not (positions_of(finished(dataset)) >= 0).any():
         raise UserError(f"{run} of {store} has no finished checkpoint with a known step; nothing places it in training")
     model, task = str(study["model"]), Path(study["task"]).name
     group = f"{_SEED.sub('', Path(model).name)} on {task}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.checkpoints import known_problems, same_weights
-from .engine.checkpoints.resolve import Checkpoint, demo_seed, resolve
+from .engine.checkpoints.resolve import Checkpoint, demo_seed, named
 from .engine.checkpoints.weight_findings import (
     MainDiffers,
     NamedWeights,
@@ -233,18 +233,18 @@ def _diagnose_folder(model: str, folder: Path) -> Diagnosis:
     from .engine.checkpoints.weight_changes import OnDisk
 
     lines = _Lines()
-    at_hand, named = [], []
-    for checkpoint in resolve(model, ("all",), folder):
+    at_hand, weights = [], []
+    for checkpoint in named(model, ("all",), folder):
         try:
             files = on_disk(checkpoint, folder)
             if files is not None:
-                named.append(NamedWeights(checkpoint.label, checkpoint.step, files.sha256))
+                weights.append(NamedWeights(checkpoint.label, checkpoint.step, files.sha256))
                 at_hand.append(OnDisk(checkpoint.label, checkpoint.step, files))
         except UserError as error:
             lines.problems.append(f"{checkpoint.label}: {error}")
     if not at_hand and not lines.problems:
         raise UserError(f"--model {model}: none of its checkpoints is on disk; headlapse cache makes them")
-    by_file = same_weights.compare(named)
+    by_file = same_weights.compare(weights)
     lines.add_weights(by_file)
     _compare_tensors(at_hand, by_file, lines)
     return _of_model(model, lines, len(at_hand))

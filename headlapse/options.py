@@ -138,8 +138,8 @@ class CacheOptions(ComputeOptions):
     """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
 
     checkpoints: tuple[str, ...] = ()
-    """labels, a range, or a set (study = the published eleven, log, all), e.g. step1000 main | step120000..step143000
-    | study (default: what suits the model)"""
+    """labels, globs, a range of steps or tokens, or a set (study = the published eleven, log, all), e.g. step1000 main
+    | 'stage1-*' | step120000..step143000 | study (default: what suits the model)"""
 
     task: Annotated[str, Parameter(help=_TASK_HELP)] = "decimal"
 

@@ -345,8 +345,8 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
     """
     arrays = CheckpointArrays(store)
     complete = list(arrays.complete())
-    steps = {row.label: row.step for row in arrays.rows() if row.label in complete}
-    index = RevisionIndex(str(store), lambda: steps, "all")
+    places = {row.label: row.place for row in arrays.rows() if row.label in complete}
+    index = RevisionIndex(str(store), lambda: places, "all")
     chosen = {label for word in words for label in select(index, word)}
     return [label for label in complete if label in chosen]
 

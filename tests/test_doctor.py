@@ -19,8 +19,9 @@ import headlapse as hl
 from headlapse.__main__ import main
 from headlapse.engine.checkpoints import known_problems
 from headlapse.engine.checkpoints.resolve import Checkpoint
-from headlapse.engine.checkpoints.revisions import PYTHIA, step_of
+from headlapse.engine.checkpoints.revisions import PYTHIA
 from headlapse.engine.checkpoints.same_weights import compare
+from headlapse.engine.checkpoints.training_place import read_place
 from headlapse.engine.checkpoints.weight_changes import _hardly_moving
 from headlapse.engine.checkpoints.weight_findings import Interval, NamedWeights, NotTheLast, SameWeights
 from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
@@ -379,7 +380,7 @@ def named(label: str, *digests: str, step: int | None = None) -> NamedWeights:
     files = (WEIGHTS,) if len(digests) == 1 else tuple(
         f"model-{i + 1:05}-of-{len(digests):05}.safetensors" for i in range(len(digests))
     )  # fmt: skip
-    return NamedWeights(label, step_of(label) if step is None else step, dict(zip(files, digests, strict=True)))
+    return NamedWeights(label, read_place(label).step if step is None else step, dict(zip(files, digests, strict=True)))
 
 
 def test_main_may_be_the_last_step_and_no_other() -> None:
@@ -415,7 +416,7 @@ def test_steps_of_stages_count_for_themselves_and_tags_may_be_other_names() -> N
     ]
     assert compare([*series, named("main", "c")]) == []
     [finding] = compare([*series, named("stage2-ingredient2-step50-tokens1B", "b")])
-    assert finding.labels == ("stage2-ingredient2-step50-tokens1B", "stage1-step900-tokens9B")  # type: ignore[union-attr]
+    assert finding.labels == ("stage1-step900-tokens9B", "stage2-ingredient2-step50-tokens1B")  # type: ignore[union-attr]
 
 
 # The hub
@@ -502,7 +503,7 @@ def test_the_list_of_known_problems_names_what_was_reported(caplog: pytest.LogCa
     def said(repo: str, *labels: str) -> list[str]:
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            known_problems.warn([Checkpoint(label, step_of(label), repo, repo) for label in labels])
+            known_problems.warn([Checkpoint(label, read_place(label).step, repo, repo) for label in labels])
         return [record.getMessage() for record in caplog.records]
 
     assert said("EleutherAI/pythia-160m", "step1000", "main") == []

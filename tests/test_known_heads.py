@@ -68,10 +68,11 @@ def test_an_onset_agrees_where_its_interval_overlaps(after: int | None, by: int 
 
 
 def test_the_onset_is_that_of_the_first_head_to_take_the_role_on() -> None:
-    frame = roles_frame(planted_run())
-    onset = compare_onset(KnownOnset("induction", 12, 15, ""), frame)
+    run = planted_run()
+    frame, steps = roles_frame(run), dict(zip(map(str, run.checkpoint.values), run.step.values.tolist(), strict=True))
+    onset = compare_onset(KnownOnset("induction", 12, 15, ""), frame, steps)
     assert (onset.after, onset.by) == (10, 20) and onset.agrees
-    never = compare_onset(KnownOnset("S-inhibition", 12, 15, ""), frame)
+    never = compare_onset(KnownOnset("S-inhibition", 12, 15, ""), frame, steps)
     assert (never.after, never.by) == (None, None) and not never.agrees
 
 

@@ -25,7 +25,7 @@ from headlapse.engine.checkpoints.availability import Availability, plan
 from headlapse.engine.checkpoints.fetch import description, fetch
 from headlapse.engine.checkpoints.files import Files
 from headlapse.engine.checkpoints.resolve import Checkpoint, resolve
-from headlapse.engine.checkpoints.revisions import step_of
+from headlapse.engine.checkpoints.training_place import read_place
 from headlapse.engine.runtime.errors import UserError
 from tests.hub_server import Cut, HubServer
 
@@ -131,7 +131,7 @@ def labels(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def on_hub(label: str, repo: str = REPO, commit: str | None = None) -> Checkpoint:
-    return Checkpoint(label, step_of(label), repo, repo, commit)
+    return Checkpoint(label, read_place(label).step, repo, repo, commit)
 
 
 def refusal(call: Callable[..., object], *args: object) -> str:
@@ -254,7 +254,9 @@ def test_pythias_revisions_are_known_without_a_network(cache: Path, monkeypatch:
         assert len(every) == 154 and labels(every)[:4] == ["step0", "step1", "step2", "step4"]
         assert [c.step for c in every] == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(1000, 143001, 1000)]
         assert labels(resolve(model, (), cache)) == labels(resolve(model, ["study"], cache)) == STUDY
-    assert resolve(PYTHIA, ["main"], cache) == [Checkpoint("main", 143000, PYTHIA, PYTHIA)]
+    assert resolve(PYTHIA, ["main"], cache) == [
+        Checkpoint("main", 143000, PYTHIA, PYTHIA, tokens_seen=143000 * 2_097_152)
+    ]
 
 
 def test_log_goes_by_powers_of_two_and_ends_with_the_last(cache: Path, series: Path, demo: list[Path]) -> None:
@@ -330,9 +332,11 @@ def test_a_misspelt_label_is_refused_with_the_nearest_spelling(series: Path, cac
 def test_labels_of_an_unknown_repository_need_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headlapse.engine.checkpoints.hub.revisions", None)
     commit = "0123456789abcdef0123456789abcdef01234567"
-    checkpoints = resolve(REPO, ["main", commit, "stage1-step1000-tokens5B", "step500"], cache)
-    assert labels(checkpoints) == ["step500", "stage1-step1000-tokens5B", commit, "main"]
-    assert [checkpoint.step for checkpoint in checkpoints] == [500, 1000, -1, -1]
+    checkpoints = resolve(REPO, ["main", commit, "stage2-ingredient1-step500", "stage1-step1000-tokens5B"], cache)
+    assert labels(checkpoints) == ["stage1-step1000-tokens5B", "stage2-ingredient1-step500", commit, "main"]
+    assert [checkpoint.step for checkpoint in checkpoints] == [1000, 500, -1, -1]
+    assert [checkpoint.stage for checkpoint in checkpoints] == ["stage1", "stage2-ingredient1", "", ""]
+    assert [checkpoint.tokens_seen for checkpoint in checkpoints] == [5 * 10**9, -1, -1, -1]
     assert labels(resolve(PYTHIA, [commit], cache)) == [commit]
     assert "not among the 155 checkpoints" in refusal(resolve, PYTHIA, [""], cache)
 

@@ -1,7 +1,7 @@
 """Laws of the store: what is written comes back, a checkpoint counts once it is complete, names appear whole."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,7 @@ def test_the_layout_on_disk_is_the_specified_one(store: Store) -> None:
     body = ("checkpoint", "layer", "run", "trial", "position")
     assert dims == {
         "checkpoint": ("checkpoint",), "step": ("checkpoint",), "complete": ("checkpoint",),
+        "stage": ("checkpoint",), "tokens_seen": ("checkpoint",),
         "record": ("checkpoint",), "problem": ("checkpoint",),
         "run": ("run",), "answer": ("answer",), "layer": ("layer",),
         "tokens": ("run", "trial", "position"), "token_text": ("run", "trial", "position"),
@@ -137,7 +138,7 @@ def test_it_opens_in_xarray_with_labelled_dimensions_and_coordinates(store: Stor
     store.write("step10", captured, {})
     opened = xr.open_zarr(store.path, consolidated=False)
     assert list(opened.checkpoint.values) == ["step0", "step10", "main"]
-    assert {"step", "complete", "run", "answer", "layer", "length"} <= set(opened.coords)
+    assert {"step", "stage", "tokens_seen", "complete", "run", "answer", "layer", "length"} <= set(opened.coords)
     z = opened.z.sel(checkpoint="step10", layer=2, run="corrupt")
     assert z.dims == ("trial", "position", "head", "head_dim")
     assert (z.values == captured.read("z", 2)[1].numpy()).all()
@@ -318,3 +319,61 @@ def test_patching_makes_a_store_the_newest(tmp_path: Path) -> None:
     assert find_store(tmp_path) == second.path
     first.open_patch("parity", SETTINGS, [0], SUBSETS.labels, SUBSETS.mask)
     assert find_store(tmp_path) == first.path
+
+
+STAGED = (
+    CheckpointRow("stage1-step10-tokens1B", 10, "stage1", 10**9),
+    CheckpointRow("stage1-step40-tokens4B", 40, "stage1", 4 * 10**9),
+    CheckpointRow("stage2-ingredient1-step5-tokens1B", 5, "stage2-ingredient1", 10**9),
+)
+
+
+def test_stages_and_tokens_are_kept_and_order_the_checkpoints(tmp_path: Path) -> None:
+    store = some_store(tmp_path / "s.zarr", rows=STAGED[::2])
+    store.add([STAGED[1], CheckpointRow("main", -1)])
+    for row in store.rows():
+        store.write(row.label, some_capture(1), {})
+    held = Store(store.path)
+    assert held.rows() == [STAGED[0], STAGED[2], STAGED[1], CheckpointRow("main", -1)]
+    assert list(held.complete()) == [*(row.label for row in STAGED), "main"]
+    opened = xr.open_zarr(store.path, consolidated=False, mask_and_scale=False)
+    assert opened.stage.values.tolist() == ["stage1", "stage2-ingredient1", "stage1", ""]
+    assert opened.tokens_seen.values.tolist() == [10**9, 10**9, 4 * 10**9, -1] and opened.tokens_seen.dtype == np.int64
+
+
+def test_a_branch_beside_one_that_is_there_is_refused_and_leaves_the_store_as_it_was(tmp_path: Path) -> None:
+    store = some_store(tmp_path / "s.zarr", rows=STAGED)
+    before = everything(store.path)
+    with pytest.raises(UserError, match="branches beside each other"):
+        store.add([CheckpointRow("stage2-ingredient2-step5", 5, "stage2-ingredient2")])
+    with pytest.raises(UserError, match="as step 5, now it is step 6"):
+        store.add([CheckpointRow(STAGED[2].label, 6, "stage2-ingredient1")])
+    assert everything(store.path) == before
+
+
+def test_a_store_from_before_stages_opens_grows_and_has_the_stages_of_its_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written as it was then: with labels and steps alone along the axis."""
+    whole = zarr_group.axis_values
+    monkeypatch.setattr(zarr_group, "ALONG_AXIS", ("checkpoint", "step"))
+    monkeypatch.setattr(
+        zarr_group, "axis_values", lambda rows: {name: whole_values(rows)[name] for name in ("checkpoint", "step")}
+    )
+
+    def whole_values(rows: Sequence[CheckpointRow]) -> dict[str, np.ndarray]:
+        with monkeypatch.context() as patch:
+            patch.setattr(zarr_group, "ALONG_AXIS", ("checkpoint", "step", "stage", "tokens_seen"))
+            return whole(rows)
+
+    some_store(tmp_path / "s.zarr", rows=STAGED[::2])
+    monkeypatch.undo()
+    store = Store(tmp_path / "s.zarr")
+    assert not {"stage", "tokens_seen"} & set(store.array_names)
+    store.add(STAGED)
+    for row in STAGED:
+        store.write(row.label, some_capture(1), {})
+    held = Store(store.path)
+    assert list(held.complete()) == [row.label for row in STAGED]
+    assert {row.label: (row.stage, row.step) for row in held.rows()} == {r.label: (r.stage, r.step) for r in STAGED}
+    assert held.dataset().tokens_seen.values.tolist() == [-1] * 3 and "stage" in held.dataset().coords

@@ -136,7 +136,7 @@ class _Recorder:
 
     def __init__(self, study: Study, axis: Sequence[Checkpoint], path: Path, loader: ModelLoader) -> None:
         self.study, self.path, self.loader = study, path, loader
-        self.rows = [CheckpointRow(checkpoint.label, checkpoint.step) for checkpoint in axis]
+        self.rows = [CheckpointRow(each.label, each.step, each.stage, each.tokens_seen) for each in axis]
         self.store = Store(path) if path.exists() else None
         self.trials = self.store.trials() if self.store else None
         self.vocabularies: set[str] = set()

@@ -34,8 +34,8 @@ def ask(repo: str, begin: Callable[[int], Callable[[int], object]]) -> Served:
     `begin` is told how many there are, and gives what is then called with 1 after each.  Raises `UserError` where the
     repository cannot be had, or nothing is said of any revision.
     """
-    steps = published(repo)
-    advance = begin(len(steps))
+    places = published(repo)
+    advance = begin(len(places))
 
     def look_up(label: str) -> hub.Revision | str:
         try:
@@ -48,12 +48,12 @@ def ask(repo: str, begin: Callable[[int], Callable[[int], object]]) -> Served:
             advance(1)
 
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
-        answers = dict(zip(steps, pool.map(look_up, steps), strict=True))
+        answers = dict(zip(places, pool.map(look_up, places), strict=True))
     unanswered = {label: answer for label, answer in answers.items() if isinstance(answer, str)}
     if len(unanswered) == len(answers) > 0:
         raise UserError(next(iter(unanswered.values())))
     weights = {
-        label: _weights(label, steps[label], answer)
+        label: _weights(label, places[label].step, answer)
         for label, answer in answers.items()
         if isinstance(answer, hub.Revision)
     }

@@ -1,4 +1,4 @@
-"""From a model name to its checkpoints: labels with their steps.
+"""From a model name to its checkpoints: labels with their places in training.
 
 A name is `demo` or `demo-seed2` (trained on the spot), a local directory or a hub id; no other stage has to know which.
 """
@@ -6,13 +6,14 @@ A name is `demo` or `demo-seed2` (trained on the spot), a local directory or a h
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import UserError
 from . import files, hub
-from .revisions import PYTHIA, RevisionIndex, select, step_of
+from .revisions import PYTHIA, RevisionIndex, select
+from .training_place import MAIN, UNKNOWN, Place, read_place, refuse_unordered, training_order
 
 DEMO = "demo"
 _DEMO_SEED = re.compile(rf"{DEMO}(-seed([1-9][0-9]{{0,8}}))?")
@@ -23,6 +24,10 @@ PYTHIA_TOKENS_PER_STEP = 2_097_152
 _PYTHIA_NAME = re.compile(r"EleutherAI/pythia-[0-9.]+[mb](-deduped)?(-(data-|weight-)?seed[0-9]+)?")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _CHECKPOINT_FOLDER = re.compile(r"step|checkpoint-")
+"""Folders that are checkpoints even without a number, such as `checkpoint-final`."""
+
+FOLDERS = "step*/, checkpoint-*/, ckpt_*/, global_step*/, iter_*/, epoch_*/, stage1-step*/"
+"""What folders of checkpoints are called, for errors."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Checkpoint:
     """A hub revision or the name of a folder."""
 
     step: int
-    """Training step; -1 where it is not known."""
+    """Training step from the start of its stage; -1 where it is not known."""
 
     model: str
     """As the user wrote it: `demo`, a hub id or a directory."""
@@ -43,6 +48,17 @@ class Checkpoint:
 
     commit: str | None = None
     """The commit to keep to.  None takes what the label stands for now, and is the value outside the hub."""
+
+    stage: str = ""
+    """Of its training, as its name has it; empty where it has none."""
+
+    tokens_seen: int = UNKNOWN
+    """Since the start of its stage; -1 where not known."""
+
+    @property
+    def place(self) -> Place:
+        """When in training it was saved; the seed as its label says."""
+        return Place(self.stage, self.step, self.tokens_seen, read_place(self.label).seed)
 
 
 def demo_seed(model: str) -> int | None:
@@ -57,36 +73,52 @@ def tokens_per_step(model: str) -> int | None:
 
 
 def resolve(model: str, words: Sequence[str], cache: Path) -> list[Checkpoint]:
-    """The checkpoints of `model` that `words` name, ascending by step, unknown steps last.
+    """The checkpoints of one training of `model` that `words` name, in order, those without a place in it last.
 
-    `words` are labels, steps, ranges `A..B` and the sets `study`, `log` and `all`; without any, the model's default.
-    The network is used only for what cannot be known without it.  The embedded series lies in the folder `cache`.
-    Raises `UserError` for a model or a checkpoint that does not exist.
+    `words` are labels, globs, steps, tokens, ranges `A..B` and the sets `study`, `log` and `all`; without any, the
+    model's default.  The network is used only for what cannot be known without it.  The embedded series lies in the
+    folder `cache`.
+    Raises `UserError` for a model or a checkpoint that does not exist, and for checkpoints that have no one order.
     """
+    checkpoints = named(model, words, cache)
+    places = {each.label: each.place for each in checkpoints}
+    refuse_unordered(places, f"--checkpoints {' '.join(words)}" if words else f"--model {model}")
+    return checkpoints
+
+
+def named(model: str, words: Sequence[str], cache: Path) -> list[Checkpoint]:
+    """As `resolve`, whether or not what is named is of one training."""
     index, parent = _index(model, cache)
-    steps: dict[str, int] = {}
+    chosen: dict[str, Place] = {}
     for word in words or (index.default,):
-        steps |= select(index, word)
-    order = sorted(steps, key=lambda label: (steps[label] < 0, steps[label], label == "main", label))
-    return [Checkpoint(label, steps[label], model, str(parent / label) if parent else model) for label in order]
+        chosen |= select(index, word)
+    places = {label: chosen[label] for label in training_order(chosen)}
+    return [
+        Checkpoint(label, at.step, model, str(parent / label) if parent else model, None, at.stage, at.tokens)
+        for label, at in places.items()
+    ]
 
 
-def published(repo: str) -> dict[str, int]:
-    """Every branch and tag of a hub repository, with its step; -1 where it has none.  Asks the hub.
+def published(repo: str) -> dict[str, Place]:
+    """Every branch and tag of a hub repository, with its place in training.  Asks the hub.
 
     `main` has the last step where it is known to be meant for it, in Pythia's repositories.
     """
-    steps = {name: step_of(name) for name in hub.revisions(repo)}
-    if "main" in steps and _PYTHIA_NAME.fullmatch(repo):
-        steps["main"] = PYTHIA[-1]
-    return steps
+    places = {name: read_place(name) for name in hub.revisions(repo)}
+    if MAIN in places and _PYTHIA_NAME.fullmatch(repo):
+        places[MAIN] = _of_pythia(PYTHIA[-1])
+    return places
+
+
+def _of_pythia(step: int) -> Place:
+    return Place(step=step, tokens=step * PYTHIA_TOKENS_PER_STEP)
 
 
 def _index(model: str, cache: Path) -> tuple[RevisionIndex, Path | None]:
     """The checkpoints that the name stands for, and the directory that holds them; None for the hub."""
     path = os.path.expanduser(model)
     if demo_seed(model) is not None:
-        return RevisionIndex(model, _demo_steps, "all"), (cache / model).resolve()
+        return RevisionIndex(model, _demo_places, "all"), (cache / model).resolve()
     if os.path.isdir(path):
         return _local_index(model, Path(path).resolve())
     if os.path.exists(path):
@@ -97,13 +129,17 @@ def _index(model: str, cache: Path) -> tuple[RevisionIndex, Path | None]:
     if not _HUB_ID.fullmatch(model):
         raise UserError(f"--model {model!r} is neither a directory here nor a hub id (owner/name)")
     if _PYTHIA_NAME.fullmatch(model):
-        known = {f"step{step}": step for step in PYTHIA} | {"main": PYTHIA[-1]}
+        known = {f"step{step}": _of_pythia(step) for step in PYTHIA} | {MAIN: _of_pythia(PYTHIA[-1])}
         # Other labels may be revisions too, such as a commit or a branch that was added later; `step1500` is none.
         return RevisionIndex(
-            model, lambda: known, "study", lambda label: label not in ("", "main") and step_of(label) < 0
+            model, lambda: known, "study", lambda label: label not in ("", MAIN) and not read_place(label).is_known
         ), None
-    list_revisions = functools.cache(lambda: {name: step_of(name) for name in hub.revisions(model)})
-    return RevisionIndex(model, list_revisions, "main", bool), None
+    list_revisions = functools.cache(lambda: _read_places(hub.revisions(model)))
+    return RevisionIndex(model, list_revisions, MAIN, bool), None
+
+
+def _read_places(labels: Iterable[str]) -> dict[str, Place]:
+    return {label: read_place(label) for label in labels}
 
 
 def _local_index(model: str, directory: Path) -> tuple[RevisionIndex, Path]:
@@ -111,19 +147,30 @@ def _local_index(model: str, directory: Path) -> tuple[RevisionIndex, Path]:
 
     The series goes first: a trainer leaves its last weights above the folders of its checkpoints.
     """
-    folders = sorted(path.name for path in directory.iterdir() if _CHECKPOINT_FOLDER.match(path.name) and path.is_dir())
+    is_one = (directory / files.CONFIG).is_file() and any((directory / form).is_file() for form in files.WEIGHTS)
+    folders = sorted(path.name for path in directory.iterdir() if _is_of_series(path, is_one))
     if folders:
-        steps = {name: step_of(name) for name in folders}
-        return RevisionIndex(model, lambda: steps, "all"), directory
-    if (directory / files.CONFIG).is_file() and any((directory / form).is_file() for form in files.WEIGHTS):
-        return RevisionIndex(model, lambda: {directory.name: step_of(directory.name)}, "all"), directory.parent
+        places = _read_places(folders)
+        return RevisionIndex(model, lambda: places, "all"), directory
+    if is_one:
+        return RevisionIndex(model, lambda: _read_places([directory.name]), "all"), directory.parent
     raise UserError(
-        f"--model {model} is no checkpoint ({files.CONFIG} and weights: {files.WEIGHT_FORMS}) and has no step*/ or "
-        f"checkpoint-*/ in it; {files.contents(directory)}"
+        f"--model {model} is no checkpoint ({files.CONFIG} and weights: {files.WEIGHT_FORMS}) and has no folders of "
+        f"checkpoints in it ({FOLDERS}); {files.contents(directory)}"
     )
 
 
-def _demo_steps() -> Mapping[str, int]:
+def _is_of_series(path: Path, beside_weights: bool) -> bool:
+    """Whether a path is a checkpoint's folder, by its name; beside weights also by its content, for trainers keep
+    states of their own there, such as DeepSpeed's `global_step500`."""
+    if _CHECKPOINT_FOLDER.match(path.name):
+        return path.is_dir()
+    if read_place(path.name).step < 0 or not path.is_dir():
+        return False
+    return not beside_weights or (path / files.CONFIG).is_file()
+
+
+def _demo_places() -> Mapping[str, Place]:
     from .demo import STEPS
 
-    return {f"step{step}": step for step in STEPS}
+    return _read_places(f"step{step}" for step in STEPS)

@@ -1,12 +1,13 @@
-"""The language of `--checkpoints`: labels, steps, ranges and sets, selected from what a model has."""
+"""The language of `--checkpoints`: labels, globs, steps, ranges and sets, selected from what a model has."""
 
 import difflib
-import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 from ..runtime.errors import UserError
-from ..runtime.format import shorten
+from ..runtime.format import format_names, shorten
+from .training_place import MAIN, UNKNOWN, Place, rank_of, read_amount, read_place, training_order
 
 STUDY = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 80000, 100000, 120000, 143000)
 """Steps of the published study's checkpoints; it took the last one from `main`."""
@@ -14,13 +15,6 @@ STUDY = (1000, 2000, 4000, 8000, 16000, 32000, 64000, 80000, 100000, 120000, 143
 PYTHIA = (0, *(2**k for k in range(10)), *range(1000, 143001, 1000))
 """Steps of every Pythia model's revisions `step{N}`; `main` is meant to equal the last."""
 
-UNKNOWN = -1
-"""The step of a checkpoint whose name contains none."""
-
-_STEP = re.compile(r"(?:step|checkpoint|ckpt)[-_]?([0-9]{1,18})(?![0-9])", re.IGNORECASE)
-"""A step is stored as an integer of 64 bits, which 18 digits fit into."""
-
-_NUMBER = re.compile("[0-9]{1,18}")
 LONGEST_LABEL = 200
 """Characters of a checkpoint's label; longer words are refused."""
 
@@ -33,8 +27,8 @@ class RevisionIndex:
 
     model: str
 
-    listing: Callable[[], Mapping[str, int]]
-    """Label -> step of every checkpoint; may use the network."""
+    listing: Callable[[], Mapping[str, Place]]
+    """Label -> place in training of every checkpoint; may use the network."""
 
     default: str
     """The word that stands for no word at all."""
@@ -43,38 +37,37 @@ class RevisionIndex:
     """Whether a label is accepted without being listed, to be looked up when it is fetched."""
 
 
-def select(index: RevisionIndex, word: str) -> Mapping[str, int]:
-    """Label -> step of what one word of `--checkpoints` names.  Raises `UserError` for what the index lacks."""
+def select(index: RevisionIndex, word: str) -> Mapping[str, Place]:
+    """Label -> place of what one word of `--checkpoints` names.  Raises `UserError` for what the index lacks."""
     if len(word) > LONGEST_LABEL:
         raise UserError(f"--checkpoints {shorten(word, 40)}: {len(word):,} characters are no label, step or range")
     if word in _SETS:
         return _SETS[word](index)
     if ".." in word:
         return _range(index, word)
-    if _NUMBER.fullmatch(word):
-        return _number(index, word)
+    if any(character in word for character in "*?["):
+        return _glob(index, word)
+    if (amount := read_amount(word)) is not None and word not in (places := index.listing()):
+        return _amount(index, word, amount, places)
     if index.trusts(word):
-        return {word: step_of(word)}
-    steps = index.listing()
-    if word not in steps:
-        raise unknown(word, index.model, steps)
-    return {word: steps[word]}
-
-
-def step_of(label: str) -> int:
-    """`step1000`, `checkpoint-1000`, `stage1-step1000-tokens5B` -> 1000; -1 where there is no step."""
-    match = _STEP.search(label)
-    return int(match[1]) if match else UNKNOWN
+        return {word: read_place(word)}
+    places = index.listing()
+    if word not in places:
+        raise unknown(word, index.model, places)
+    return {word: places[word]}
 
 
 def unknown(word: str, model: str, labels: Collection[str]) -> UserError:
     """The error for a checkpoint that is not among `labels`; it names the nearest steps or spellings."""
-    step = int(word) if _NUMBER.fullmatch(word) else step_of(word)
-    steps = {step_of(label) for label in labels} - {UNKNOWN}
-    if step >= 0 and steps:
-        below = max((s for s in steps if s <= step), default=None)
-        above = min((s for s in steps if s >= step), default=None)
-        near = [label for label in labels if step_of(label) in (below, above)]
+    wanted = read_amount(word) or read_place(word)
+    steps = {label: read_place(label).step for label in labels}
+    if wanted.stage:
+        steps = {label: step for label, step in steps.items() if read_place(label).stage == wanted.stage}
+    known = set(steps.values()) - {UNKNOWN}
+    if wanted.step >= 0 and known:
+        below = max((step for step in known if step <= wanted.step), default=None)
+        above = min((step for step in known if step >= wanted.step), default=None)
+        near = [label for label, step in steps.items() if step in (below, above)]
     else:
         near = difflib.get_close_matches(word, labels, n=3, cutoff=0.5) or _in_order(labels)[:3]
     return UserError(
@@ -83,25 +76,32 @@ def unknown(word: str, model: str, labels: Collection[str]) -> UserError:
     )
 
 
-def _all(index: RevisionIndex) -> Mapping[str, int]:
+def _all(index: RevisionIndex) -> Mapping[str, Place]:
     """Everything, without `main` where it is one of the others."""
-    steps = dict(index.listing())
-    if (last := steps.get("main", UNKNOWN)) >= 0 and list(steps.values()).count(last) > 1:
-        del steps["main"]
-    return steps
+    places = dict(index.listing())
+    main = places.pop(MAIN, None)
+    if main is None or (main.is_known and any(place.step == main.step for place in places.values())):
+        return places
+    return {**places, MAIN: main}
 
 
-def _numbered(index: RevisionIndex) -> Mapping[str, int]:
-    return {label: step for label, step in _all(index).items() if step >= 0}
+def _placed(index: RevisionIndex) -> dict[str, Place]:
+    return {label: place for label, place in _all(index).items() if place.is_known}
 
 
-def _log(index: RevisionIndex) -> Mapping[str, int]:
-    """Steps 0, 1, 2, 4 ... 512, 1000, 2000, 4000 ... as far as they exist, the first and the last."""
-    steps = _numbered(index)
-    if not steps:
+def _log(index: RevisionIndex) -> Mapping[str, Place]:
+    """Steps 0, 1, 2, 4 ... 512, 1000, 2000, 4000 ... of every stage as far as they exist, its first and its last."""
+    places = {label: place for label, place in _placed(index).items() if place.step >= 0}
+    if not places:
         raise UserError(f"--checkpoints log: no checkpoint of {index.model} has a step number; {_contents(index)}")
-    ends = (min(steps.values()), max(steps.values()))
-    return {label: step for label, step in steps.items() if step in ends or _is_log(step)}
+    steps: dict[str, list[int]] = {}
+    for place in places.values():
+        steps.setdefault(place.stage, []).append(place.step)
+    return {
+        label: place
+        for label, place in places.items()
+        if place.step in (min(steps[place.stage]), max(steps[place.stage])) or _is_log(place.step)
+    }
 
 
 def _is_log(step: int) -> bool:
@@ -110,49 +110,104 @@ def _is_log(step: int) -> bool:
     return (step <= 512 or rest == 0) and power & (power - 1) == 0
 
 
-def _study(index: RevisionIndex) -> Mapping[str, int]:
-    by_step = {step: label for label, step in sorted(_numbered(index).items(), reverse=True)}
-    if index.listing().get("main") == STUDY[-1]:
-        by_step[STUDY[-1]] = "main"
+def _study(index: RevisionIndex) -> Mapping[str, Place]:
+    """The published steps, of the first stage where there are several."""
+    places = _placed(index)
+    first = min((rank for place in places.values() if (rank := rank_of(place.stage))), default=None)
+    of_stage = {label: place for label, place in places.items() if rank_of(place.stage) == first}
+    by_step = {place.step: label for label, place in sorted(of_stage.items(), reverse=True)}
+    listing = index.listing()
+    if MAIN in listing and listing[MAIN].step == STUDY[-1]:
+        by_step[STUDY[-1]] = MAIN
     if absent := [step for step in STUDY if step not in by_step]:
         raise UserError(
             f"--checkpoints study: {index.model} lacks {len(absent)} of the {len(STUDY)} published steps, "
             f"the first is {absent[0]}; {_contents(index)}; write labels, a range A..B, log or all"
         )
-    return {by_step[step]: step for step in STUDY}
+    return {by_step[step]: listing[by_step[step]] for step in STUDY}
 
 
-_SETS: dict[str, Callable[[RevisionIndex], Mapping[str, int]]] = {"study": _study, "log": _log, "all": _all}
+_SETS: dict[str, Callable[[RevisionIndex], Mapping[str, Place]]] = {"study": _study, "log": _log, "all": _all}
 
 
-def _range(index: RevisionIndex, word: str) -> Mapping[str, int]:
+def _range(index: RevisionIndex, word: str) -> Mapping[str, Place]:
+    """What lies between two places of one training, both included; no checkpoint need be at either."""
     ends = [_end(index, end) for end in word.split("..")]
-    if len(ends) != 2 or min(ends) < 0:
+    if len(ends) != 2 or not all(end.is_known for end in ends):
         raise UserError(f"--checkpoints {word}: a range has a known step at both ends, e.g. step1000..step8000")
-    if ends[0] > ends[1]:
+    places = _placed(index)
+    first, last = _in_stages(ends[0], ends[1], word, index.model, places)
+    if _is_before(last, first):
         raise UserError(f"--checkpoints {word} ends before it begins; write the smaller step first")
-    steps = _numbered(index)
-    selected = {label: step for label, step in steps.items() if ends[0] <= step <= ends[1]}
+    selected = {
+        label: place
+        for label, place in places.items()
+        if (_is_before(first, place) or _is_at(first, place)) and (_is_before(place, last) or _is_at(last, place))
+    }
     if not selected:
-        raise unknown(word, index.model, steps)
+        raise unknown(word, index.model, places)
     return selected
 
 
-def _end(index: RevisionIndex, end: str) -> int:
-    """The step of one end of a range; no checkpoint need have it."""
-    if _NUMBER.fullmatch(end):
-        return int(end)
+def _end(index: RevisionIndex, end: str) -> Place:
+    """The place of one end of a range."""
+    if (amount := read_amount(end)) is not None:
+        return amount
     # No label begins with a dot: a third dot is a slip.
     if not end or end.startswith("."):
-        return UNKNOWN
-    return step_of(end) if step_of(end) >= 0 else index.listing().get(end, UNKNOWN)
+        return Place()
+    place = read_place(end)
+    return place if place.is_known else index.listing().get(end, place)
 
 
-def _number(index: RevisionIndex, word: str) -> Mapping[str, int]:
-    steps = _numbered(index)
-    selected = {label: step for label, step in steps.items() if step == int(word)}
+def _in_stages(first: Place, last: Place, word: str, model: str, places: Mapping[str, Place]) -> tuple[Place, Place]:
+    """Both ends of a range with their stage: where one names none that of the other, or the only one there is.
+
+    Raises `UserError` where that leaves a choice.
+    """
+    stages = list(dict.fromkeys(places[label].stage for label in training_order(places)))
+    if not first.stage and not last.stage and len(stages) > 1:
+        raise UserError(
+            f"--checkpoints {word}: {model} has the stages {format_names([stage or 'none' for stage in stages])}; name "
+            f"one at an end, e.g. {stages[-1]}-step1000..8000"
+        )
+    stage = first.stage or last.stage or (stages[0] if stages else "")
+    return replace(first, stage=first.stage or stage), replace(last, stage=last.stage or stage)
+
+
+def _is_before(one: Place, other: Place) -> bool:
+    """Whether one place comes before another of the same training, whichever of steps and tokens both have."""
+    if one.stage != other.stage:
+        ranks = rank_of(one.stage), rank_of(other.stage)
+        return ranks[0] is not None and ranks[1] is not None and ranks[0] < ranks[1]
+    if one.step >= 0 and other.step >= 0:
+        return one.step < other.step
+    return 0 <= one.tokens < other.tokens
+
+
+def _is_at(end: Place, place: Place) -> bool:
+    if end.stage != place.stage:
+        return False
+    if end.step >= 0 and place.step >= 0:
+        return end.step == place.step
+    return end.tokens == place.tokens >= 0
+
+
+def _glob(index: RevisionIndex, word: str) -> Mapping[str, Place]:
+    """Labels that a pattern with `*`, `?` or `[...]` fits."""
+    places = index.listing()
+    selected = {label: place for label, place in places.items() if fnmatchcase(label, word)}
     if not selected:
-        raise unknown(word, index.model, steps)
+        raise unknown(word, index.model, places)
+    return selected
+
+
+def _amount(index: RevisionIndex, word: str, amount: Place, places: Mapping[str, Place]) -> Mapping[str, Place]:
+    """The checkpoint at a step, or after so many tokens."""
+    placed = _placed(index)
+    selected = {label: place for label, place in placed.items() if _is_at(replace(amount, stage=place.stage), place)}
+    if not selected:
+        raise unknown(word, index.model, placed)
     if len(selected) > 1:
         labels = ", ".join(selected)
         raise UserError(f"--checkpoints {word}: {index.model} has {labels} at that step; write one of them")
@@ -167,4 +222,4 @@ def _contents(index: RevisionIndex) -> str:
 
 
 def _in_order(labels: Collection[str]) -> list[str]:
-    return sorted(labels, key=lambda label: (step_of(label) < 0, step_of(label), label))
+    return training_order({label: read_place(label) for label in labels})

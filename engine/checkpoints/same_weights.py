@@ -4,17 +4,11 @@ The same weights under two steps, whole or one shard of them; a step that is the
 not the last step.  Findings are names; `report.findings.doctor` has the sentences.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from . import files
-from .revisions import UNKNOWN
+from .training_place import MAIN, UNKNOWN, training_order
 from .weight_findings import NamedWeights, NotTheLast, SameWeights
-
-MAIN = "main"
-"""The revision that is meant to be the final checkpoint."""
-
-_BEFORE_STEP = re.compile(r"^(.*?)(?:step|checkpoint|ckpt)[-_]?[0-9]", re.IGNORECASE)
 
 
 def compare(checkpoints: Iterable[NamedWeights]) -> list[SameWeights | NotTheLast]:
@@ -22,7 +16,8 @@ def compare(checkpoints: Iterable[NamedWeights]) -> list[SameWeights | NotTheLas
 
     A label without a step (a tag, a branch) may be another name of any checkpoint; `main` may be one of the last.
     """
-    series = sorted(checkpoints, key=lambda each: (each.step < 0, each.step, each.label == MAIN, each.label))
+    by_label = {each.label: each for each in checkpoints}
+    series = [by_label[label] for label in training_order({label: each.place for label, each in by_label.items()})]
     final = last_labels(series)
     whole: dict[tuple[str, tuple[tuple[str, str], ...]], list[NamedWeights]] = {}
     shards: dict[tuple[str, str], list[NamedWeights]] = {}
@@ -37,9 +32,8 @@ def compare(checkpoints: Iterable[NamedWeights]) -> list[SameWeights | NotTheLas
     by_labels: dict[tuple[str, ...], dict[str, str]] = {}
     for (name, digest), group in shards.items():
         by_labels.setdefault(tuple(each.label for each in group), {})[name] = digest
-    named = {each.label: each for each in series}
     for labels, parts in by_labels.items():
-        findings += _same([named[label] for label in labels], final, parts, is_whole=False)
+        findings += _same([by_label[label] for label in labels], final, parts, is_whole=False)
     return [*_distinct(findings), *_main_is_not_its_step(series)]
 
 
@@ -67,16 +61,10 @@ def last_labels(series: Iterable[NamedWeights]) -> set[str]:
     """Labels of the last step of each stage."""
     last: dict[str, NamedWeights] = {}
     for each in series:
-        stage = stage_of(each.label)
+        stage = each.place.stage
         if each.step >= 0 and (stage not in last or each.step >= last[stage].step) and each.label != MAIN:
             last[stage] = each
     return {each.label for each in last.values()}
-
-
-def stage_of(label: str) -> str:
-    """What stands before the step: `stage1-` of `stage1-step1000`, whose steps count for themselves."""
-    match = _BEFORE_STEP.match(label)
-    return match[1] if match else ""
 
 
 def _same(
@@ -86,7 +74,7 @@ def _same(
     labels = {each.label for each in group}
     stepped = [each for each in group if each.step > UNKNOWN and each.label != MAIN]
     is_main_elsewhere = MAIN in labels and bool(stepped) and not final & labels
-    if len({(stage_of(each.label), each.step) for each in stepped}) > 1 or is_main_elsewhere:
+    if len({(each.place.stage, each.step) for each in stepped}) > 1 or is_main_elsewhere:
         named = tuple(each.label for each in group if each in stepped or each.label == MAIN)
         is_final = bool(final & labels) or MAIN in labels
         yield SameWeights(named, next(iter(parts.values())), () if is_whole else tuple(sorted(parts)), is_final)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .files import Files
-from .same_weights import MAIN, last_labels, stage_of
+from .same_weights import last_labels
+from .training_place import MAIN, Place, place_at, rank_of, training_order
 from .weight_findings import (
     HardlyMoves,
     Interval,
@@ -51,6 +52,10 @@ class OnDisk:
 
     files: Files
 
+    @property
+    def place(self) -> Place:
+        return place_at(self.label, self.step)
+
 
 @dataclass
 class _Series:
@@ -68,7 +73,9 @@ def compare_tensors(checkpoints: Sequence[OnDisk], advance: Callable[[int], obje
 
     Raises `UserError` for a file that is no weight file.
     """
-    stepped = sorted((each for each in checkpoints if each.step >= 0 and each.label != MAIN), key=lambda c: c.step)
+    with_step = {each.label: each for each in checkpoints if each.step >= 0 and each.label != MAIN}
+    order = training_order({label: each.place for label, each in with_step.items()})
+    stepped = [with_step[label] for label in order]
     others = sorted((each for each in checkpoints if each not in stepped), key=lambda each: each.label != MAIN)
     series = _Series()
     for before, after in zip([None, *stepped], [*stepped, *others], strict=False):
@@ -80,10 +87,10 @@ def compare_tensors(checkpoints: Sequence[OnDisk], advance: Callable[[int], obje
     final = last_labels(NamedWeights(each.label, each.step, {}) for each in checkpoints)
     to_main = [interval for interval in series.intervals if interval.after == MAIN]
     moving = [interval for interval in series.intervals if interval.n_steps > 0 and interval not in to_main]
-    steps = {each.label: each.step for each in checkpoints}
+    places = {each.label: each.place for each in checkpoints}
     return [
         *series.not_finite,
-        *_same_tensors(series.digests, steps, final),
+        *_same_tensors(series.digests, places, final),
         *_hardly_moving(moving),
         *(MainDiffers(each.before, each.change, each.n_steps == 0) for each in to_main if each.change > 0),
     ]
@@ -110,7 +117,17 @@ def _read(series: _Series, before: OnDisk | None, after: OnDisk) -> None:
         series.not_finite.append(NotFinite(after.label, tuple(not_finite)))
     if before is not None:
         change = math.sqrt(moved / total) if total > 0 else math.nan
-        series.intervals.append(Interval(before.label, after.label, after.step - before.step, change))
+        series.intervals.append(Interval(before.label, after.label, _steps_between(before, after), change))
+
+
+def _steps_between(before: OnDisk, after: OnDisk) -> int:
+    """Steps from one checkpoint to the next, of another stage those since its start; -1 where they do not follow one
+    another."""
+    stages = before.place.stage, after.place.stage
+    if stages[0] == stages[1]:
+        return after.step - before.step
+    earlier, later = map(rank_of, stages)
+    return after.step if earlier is not None and later is not None and earlier < later else -1
 
 
 def _squares(tensor: Tensor, other: Tensor | None = None) -> float:
@@ -137,7 +154,7 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _same_tensors(
-    digests: dict[str, dict[str, bytes]], steps: dict[str, int], final: set[str]
+    digests: dict[str, dict[str, bytes]], places: dict[str, Place], final: set[str]
 ) -> Iterator[SameTensors]:
     """Groups of checkpoints that share all their matrices, or some that are not the same everywhere."""
     whole: dict[frozenset[tuple[str, bytes]], list[str]] = {}
@@ -152,7 +169,9 @@ def _same_tensors(
         if not any(set(labels) <= set(group) for group in groups if len(groups[group]) == len(digests[labels[0]])):
             groups.setdefault(tuple(labels), []).append(name)
     for group, names in groups.items():
-        stepped = {(stage_of(label), steps[label]) for label in group if steps[label] >= 0 and label != MAIN}
+        stepped = {
+            (places[label].stage, places[label].step) for label in group if places[label].step >= 0 and label != MAIN
+        }
         is_main_elsewhere = MAIN in group and bool(stepped) and not final & set(group)
         if len(stepped) > 1 or is_main_elsewhere:
             is_final = bool(final & set(group)) or MAIN in group

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .training_place import Place, place_at
+
 
 @dataclass(frozen=True)
 class NamedWeights:
@@ -15,6 +17,10 @@ class NamedWeights:
 
     sha256: Mapping[str, str]
     """Weight file -> hex digest."""
+
+    @property
+    def place(self) -> Place:
+        return place_at(self.label, self.step)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from .training import placed, positions_of
+
 NAMED = ("even", "odd", "all")
 """Subsets that have columns of their own in the timeline."""
 
@@ -37,9 +39,10 @@ def recovered(patched: xr.DataArray, source: xr.DataArray, target: xr.DataArray)
 
 
 def finished(run: xr.Dataset) -> xr.Dataset:
-    """Only the checkpoints whose patched runs are all there, in order of training."""
-    order = np.lexsort((run.step.values, run.step.values < 0))
-    ordered = run.isel(checkpoint=order)
+    """Only the checkpoints whose patched runs are all there, in order of training, with their positions in it."""
+    run = placed(run)
+    at = positions_of(run)
+    ordered = run.isel(checkpoint=np.lexsort((at, at < 0)))
     return ordered.isel(checkpoint=np.flatnonzero(ordered.complete.values))
 
 

@@ -1,5 +1,6 @@
 """How well the heads that the literature names stand out in what was measured.  Arrays in, numbers out, no text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,7 +8,8 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from ..checkpoints.revisions import step_of
+from ..measures.logit_diff import finished
+from ..measures.training import positions_of
 from ..runtime.errors import UserError
 from ..statistics.bootstrap import LEVEL
 from ..statistics.multiple_testing import adjust
@@ -72,7 +74,9 @@ def compare(check: Check, run: xr.Dataset) -> tuple[list[ComparedHeads], list[Co
         for at, p in zip(scored, adjusted.tolist(), strict=True):
             compared[at] = ComparedHeads(compared[at].known, compared[at].places, compared[at].n_heads, p)
     frame = roles_frame(run) if check.onsets else pd.DataFrame()
-    return compared, [compare_onset(known, frame) for known in check.onsets]
+    placed = finished(run)
+    steps = dict(zip(map(str, placed.checkpoint.values), positions_of(placed).tolist(), strict=True))
+    return compared, [compare_onset(known, frame, steps) for known in check.onsets]
 
 
 def _values(final: xr.Dataset, known: KnownHeads) -> Float[np.ndarray, "layer head"]:
@@ -98,12 +102,12 @@ def compare_heads(known: KnownHeads, values: Float[np.ndarray, "layer head"]) ->
     return ComparedHeads(known, places, values.size, (1 + as_far_out) / (1 + DRAWS))
 
 
-def compare_onset(known: KnownOnset, frame: pd.DataFrame) -> ComparedOnset:
-    """The earliest onset of the role in any head, of `roles_frame`."""
+def compare_onset(known: KnownOnset, frame: pd.DataFrame, steps: Mapping[str, int]) -> ComparedOnset:
+    """The earliest onset of the role in any head, of `roles_frame`; `steps` are those of its labels."""
     labels = [str(label) for label in frame.index.unique("checkpoint")]
     of_role = frame.loc[labels[-1]].xs(known.role, level="role")
     taken = of_role[of_role["by"].notna()]
     if not len(taken):
         return ComparedOnset(known, None, None)
     first = min(labels.index(str(by)) for by in taken["by"])
-    return ComparedOnset(known, step_of(labels[first - 1]) if first else None, step_of(labels[first]))
+    return ComparedOnset(known, steps[labels[first - 1]] if first else None, steps[labels[first]])

@@ -7,6 +7,7 @@ import pandas as pd
 import xarray as xr
 
 from ..measures.logit_diff import finished
+from ..measures.training import positions_of
 from ..statistics.bootstrap import LEVEL
 from ..statistics.means import t_test
 from ..statistics.multiple_testing import adjust
@@ -157,7 +158,7 @@ def loss_bump(run: xr.Dataset) -> LossBump | None:
     if len(loss) < 2 or np.isnan(loss).any():
         return None
     fall = loss.mean(1)[:, None] - loss.mean(1)
-    steps, first, last = complete.step.values, *np.triu_indices(len(loss), 1)
+    steps, first, last = positions_of(complete), *np.triu_indices(len(loss), 1)
     if fall[first, last].max() <= 0:
         return None
     long_enough = fall[first, last] >= MOST * fall[first, last].max()

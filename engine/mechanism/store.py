@@ -134,6 +134,6 @@ def _create(path: Path, settings: MechanismSettings, checkpoints: Sequence[Check
     attributes = {
         "mechanism": settings.to_attributes(),
         "versions": zarr_group.package_versions(),
-        "coordinates": "step complete previous last role_problem",
+        "coordinates": "previous last role_problem",
     }
     zarr_group.finish_group(group, path, checkpoints, attributes)

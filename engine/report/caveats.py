@@ -78,17 +78,18 @@ def _alignment(trials: Trials, result: Result) -> str:
 
 
 def _gaps(result: Result) -> str:
-    steps = np.sort(result.table["step"].to_numpy())
+    points, steps = result.points, np.sort(result.positions)
     steps = steps[steps >= 0]
     if len(steps) < 2:
         return "Fewer than two checkpoints of known steps: nothing can be said of when."
     gaps = np.diff(steps)
     widest = int(gaps.argmax())
-    text = f"{len(steps)} checkpoints; between steps {steps[widest]:,} and {steps[widest + 1]:,}"
+    between = f"{points.name(int(steps[widest]))} and {points.name(int(steps[widest + 1]))}"
+    text = f"{len(steps)} checkpoints; between {'' if points.labels else 'steps '}{between}"
     share = gaps[widest] / np.ptp(steps)
     if share < GAP:
-        return f"{text}, the widest gap, lie {share:.0%} of the steps covered."
-    return f"{text} lie {share:.0%} of the steps covered: whatever happens there may be sudden or gradual."
+        return f"{text}, the widest gap, lie {share:.0%} of the {points.unit} covered."
+    return f"{text} lie {share:.0%} of the {points.unit} covered: whatever happens there may be sudden or gradual."
 
 
 def _equal_splits(result: Result) -> str:

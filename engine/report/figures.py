@@ -66,7 +66,7 @@ def draw(result: Result, shares: pd.DataFrame | None = None) -> dict[str, Figure
 def _draw_timeline(result: Result) -> Figure:
     figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
-    steps = result.table["step"].to_numpy()
+    steps = result.positions
     x, _ = place_steps(steps)
     known = steps >= 0
     for column, label, style in _lines(result):
@@ -115,7 +115,9 @@ def _label_layers(axes: Axes, result: Result, x: Float[np.ndarray, " checkpoint"
 def _draw_heatmap(result: Result) -> Figure:
     at = {"subset": result.nats.subset.values.tolist().index(result.mapped)}
     title = f"{heads_of(result.mapped)} patched, {result.where}"
-    return _draw_maps(result, at, title, "checkpoint (training step)", step_labels(result))
+    return _draw_maps(
+        result, at, title, "checkpoint" if result.points.labels else "checkpoint (training step)", step_labels(result)
+    )
 
 
 def _draw_heads(result: Result) -> Figure:

@@ -81,7 +81,7 @@ def draw_over_training(result: Result, values: xr.Dataset, quantity: str) -> Fig
     """
     places = values.value.stack(place=["layer", "head"])
     largest = np.argsort(-np.abs(places.values).max(0), kind="stable")[:LINES]
-    x, _ = place_steps(result.table["step"].to_numpy())
+    x, _ = place_steps(result.positions)
     figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
     axes = figure.subplots()
     for order, at in enumerate(largest):

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from ..checkpoints.training_place import short_stage
+from ..measures.training import TrainingPoints
 from .colours import LINES, PAGE
 from .result import Result
 
@@ -95,19 +97,29 @@ def choose_ticks(
 def label_steps(axes: Axes, result: Result) -> list[int]:
     """Steps below a panel that is as wide as the page, the roundest first; returns who has a label."""
     labels, steps = step_labels(result), result.table["step"]
-    x, is_log = place_steps(steps.to_numpy())
+    x, is_log = place_steps(result.positions)
     zeros = [len(step) - len(step.rstrip("0")) for step in steps.astype(str)]
     roundest = sorted(range(len(zeros)), key=lambda index: -zeros[index])
     ticks = choose_ticks(x, labels, WIDTH - 1.1, roundest)
     axes.set_xticks(x[ticks], [labels[tick] for tick in ticks])
-    axes.set_xlabel(f"training step{' (logarithmic)' if is_log else ''}")
+    axes.set_xlabel(f"{axis_name(result.points)}{' (logarithmic)' if is_log else ''}")
     return ticks
 
 
 def step_labels(result: Result) -> list[str]:
-    """Steps as short as they can be written; an unknown step's place goes by its label."""
+    """Steps as short as they can be written, after their stage where they have one; an unknown step's place goes by its
+    label."""
     labels = []
-    for label, step in result.table["step"].items():
+    stages = result.run.stage.values if "stage" in result.run.coords else [""] * len(result.table)
+    for (label, step), stage in zip(result.table["step"].items(), stages, strict=True):
         short = str(label) if len(str(label)) <= 12 else f"{str(label)[:11]}…"
-        labels.append(short if step < 0 else str(step) if step < 10_000 else f"{step / 1000:g}k")
+        short = short if step < 0 else str(step) if step < 10_000 else f"{step / 1000:g}k"
+        labels.append(f"{short_stage(str(stage))} {short}".strip())
     return labels
+
+
+def axis_name(points: TrainingPoints) -> str:
+    """What checkpoints are placed by."""
+    if points.unit == "tokens":
+        return "tokens seen"
+    return "training step, counted on over stages" if points.labels else "training step"

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Int
 
 from ..measures.logit_diff import NAMED, each_checkpoint, effect, finished, success, timeline
+from ..measures.training import TrainingPoints, positions_of
 from ..runtime.errors import UserError
 from ..store.store import Store
 from ..study.patch_settings import PatchSettings
@@ -64,8 +66,18 @@ class Result:
     @property
     def last(self) -> str:
         """The last checkpoint in words."""
-        step = int(self.table["step"].iloc[-1])
-        return f"step {step:,}" if step >= 0 else f"checkpoint {self.table.index[-1]}"
+        at = int(self.positions[-1])
+        return self.points.words(at) if at >= 0 and not self.points.labels else f"checkpoint {self.table.index[-1]}"
+
+    @property
+    def positions(self) -> Int[np.ndarray, " checkpoint"]:
+        """How far into the training each checkpoint is, in steps counted on over stages; -1 where unknown."""
+        return positions_of(self.run)
+
+    @property
+    def points(self) -> TrainingPoints:
+        """How those are said."""
+        return TrainingPoints.of(self.run)
 
     @property
     def change(self) -> xr.DataArray:

@@ -226,7 +226,7 @@ function labelOf(heads, nHeads) {
   return Object.keys(named).find((name) => named[name].join() === plain) ?? plain;
 }
 
-const stepWords = (one) => (one.step >= 0 ? `step ${one.step.toLocaleString("en")}` : one.label);
+const stepWords = (one, byLabel) => (one.step >= 0 && !byLabel ? `step ${one.step.toLocaleString("en")}` : one.label);
 
 const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
 
@@ -640,7 +640,7 @@ class Stage {
   buildTicks() {
     const last = Math.max(1, this.run.labels.length - 1);
     this.ticks.replaceChildren(...this.run.starts.map(({ checkpoint, heads }) =>
-      el("i", { style: `left: ${(100 * checkpoint) / last}%`, title: `${stepWords(this.run.checkpoints[checkpoint])}: ${heads.join(", ")}` })));
+      el("i", { style: `left: ${(100 * checkpoint) / last}%`, title: `${stepWords(this.run.checkpoints[checkpoint], this.run.by_label)}: ${heads.join(", ")}` })));
   }
 
   buildGrid() {
@@ -682,8 +682,8 @@ class Stage {
     const { run, state } = this;
     const here = run.checkpoints[state.checkpoint];
     this.slider.value = String(state.checkpoint);
-    this.slider.setAttribute("aria-valuetext", here.label === stepWords(here) ? here.label : `${stepWords(here)} (${here.label})`);
-    put(this.where, stepWords(here));
+    this.slider.setAttribute("aria-valuetext", here.label === stepWords(here, run.by_label) ? here.label : `${stepWords(here, run.by_label)} (${here.label})`);
+    put(this.where, stepWords(here, run.by_label));
     this.layerSelect.value = String(this.layerNumber);
     this.measureSelect.value = state.measure;
     const begins = run.starts.find((start) => start.checkpoint === state.checkpoint);
@@ -1291,7 +1291,7 @@ class Plot {
       svg("text", { x: box.left - 6, y: this.y(value) + 4, "text-anchor": "end", "font-size": 12, fill: soft }, write(value)),
     ]);
     const labels = this.labelled().map((at) => svg("text", { x: this.place(at), y: height - box.bottom + 16, "text-anchor": "middle", "font-size": 12, fill: soft }, this.run.checkpoints[at].short));
-    const name = svg("text", { x: (box.left + width - box.right) / 2, y: height - 4, "text-anchor": "middle", "font-size": 12, fill: soft }, `training step${this.run.is_log ? " (logarithmic)" : ""}`);
+    const name = svg("text", { x: (box.left + width - box.right) / 2, y: height - 4, "text-anchor": "middle", "font-size": 12, fill: soft }, `${this.run.axis}${this.run.is_log ? " (logarithmic)" : ""}`);
     return [...rules, ...labels, name];
   }
 
@@ -1322,8 +1322,8 @@ function split(points, run) {
   const stretches = [];
   let last = null;
   for (const point of points) {
-    const isKnown = run.checkpoints[point.at].step >= 0;
-    if (last !== null && isKnown && last === point.at - 1 && run.checkpoints[last].step >= 0) stretches[stretches.length - 1].push(point);
+    const isKnown = run.checkpoints[point.at].known;
+    if (last !== null && isKnown && last === point.at - 1 && run.checkpoints[last].known) stretches[stretches.length - 1].push(point);
     else stretches.push([point]);
     last = point.at;
   }

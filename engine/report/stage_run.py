@@ -19,7 +19,7 @@ from ..statistics.means import interval, p_differs
 from ..statistics.multiple_testing import adjust
 from ..study.study import MEASURES
 from .packing import RATIO, hundredths, pack, powers, size_of
-from .plot_style import place_steps, step_labels
+from .plot_style import axis_name, place_steps, step_labels
 from .result import Result, listed, ranges
 
 MOST_EFFECTS = 700_000
@@ -101,7 +101,7 @@ class StageRun:
     def carried(self, taken: int) -> dict[str, Any]:
         """Everything that there is room for beside `taken` characters."""
         result, run = self.result, self.run
-        x, is_log = place_steps(result.table["step"].to_numpy())
+        x, is_log = place_steps(result.positions)
         carried: dict[str, Any] = {
             "name": result.name, "direction": self.settings.direction, "source": result.source,
             "target": result.target, "positions": self.settings.positions, "joint": self.settings.joint,
@@ -110,12 +110,15 @@ class StageRun:
             "layers": [int(layer) for layer in run.layer.values],
             "patched_layers": list(self.settings.layers), "layer_words": ranges(self.settings.layers),
             "checkpoints": [
-                {"label": str(label), "step": int(step), "short": short, "x": round(float(at), 4)}
-                for label, step, short, at in zip(
-                    result.table.index, result.table["step"], step_labels(result), x, strict=True
+                {
+                    "label": str(label), "step": int(step), "known": bool(place >= 0), "short": short,
+                    "x": round(float(at), 4),
+                }
+                for label, step, place, short, at in zip(
+                    result.table.index, result.table["step"], result.positions, step_labels(result), x, strict=True
                 )
             ],
-            "is_log": is_log,
+            "is_log": is_log, "axis": axis_name(result.points), "by_label": bool(result.points.labels),
             "lattice": self.lattice,
             "mask": None if self.lattice else pack(np.packbits(self.mask, axis=1).astype(np.int64)),
             "measures": {"logit_diff": self._means("logit_diff", self.effects, self.every)},

@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from ..measures.logit_diff import best_layer, effect, finished
+from ..measures.training import positions_of
 from ..study.patch_settings import PatchSettings
 from .head_effects import HeadEffect, head_effects, rank_heads
 from .joint import ROUNDING
@@ -164,10 +165,10 @@ class _Timeline:
     @classmethod
     def of(cls, run: TrainingRun, per_step: int) -> "_Timeline":
         complete = finished(run.run)
-        known = complete.isel(checkpoint=np.flatnonzero(complete.step.values >= 0))
+        known = complete.isel(checkpoint=np.flatnonzero(positions_of(complete) >= 0))
         if not known.sizes["checkpoint"]:
             raise ValueError(f"{run.name} has no finished checkpoint with a known step")
-        return cls(known, run.settings, known.step.values.astype(np.int64) * per_step)
+        return cls(known, run.settings, positions_of(known) * per_step)
 
     @property
     def labels(self) -> list[str]:

@@ -8,6 +8,7 @@ import xarray as xr
 from jaxtyping import Int
 
 from ..measures.logit_diff import CLEAR_OF_ZERO, effect
+from ..measures.training import positions_of
 from .changepoint import NON_MONOTONE, Shape, evaluate_shape
 from .onset import DIVERGENCE, Series, known_steps, pick, series_of
 from .parity_onset import ParityOnset, date_parity
@@ -101,7 +102,7 @@ def hypotheses(run: xr.Dataset, direction: str, layer: int) -> Evaluation | None
     series = pick(list(series_of(complete, direction)), DIVERGENCE, "nats", layer)
     if series is None:
         return None
-    steps = complete.step.values.astype(int)
+    steps = positions_of(complete)
     return evaluate(steps, parity_onset(complete, direction, layer), _shape(steps, series))
 
 
@@ -127,4 +128,4 @@ def parity_onset(run: xr.Dataset, direction: str, layer: int) -> ParityOnset | N
     whole = float(moved.sel(subset="all") if named else moved.sel(subset=["even", "odd"]).sum("subset"))
     size, whole = (max(part * abs(whole), CLEAR_OF_ZERO) for part in (PART, 1.0))
     differences = splits.differences(logit_diff[:, None]).at_layer(0)
-    return date_parity(complete.step.values.astype(int), differences, splits, size, whole)
+    return date_parity(positions_of(complete), differences, splits, size, whole)

@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from ..measures.logit_diff import CLEAR_OF_ZERO, NAMED, PATTERN, effect, finished, recovered, success
+from ..measures.training import STEPS, TrainingPoints, positions_of
 from .bootstrap import LEVEL, noise_of_means
 from .changepoint import evaluate_shape
 from .drops import chance_drops, students
@@ -78,9 +79,14 @@ class Onset:
         return "right" if self.by is None else "left" if self.after is None else ""
 
     def __str__(self) -> str:
+        return self.text(STEPS)
+
+    def text(self, points: TrainingPoints) -> str:
+        """Between which points of training, `20 to 30`."""
         if self.by is None:
             return "never"
-        return f"by {self.by:,}" if self.after is None else f"{self.after:,} to {self.by:,}"
+        by = points.name(self.by)
+        return f"by {by}" if self.after is None else f"{points.name(self.after)} to {by}"
 
 
 def onset_of(steps: Int[np.ndarray, " checkpoint"], series: Series) -> Onset:
@@ -159,7 +165,11 @@ class Decline:
     """What is left of the depth when as much is taken off as noise over prompts drops anywhere, in 95 % of cases."""
 
     def __str__(self) -> str:
-        return f"{self.start:,} to {self.end:,}: -{self.depth:.2f}"
+        return self.text(STEPS)
+
+    def text(self, points: TrainingPoints) -> str:
+        """Where from and where to, and how deep: `20 to 30: -1.50`."""
+        return f"{points.name(self.start)} to {points.name(self.end)}: -{self.depth:.2f}"
 
 
 def declines(steps: Int[np.ndarray, " checkpoint"], series: Series) -> list[Decline]:
@@ -242,24 +252,24 @@ def _array(values: xr.DataArray) -> Float[np.ndarray, "checkpoint trial"]:
 
 
 def known_steps(run: xr.Dataset) -> xr.Dataset:
-    """The finished checkpoints whose step is known, in order; of several at one step the first."""
+    """The finished checkpoints whose place in training is known, in order; of several at one place the first."""
     complete = finished(run)
-    steps = complete.step.values
-    first = np.array([step >= 0 and step not in steps[:at] for at, step in enumerate(steps)], dtype=bool)
+    places = positions_of(complete)
+    first = np.array([place >= 0 and place not in places[:at] for at, place in enumerate(places)], dtype=bool)
     return complete.isel(checkpoint=np.flatnonzero(first))
 
 
 def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
     """One row for each measure, layer and unit.
 
-    Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `threshold`, `after` and `by` (steps between
-    which it starts), `low` and `high` (their interval over prompts), `significant` (step of the first significant
-    checkpoint), `censored`, `shape` and `shape_log` (sudden, gradual, non-monotone, none or undecided, over steps, to
-    which tokens seen are proportional, and over their logarithm), `drops` (stretches over which it goes back, the
-    deepest first).
+    Columns: `measure`, `layer` (missing for unpatched runs), `unit`, `threshold`, `after` and `by` (steps between which
+    it starts, counted on over stages), `low` and `high` (their interval over prompts), `significant` (step of the first
+    significant checkpoint), `censored`, `onset` (in words, with labels where training has stages), `shape` and
+    `shape_log` (sudden, gradual, non-monotone, none or undecided, over steps, to which tokens seen are proportional,
+    and over their logarithm), `drops` (stretches over which it goes back, the deepest first).
     """
     complete = known_steps(run)
-    steps = complete.step.values.astype(int)
+    steps, points = positions_of(complete), TrainingPoints.of(complete)
     records = []
     for series in series_of(complete, direction):
         onset = onset_of(steps, series)
@@ -268,10 +278,10 @@ def onsets(run: xr.Dataset, direction: str) -> pd.DataFrame:
                 "measure": series.name, "layer": series.layer, "unit": series.unit, "threshold": series.threshold,
                 "after": onset.after, "by": onset.by, "low": onset.low, "high": onset.high,
                 "significant": onset.significant,
-                "censored": onset.censored, "onset": str(onset),
+                "censored": onset.censored, "onset": onset.text(points),
                 "shape": evaluate_shape(steps.astype(float), series.values).verdict,
                 "shape_log": evaluate_shape(np.log(np.maximum(steps, 1)), series.values).verdict,
-                "drops": "; ".join(map(str, declines(steps, series))),
+                "drops": "; ".join(decline.text(points) for decline in declines(steps, series)),
             }
         )  # fmt: skip
     return pd.DataFrame(records).astype(dict.fromkeys(("layer", "after", "by", "low", "high", "significant"), "Int64"))

@@ -14,15 +14,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
+from ..checkpoints.training_place import positions, read_place, refuse_unordered
 from ..runtime.durable import sync, sync_all
 from ..runtime.errors import DamageError, UserError
-from ..runtime.format import one_line
+from ..runtime.format import format_names, one_line
 from . import integrity
 from .chunk_files import ChunkFiles
 from .integrity import AXIS, SEAL, damaged
 from .locks import layout_lock
 from .small_files import SmallFiles
-from .zarr_group import CHECKSUMMED, CheckpointRow, axis_dtype, axis_values, dims_of, package_versions, write_attributes
+from .zarr_group import (
+    ALONG_AXIS,
+    CHECKSUMMED,
+    EVERY_CHUNK,
+    CheckpointRow,
+    axis_dtype,
+    axis_values,
+    dims_of,
+    package_versions,
+    write_attributes,
+)
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -99,9 +110,10 @@ class CheckpointArrays:
         return list(self._rows)
 
     def complete(self) -> dict[str, int]:
-        """Label -> index of every complete checkpoint, in order of training; an unknown step (-1) comes last."""
+        """Label -> index of every complete checkpoint, in order of training; those of unknown place come last."""
         marks = self.values("complete")
-        complete = [(row.step < 0, row.step, i, row.label) for i, row in enumerate(self._rows) if marks[i]]
+        at = positions([row.place for row in self._rows])
+        complete = [(at[i] < 0, at[i], i, row.label) for i, row in enumerate(self._rows) if marks[i]]
         return {label: index for _, _, index, label in sorted(complete)}
 
     def index(self, label: str) -> int:
@@ -203,6 +215,8 @@ class CheckpointArrays:
 
     def _labelled(self, dataset: "xr.Dataset") -> "xr.Dataset":
         dataset = dataset.drop_vars("record", errors="ignore")
+        absent = {name: values for name, values in axis_values(self._rows).items() if name not in dataset}
+        dataset = dataset.assign_coords({name: (AXIS, values) for name, values in absent.items()})
         dataset = dataset.set_coords([name for name in self._attributes["coordinates"].split() if name in dataset])
         dataset.attrs = {name: value for name, value in self._attributes.items() if name not in (SEAL, "coordinates")}
         return dataset
@@ -223,37 +237,47 @@ class CheckpointArrays:
     def add(self, rows: Sequence[CheckpointRow]) -> None:
         """Lay out room for the checkpoints that are not on the axis yet, at its end, incomplete.
 
-        Raises `UserError` when a label is on the axis with another step, or the group is of format 1.
+        Raises `UserError` when a label is on the axis with another step, when old and new ones have no one order, or
+        the group is of format 1.
         """
-        if all(row in self._rows for row in rows):
+        if all(self._has(row) for row in rows):
             return
         with layout_lock(self._store):
             self._open()  # another process may have grown it
-            steps = {row.label: row.step for row in self._rows}
-            new = [row for row in rows if row not in self._rows]
-            if clash := [row for row in new if row.label in steps]:
-                label, step = clash[0].label, clash[0].step
-                raise UserError(
-                    f"{self.path} holds {label} as step {steps[label]}, now it is step {step}; use another --store"
-                )
+            new = [row for row in rows if not self._has(row)]
+            for row in new:
+                if row.label in self._index:
+                    there = self._rows[self._index[row.label]]
+                    raise UserError(
+                        f"{self.path} holds {row.label} as step {there.step}, now it is step {row.step}; "
+                        "use another --store"
+                    )
             if new:
+                places = {row.label: row.place for row in [*self._rows, *new]}
+                refuse_unordered(places, f"{self.path} cannot take {format_names([row.label for row in new])}")
                 self._grow([*self._rows, *new])
         self._open()
+
+    def _has(self, row: CheckpointRow) -> bool:
+        """Whether the label is on the axis at the same step of the same stage; not all groups know the tokens."""
+        there = self._rows[self._index[row.label]] if row.label in self._index else None
+        return there is not None and (there.stage, there.step) == (row.stage, row.step)
 
     def _grow(self, rows: Sequence[CheckpointRow]) -> None:
         """Room for `rows`.  Readers go by the seal, which is written last: until then nothing has changed for them."""
         self._refuse_old()
         for name in self._arrays:
-            if self._has_axis(name) and name not in (AXIS, "step"):
+            if self._has_axis(name) and name not in ALONG_AXIS:
                 self.array(name).resize((len(rows), *self.array(name).shape[1:]))
-        self._extend_axis("step", np.array([row.step for row in rows]))
-        self._extend_axis(AXIS, np.array([row.label for row in rows], dtype=object))
+        along = {name: values for name, values in axis_values(rows).items() if name in self._arrays}
+        for name, values in reversed(along.items()):
+            self._extend_axis(name, values)
         for name in self._arrays:
             sync(self.path / name / "zarr.json")
-        for name in (AXIS, "step"):
+        for name in along:
             sync(self.path / name / "c")
         fixed = {name: self.values(name) for name in self._arrays if not self._has_axis(name)}
-        write_attributes(self.group, self.path, self._attributes, {**fixed, **axis_values(rows)}, len(rows))
+        write_attributes(self.group, self.path, self._attributes, {**fixed, **along}, len(rows))
 
     def _extend_axis(self, name: str, values: np.ndarray) -> None:
         """Write the values, and then the length: a kill in between leaves no empty label."""
@@ -262,7 +286,7 @@ class CheckpointArrays:
         array = self.array(name)
         twin = zarr.create_array(
             beside, shape=values.shape, chunks=array.chunks, dtype=axis_dtype(values), fill_value=array.fill_value,
-            compressors=CHECKSUMMED,
+            compressors=CHECKSUMMED, config=EVERY_CHUNK,
         )  # fmt: skip
         twin[:] = values
         for chunk in sorted((beside / "c").iterdir()):
@@ -323,8 +347,11 @@ class CheckpointArrays:
         return np.asarray(self.array(name)[(index, rows) if self.has_chunk_a_row(name) else index])
 
     def _read_rows(self) -> list[CheckpointRow]:
-        labels, steps = self.values(AXIS), self.values("step")
-        return [CheckpointRow(str(label), int(step)) for label, step in zip(labels, steps, strict=False)]
+        labels, steps = map(str, self.values(AXIS)), map(int, self.values("step"))
+        if "stage" not in self._arrays:
+            return [CheckpointRow(*row, read_place(row[0]).stage) for row in zip(labels, steps, strict=False)]
+        stages, tokens = map(str, self.values("stage")), map(int, self.values("tokens_seen"))
+        return [CheckpointRow(*row) for row in zip(labels, steps, stages, tokens, strict=False)]
 
     def _n_checkpoints(self, length: int) -> int:
         return int(self._attributes[SEAL]["checkpoints"]) if self.is_sealed else length

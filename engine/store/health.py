@@ -21,7 +21,7 @@ from .checkpoint_arrays import CheckpointArrays
 from .disk import is_group
 from .integrity import AXIS
 from .inventory import visible
-from .zarr_group import dims_of
+from .zarr_group import ALONG_AXIS, dims_of
 
 _ALWAYS_WRITTEN = ("z", "key", "value", "resid_pre", "answer_logits", "logit_diff")
 """Arrays of which a complete checkpoint has every chunk; of others zarr leaves out chunks that hold one value only."""
@@ -220,7 +220,7 @@ def _check_checkpoint(arrays: CheckpointArrays, label: str, amount: Amount) -> I
         return
     damages: list[Damage] = []
     for name in arrays.array_names:
-        if dims_of(arrays.array(name))[:1] == (AXIS,) and name not in (AXIS, "step", "complete", "record"):
+        if dims_of(arrays.array(name))[:1] == (AXIS,) and name not in (*ALONG_AXIS, "complete", "record"):
             damages += _check_array(arrays, name, label, record, amount)
     if damages and not _is_written_anew(arrays, label, record):
         yield from damages

@@ -245,7 +245,7 @@ def _describe(
         "patch": settings.to_attributes(),
         "self_check_seed": new_seed(),
         "versions": zarr_group.package_versions(),
-        "coordinates": " ".join(["step", "complete", *coordinates]),
+        "coordinates": " ".join(coordinates),
         **({"primary": dict(primary)} if primary else {}),
     }
     zarr_group.finish_group(group, path, axes.checkpoints, attributes)

@@ -337,7 +337,7 @@ def create_store(
             "study": dict(study),
             "contrasts": [vars(contrast) for contrast in trials.contrasts],
             "versions": zarr_group.package_versions(),
-            "coordinates": "step complete length repeats answer_tokens token_text problem",
+            "coordinates": "length repeats answer_tokens token_text problem",
         }
         zarr_group.finish_group(group, partial, rows, attributes)
     return Store(path)
@@ -365,7 +365,7 @@ def located(provenance: Mapping[str, Any], weights: Path | None) -> dict[str, An
 
 def duplicate_weights(store: Store) -> list[str]:
     """Warnings about checkpoints of different steps whose weight files are identical."""
-    steps = {row.label: row.step for row in store.rows()}
+    places = {row.label: (row.stage, row.step) for row in store.rows()}
     by_hash: dict[str, list[str]] = {}
     for label, record in store.records().items():
         hashes = record["provenance"]["sha256"]
@@ -373,5 +373,5 @@ def duplicate_weights(store: Store) -> list[str]:
     return [
         f"{', '.join(labels)} serve the same weights (sha256 {digest[:12]}): at most one is what its name says"
         for digest, labels in by_hash.items()
-        if len({steps[label] for label in labels}) > 1
+        if len({places[label] for label in labels}) > 1
     ]

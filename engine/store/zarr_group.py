@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
+from ..checkpoints.training_place import UNKNOWN, Place, read_place
 from ..runtime.durable import sync
 from ..runtime.errors import UserError
 from ..runtime.format import shorten
@@ -22,7 +23,10 @@ from .small_files import SmallFiles
 _PACKAGES = ("headlapse", "torch", "transformers", "zarr", "numpy")
 
 _AXIS_CHUNK = 256
-"""Labels and steps in one file of the axis."""
+"""Labels, steps and so on in one file of the axis."""
+
+ALONG_AXIS = (AXIS, "step", "stage", "tokens_seen")
+"""Arrays that say what each place on the axis is.  Groups made before stages were known lack the last two."""
 
 CHECKSUMMED = (Crc32cCodec(),)
 """No compression: activations hardly shrink, and are then read as fast as the disk allows."""
@@ -33,7 +37,22 @@ class CheckpointRow:
     """One place on the checkpoint axis."""
 
     label: str
+
     step: int
+    """Of training, from the start of its stage; -1 where not known."""
+
+    stage: str = ""
+    tokens_seen: int = UNKNOWN
+    """Since the start of its stage; -1 where not known."""
+
+    @property
+    def place(self) -> Place:
+        return Place(self.stage, self.step, self.tokens_seen, read_place(self.label).seed)
+
+
+EVERY_CHUNK: Any = {"write_empty_chunks": True}
+"""zarr's setting for the arrays along the axis: a chunk of nothing but zeros or empty words is a file as well, so that
+each can be moved into its place."""
 
 
 def write_attributes(
@@ -50,14 +69,21 @@ def finish_group(group: zarr.Group, path: Path, rows: Sequence[CheckpointRow], a
     """The last step of creating a group: its attributes and its seal."""
     arrays = dict(group.arrays())
     fixed = {name: np.asarray(array[...]) for name, array in arrays.items() if dims_of(array)[:1] != (AXIS,)}
-    attributes = {**attributes, "coordinates": f"{attributes['coordinates']} record"}  # xarray takes the rest for data
+    coordinates = f"{' '.join(ALONG_AXIS[1:])} complete record {attributes['coordinates']}"
+    attributes = {**attributes, "coordinates": coordinates}  # xarray takes the rest for data
     write_attributes(group, path, attributes, {**fixed, **axis_values(rows)}, len(rows))
 
 
 def axis_values(rows: Sequence[CheckpointRow]) -> dict[str, np.ndarray]:
-    """The arrays of the checkpoint axis."""
-    labels = np.array([row.label for row in rows], dtype=object)
-    return {AXIS: labels, "step": np.array([row.step for row in rows], dtype="int64")}
+    """The arrays of the checkpoint axis, as `ALONG_AXIS` names them."""
+    values = {
+        AXIS: np.array([row.label for row in rows], dtype=object),
+        "step": np.array([row.step for row in rows], dtype="int64"),
+        "stage": np.array([row.stage for row in rows], dtype=object),
+        "tokens_seen": np.array([row.tokens_seen for row in rows], dtype="int64"),
+    }
+    assert tuple(values) == ALONG_AXIS
+    return values
 
 
 def axis_dtype(values: np.ndarray) -> Any:
@@ -76,7 +102,7 @@ def start(path: Path, rows: Sequence[CheckpointRow]) -> zarr.Group:
     for name, values in axis_values(rows).items():
         array = group.create_array(
             name, shape=values.shape, chunks=(_AXIS_CHUNK,), dtype=axis_dtype(values), dimension_names=(AXIS,),
-            compressors=CHECKSUMMED,
+            compressors=CHECKSUMMED, config=EVERY_CHUNK,
         )  # fmt: skip
         array[:] = values
     put_empty(group, "complete", (len(rows),), (1,), bool, (AXIS,))

@@ -4,6 +4,7 @@ import pandas as pd
 import xarray as xr
 
 from ...measures.logit_diff import best_layer
+from ...measures.training import STEPS, TrainingPoints
 from ...statistics.bootstrap import LEVEL
 from ...statistics.changepoint import GAP, Shape
 from ...statistics.hypotheses import FEWEST, THIRDS, Evaluation, hypotheses
@@ -27,8 +28,10 @@ def hypotheses_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | No
     evaluation = hypotheses(complete, settings.direction, layer)
     if evaluation is None:
         return None
-    numbers = hypotheses_table(evaluation)
-    notes = [f"the study's hypotheses for even against odd heads of layer {layer}, by thirds of the steps to the last"]
+    points = TrainingPoints.of(complete)
+    numbers = hypotheses_table(evaluation, points)
+    whose = f"the study's hypotheses for even against odd heads of layer {layer}"
+    notes = [f"{whose}, by thirds of the {points.unit} to the last"]
     if evaluation.onset is None:
         words = how_to_test(complete.sizes["head"], settings.n_groups)[0]
         notes.append(f"cannot tell: no null was run (--subsets even odd all {words})")
@@ -38,9 +41,9 @@ def hypotheses_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | No
     return Finding("The study's hypotheses", table, tuple(notes), "hypotheses", numbers)
 
 
-def hypotheses_table(evaluation: Evaluation) -> pd.DataFrame:
+def hypotheses_table(evaluation: Evaluation, points: TrainingPoints = STEPS) -> pd.DataFrame:
     """`verdict` and `evidence` in words, by `hypothesis`."""
-    when, how = _onset_evidence(evaluation), _shape_evidence(evaluation.shape)
+    when, how = _onset_evidence(evaluation, points), _shape_evidence(evaluation.shape)
     if evaluation.onset is not None and not evaluation.onset.lasts:
         how += "; without a pattern that lasts nothing is said of its shape"
     rows = {
@@ -50,22 +53,22 @@ def hypotheses_table(evaluation: Evaluation) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("hypothesis")
 
 
-def _onset_evidence(evaluation: Evaluation) -> str:
+def _onset_evidence(evaluation: Evaluation, points: TrainingPoints) -> str:
     onset = evaluation.onset
     if onset is None:
         return "among no other equal splits can even against odd stand out"
     thirds = " or ".join(evaluation.log_thirds) or "in no third"
     p = f"permutation p = {onset.p:.2g} at the last checkpoint"
     power = "" if onset.p <= 1 - LEVEL else f", power {onset.power:.0%}"
-    return f"{parity_onset_text(onset)}; over log steps {thirds}; {p}{power}"
+    return f"{parity_onset_text(onset, points)}; over log {points.unit} {thirds}; {p}{power}"
 
 
-def parity_onset_text(onset: ParityOnset) -> str:
-    """Between which steps even against odd starts to stand out among the equal splits, and how sure that is."""
+def parity_onset_text(onset: ParityOnset, points: TrainingPoints) -> str:
+    """Between which checkpoints even against odd starts to stand out among the equal splits, and how sure that is."""
     size = f"a pattern of {onset.size:.2g} nats"
-    until = (
-        f"{size} is excluded up to step {onset.after:,}" if onset.after is not None else f"{size} is nowhere excluded"
-    )
+    until = f"{size} is nowhere excluded"
+    if onset.after is not None:
+        until = f"{size} is excluded up to {points.words(onset.after)}"
     if onset.by is None:
         if onset.is_absent:
             return f"even − odd stands out at no checkpoint, and {size} is excluded at each"
@@ -73,7 +76,7 @@ def parity_onset_text(onset: ParityOnset) -> str:
         return f"even − odd stands out at no checkpoint{few}; {until}"
     until = until.replace("is nowhere excluded", "is excluded at none before")
     gone = "" if onset.lasts else ", not at the last"
-    return f"even − odd stands out among the equal splits from step {onset.by:,} on{gone}; {until}"
+    return f"even − odd stands out among the equal splits from {points.words(onset.by)} on{gone}; {until}"
 
 
 def _shape_evidence(shape: Shape) -> str:

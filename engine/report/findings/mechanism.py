@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ...checkpoints.revisions import step_of
+from ...checkpoints.training_place import read_place
 from ...measures.logit_diff import finished
 from ...mechanism.summary import HEADS, approximation, head_means, heads_by_attribution
 from ...runtime.format import format_count, format_head
@@ -135,7 +135,7 @@ def mechanism_text(run: xr.Dataset, settings: MechanismSettings) -> Finding:
     """One row a finished checkpoint, of the parts that were measured."""
     measured = finished(run).load()
     table = pd.DataFrame(index=pd.Index(measured.checkpoint.values, name=None))
-    if any(step_of(str(label)) != step for label, step in zip(table.index, measured.step.values, strict=True)):
+    if any(read_place(str(label)).step != step for label, step in zip(table.index, measured.step.values, strict=True)):
         table["step"] = [str(step) if step >= 0 else "?" for step in measured.step.values]
     notes = []
     for part, columns_of in _PARTS.items():

@@ -5,6 +5,7 @@ import pandas as pd
 import xarray as xr
 
 from ...measures.logit_diff import best_layer
+from ...measures.training import TrainingPoints, positions_of
 from ...statistics.hypotheses import FEWEST, parity_onset
 from ...statistics.onset import CAPABILITY, DIVERGENCE, compare_onsets, known_steps, onsets, pick, series_of
 from ...study.patch_settings import PatchSettings
@@ -23,22 +24,23 @@ def onsets_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None:
     if complete.sizes["checkpoint"] < FEWEST:
         return None
     layer = int(best_layer(complete, direction).values[-1])
-    frame = onsets(complete, direction)
+    frame, points = onsets(complete, direction), TrainingPoints.of(complete)
     shown = frame[frame["layer"].isna() | (frame["layer"] == layer)]
     table = pd.DataFrame(
         {
             "starts": shown["onset"],
-            "95 % interval": [format_interval(*_bounds(row)) for _, row in shown.iterrows()],
-            "significant": ["never" if pd.isna(step) else f"{step:,}" for step in shown["significant"]],
-            "steps": shown["shape"],
-            "log steps": shown["shape_log"],
+            "95 % interval": [format_interval(*_bounds(row), points) for _, row in shown.iterrows()],
+            "significant": ["never" if pd.isna(at) else points.name(int(at)) for at in shown["significant"]],
+            points.unit: shown["shape"],
+            f"log {points.unit}": shown["shape_log"],
             "drops": [_deepest(drops) for drops in shown["drops"]],
         }
     )
     names = [f"{row['measure']}, {row['unit']} > {row['threshold']:g}" for _, row in shown.iterrows()]
     table.index = pd.Index(names)
+    between = "checkpoints" if points.labels else "steps"
     how_to_read = (
-        "steps between which the mean over prompts crosses the threshold at two consecutive checkpoints, at layer "
+        f"{between} between which the mean over prompts crosses the threshold at two consecutive checkpoints, at layer "
         f"{layer} (largest effect at the last checkpoint), and the first significant checkpoint; the shape of the "
         "change by BIC; drops deeper than the noise over prompts drops anywhere"
     )
@@ -46,11 +48,11 @@ def onsets_finding(run: xr.Dataset, settings: PatchSettings) -> Finding | None:
     return Finding("When it starts", table, notes, "onsets", frame.set_index(["measure", "layer", "unit"]))
 
 
-def format_interval(low: int | None, high: int | None) -> str:
-    """Bounds of an onset in steps, None where it may have been there from the first, or may never come."""
+def format_interval(low: int | None, high: int | None, points: TrainingPoints) -> str:
+    """Bounds of an onset, None where it may have been there from the first, or may never come."""
     if high is None:
-        return "any time to never" if low is None else f"{low:,} to never"
-    return f"by {high:,}" if low is None else f"{low:,} to {high:,}"
+        return "any time to never" if low is None else f"{points.name(low)} to never"
+    return f"by {points.name(high)}" if low is None else f"{points.name(low)} to {points.name(high)}"
 
 
 def _deepest(drops: str) -> str:
@@ -80,11 +82,12 @@ def _order(complete: xr.Dataset, direction: str, layer: int) -> list[str]:
     able, diverged = pick(series, CAPABILITY, "nats", None), pick(series, DIVERGENCE, "nats", layer)
     if able is None or diverged is None:
         return []
-    order = compare_onsets(complete.step.values.astype(int), able, diverged)
+    unit = TrainingPoints.of(complete).unit
+    order = compare_onsets(positions_of(complete), able, diverged)
     apart = " to ".join(f"{steps:,.0f}" if np.isfinite(steps) else "any number of" for steps in (order.low, order.high))
     return [
         f"capability ({CAPABILITY}) against specialization ({DIVERGENCE}): {order.verdict}; it starts before it in "
-        f"{order.before:.0%} of resamples and after it in {order.after:.0%}, by {apart} steps"
+        f"{order.before:.0%} of resamples and after it in {order.after:.0%}, by {apart} {unit}"
     ]
 
 

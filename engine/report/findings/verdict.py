@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from ...measures.logit_diff import PATTERN, best_layer, effect, finished, success
+from ...measures.training import TrainingPoints
 from ...runtime.format import format_count
 from ...statistics.bootstrap import LEVEL
 from ...statistics.head_effects import HeadEffect, head_effects, rank_heads, telling_checkpoint
@@ -354,7 +355,7 @@ def _parity_texts(
         return
     onset = parity_onset(complete, settings.direction, layer)
     p = permutation_p(complete, splits, layer)
-    answer, since = _parity_answer(p, joint, onset)
+    answer, since = _parity_answer(p, joint, onset, TrainingPoints.of(known_steps(complete)))
     yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits; {joint_p}"
     yield f"{answer}: {difference}{since}, {format_p(p)} of {n_splits} splits; {joint_p}"
     yield f"{answer}: {difference}{since}, permutation {format_p(p)} of {n_splits} splits"
@@ -376,13 +377,13 @@ def _too_few_texts(n_heads: int, n_groups: int, splits: EqualSplits, difference:
     yield f"cannot tell: {few}: --subsets {word}; {joint_p}"
 
 
-def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tuple[str, str]:
+def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None, points: TrainingPoints) -> tuple[str, str]:
     """Yes, no or that it cannot be told, and since when.  No only where a pattern is excluded (`ParityOnset.absent`) or
     at least one that carries the whole layer, and nothing elsewhere speaks for one."""
     if p <= 1 - LEVEL:
         if onset is None or onset.by is None or not onset.lasts:
             return "yes", ""
-        return "yes", f" from step {'' if onset.after is None else f'{onset.after}-'}{onset.by}"
+        return "yes", f" from {_between_points(onset.after, onset.by, points)}"
     if onset is None:
         return "cannot tell", ""
     if onset.by is None and onset.absent[-1] and joint.p > 1 - LEVEL:
@@ -390,6 +391,13 @@ def _parity_answer(p: float, joint: JointTest, onset: ParityOnset | None) -> tup
     if onset.by is None and onset.neither_carries and joint.p > 1 - LEVEL:
         return "no, neither carries the layer", ""
     return f"cannot tell (power {100 * onset.power:.0f} %)", ""
+
+
+def _between_points(after: int | None, by: int, points: TrainingPoints) -> str:
+    """`step 48-56`, or labels: between which two checkpoints something starts."""
+    if points.labels:
+        return points.name(by) if after is None else f"{points.name(after)} to {points.name(by)}"
+    return f"step {by}" if after is None else f"step {after}-{by}"
 
 
 def _rule_line(complete: xr.Dataset, settings: PatchSettings, judges: xr.Dataset | None) -> Iterator[Line]:
