@@ -4,9 +4,13 @@ import json
 import subprocess
 import sys
 
+from transformers.utils import import_utils
+
 from headlapse.engine.runtime.importing import import_less
 
-SPARED = ("torch._dynamo.convert_frame", "torch.distributed.tensor", "scipy.optimize")
+SPARED = ["scipy.optimize"]
+if hasattr(import_utils, "is_torch_distributed_available"):  # older ones import torch.distributed whatever is said
+    SPARED += ["torch._dynamo.convert_frame", "torch.distributed.tensor"]
 
 PROCESS = f"""
 import json, sys
@@ -45,8 +49,7 @@ def test_a_command_is_spared_the_compiler_and_what_spreads_models_until_somethin
 
 
 def test_a_process_that_has_imported_transformers_is_left_as_it_is() -> None:
-    import transformers  # noqa: F401
-
+    assert "transformers" in sys.modules
     before = list(sys.meta_path)
     import_less()
     assert sys.meta_path == before

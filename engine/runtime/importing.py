@@ -81,10 +81,11 @@ def _say_what_is_not_there() -> None:
     import torch
     from transformers.utils import import_utils
 
-    for asked in (import_utils.is_torch_distributed_available, import_utils.is_scipy_available):
-        asked.cache_clear()
-    with _answering(torch.distributed, "is_available", lambda: False):
-        import_utils.is_torch_distributed_available()
+    if hasattr(import_utils, "is_torch_distributed_available"):  # older versions ask torch itself, and get all of it
+        import_utils.is_torch_distributed_available.cache_clear()
+        with _answering(torch.distributed, "is_available", lambda: False):
+            import_utils.is_torch_distributed_available()
+    import_utils.is_scipy_available.cache_clear()
     with _answering(import_utils, "_is_package_available", lambda *_names, **_options: (False, "N/A")):
         import_utils.is_scipy_available()
 
