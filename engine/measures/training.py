@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Int
 
-from ..checkpoints.training_place import Place, positions
+from ..checkpoints.training_place import UNKNOWN, Place, positions
 
 POSITION = "training_position"
 """The coordinate that `placed` adds."""
@@ -21,12 +22,7 @@ def positions_of(run: xr.Dataset) -> Int[np.ndarray, " checkpoint"]:
     """
     if POSITION in run.coords:
         return run[POSITION].values
-    unknown = {"stage": "", "tokens_seen": -1}
-    stages, tokens = (
-        run[name].values.tolist() if name in run.coords else [absent] * run.sizes["checkpoint"]
-        for name, absent in unknown.items()
-    )
-    rows = zip(stages, run.step.values.tolist(), tokens, strict=True)
+    rows = zip(_along(run, "stage", ""), run.step.values.tolist(), _along(run, "tokens_seen", UNKNOWN), strict=True)
     return np.array(positions([Place(str(stage), int(step), int(seen)) for stage, step, seen in rows]), dtype=np.int64)
 
 
@@ -49,7 +45,7 @@ class TrainingPoints:
     def of(cls, run: xr.Dataset) -> "TrainingPoints":
         at, steps = positions_of(run), run.step.values
         known = at >= 0
-        if np.array_equal(at[known], steps[known]) and not any(_stages(run)[known]):
+        if np.array_equal(at[known], steps[known]) and not any(np.array(_along(run, "stage", ""), dtype=object)[known]):
             return cls({})
         labels = {int(point): str(label) for point, label in zip(at, run.checkpoint.values, strict=True)}
         return cls(labels, "steps" if (steps >= 0).any() else "tokens")
@@ -67,6 +63,6 @@ STEPS = TrainingPoints({})
 """Of a training without stages."""
 
 
-def _stages(run: xr.Dataset) -> np.ndarray:
-    absent = np.full(run.sizes["checkpoint"], "", dtype=object)
-    return run["stage"].values.astype(object) if "stage" in run.coords else absent
+def _along(run: xr.Dataset, name: str, absent: str | int) -> list[Any]:
+    """A coordinate's value for each checkpoint; older runs lack some."""
+    return run[name].values.tolist() if name in run.coords else [absent] * run.sizes["checkpoint"]
