@@ -3,8 +3,6 @@
 import importlib.util
 import json
 import runpy
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from headlapse.engine.runtime.exit_status import exit_status_of
 from tests.forked import exit_status
-from tests.test_kills import STRIDE, Recorder, empty_what_was_not_synced, files_of
+from tests.test_kills import STRIDE, Recorder, each_kill, empty_what_was_not_synced, files_of
 
 pytestmark = pytest.mark.thorough
 
@@ -213,11 +211,11 @@ def test_a_conversion_cut_off_at_any_file_operation_is_finished_by_the_next_one(
     write_gguf(gguf)
     assert exit_status(convert_until, gguf, tmp_path / "whole" / "out", 10**6, log) == 0
     expected, n_kills = files_of(tmp_path / "whole"), 0
-    for kill_at in range(stride // 2, 10**6, stride):
-        shutil.rmtree(place, ignore_errors=True)
-        log.unlink(missing_ok=True)
-        if exit_status(convert_until, gguf, place / "out", kill_at, log) != -signal.SIGKILL:
-            break
+
+    def work(kill_at: int) -> int:
+        return exit_status(convert_until, gguf, place / "out", kill_at, log)
+
+    for kill_at in each_kill(work, place, log, stride):
         n_kills += 1
         empty_what_was_not_synced(log, place / "out")
         assert exit_status(convert_until, gguf, place / "out", 10**6, log) == 0

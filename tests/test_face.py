@@ -1,8 +1,6 @@
 """The Python face: the same results as the command, nothing changed that belongs to the user."""
 
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import warnings
@@ -18,7 +16,7 @@ from headlapse.__main__ import main
 from headlapse.engine.checkpoints.loaded_model import save_loaded_model
 from tests.forked import exit_status
 from tests.models import save, tiny, tiny_tokenizer
-from tests.test_kills import STRIDE, Recorder, empty_what_was_not_synced, files_of
+from tests.test_kills import STRIDE, Recorder, each_kill, empty_what_was_not_synced, files_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,11 +139,11 @@ def test_a_loaded_model_is_saved_whole_or_not_at_all(tmp_path: Path) -> None:
     assert exit_status(save_until, tmp_path / "whole", 10**6, log) == 0
     expected, n_kills = files_of(tmp_path / "whole"), 0
     [whole] = [files_of(model) for model in (tmp_path / "whole" / "models").iterdir()]
-    for kill_at in range(stride // 2, 10**6, stride):
-        shutil.rmtree(place, ignore_errors=True)
-        log.unlink(missing_ok=True)
-        if exit_status(save_until, place, kill_at, log) != -signal.SIGKILL:
-            break
+
+    def work(kill_at: int) -> int:
+        return exit_status(save_until, place, kill_at, log)
+
+    for kill_at in each_kill(work, place, log, stride):
         n_kills += 1
         empty_what_was_not_synced(log, place)
         assert [files_of(model) for model in (place / "models").glob("[!.]*")] in ([], [whole])

@@ -9,7 +9,7 @@ import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +148,17 @@ def killed(write: Callable[[Path], None], path: Path, kill_at: int, log: Path) -
             os._exit(0)
     _, status = os.waitpid(child, 0)
     return os.WIFSIGNALED(status)
+
+
+def each_kill(work: Callable[[int], int], place: Path, log: Path, stride: int) -> Iterator[int]:
+    """The file operations at which `work`, of such a number, was killed in an empty `place`, until it comes to its end;
+    it returns the exit status of the process that it ran in."""
+    for kill_at in range(stride // 2, 10**6, stride):
+        shutil.rmtree(place, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        if work(kill_at) != -signal.SIGKILL:
+            return
+        yield kill_at
 
 
 def cut_power(log: Path, folder: Path, before: Path) -> None:
