@@ -82,19 +82,24 @@ def run(words: list[str], folder: str) -> int:
         "headlapse cache --model EleutherAI/pythia-160m --task ioi --checkpoints log",
         "headlapse cache --model someone/model --checkpoints main 1000..64000 --plan",
         "headlapse cache --model EleutherAI/pythia-160m-seed{seed} --seeds 1-9",
+        "headlapse cache --model allenai/OLMo-2-1124-7B --revision 'stage1-step{step}-*' --checkpoints list",
     )
 )
 def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) -> int:
     """Run every checkpoint of a model once on a contrastive task and keep every head's activations in a zarr store."""
-    if options.seeds is not None:
-        options.refuse_impossible()
-        return max(_cache_one(of_seed, folder) for of_seed in options.each_seed())
-    return _cache_one(options, folder)
+    options.refuse_impossible()
+    return max(_cache_one(each, folder) for each in options.each_series())
 
 
 def _cache_one(options: CacheOptions, folder: Path) -> int:
     from . import pipeline
 
+    if options.lists:
+        from .engine.report.findings.checkpoints import checkpoint_list
+
+        for line in checkpoint_list(options.model, pipeline.list_checkpoints(options, folder)):
+            print(line)
+        return DONE
     if options.plan:
         print(pipeline.describe_cache(options, folder))
         return DONE

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.checkpoints import known_problems, same_weights
-from .engine.checkpoints.resolve import Checkpoint, demo_seed, named
+from .engine.checkpoints.resolve import Checkpoint, named
+from .engine.checkpoints.series import demo_seed
 from .engine.checkpoints.weight_findings import (
     MainDiffers,
     NamedWeights,

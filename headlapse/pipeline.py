@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engine.checkpoints import known_problems
-from .engine.checkpoints.resolve import Checkpoint, resolve
+from .engine.capture.identity import store_name
+from .engine.checkpoints import availability, known_problems
+from .engine.checkpoints.resolve import Checkpoint, named, resolve
 from .engine.checkpoints.revisions import RevisionIndex, select
+from .engine.runtime.errors import UserError
 from .engine.runtime.importing import importing
 from .engine.runtime.outcome import Outcome
 from .engine.runtime.progress import Progress, progress
@@ -27,12 +29,13 @@ from .engine.store.inventory import is_store
 from .engine.store.locks import claimed, layout_lock
 from .engine.store.zarr_group import package_versions
 from .engine.study.patch_settings import PatchSettings
-from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import LIST, CacheOptions, MechanismOptions, PatchOptions, ReportOptions
 from .workers import in_processes
 
 if TYPE_CHECKING:
     import xarray as xr
 
+    from .engine.checkpoints.availability import Availability
     from .engine.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -105,6 +108,18 @@ def describe_cache(options: CacheOptions, folder: Path) -> str:
     with quiet_libraries():
         device = Machine.from_options(options.device, options.memory).device
         return estimate.describe(options.study, checkpoints, folder, cache_path(options, folder), device)
+
+
+def list_checkpoints(options: CacheOptions, folder: Path) -> "list[Availability]":
+    """What there is of a model, with sizes, in order of training, whether or not it is one training.
+
+    Raises `UserError` where there is no such model.
+    """
+    options.refuse_impossible()
+    words = [word for word in options.checkpoints if word != LIST]
+    found = named(options.model, words or ("all",), folder, options.revision, options.subfolder, options.tokenizer)
+    with quiet_libraries():
+        return availability.plan(found, folder)
 
 
 def cache(options: CacheOptions, folder: Path) -> CacheWork:
@@ -308,9 +323,6 @@ def report(options: ReportOptions, folder: Path) -> Path:
 
 def cache_path(options: CacheOptions, folder: Path) -> Path:
     """Where `cache` keeps its store."""
-    with importing():
-        from .engine.capture.run import store_name
-
     return options.store or folder / store_name(options.study)
 
 
@@ -353,4 +365,6 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
 
 def _checkpoints(options: CacheOptions, folder: Path) -> list[Checkpoint]:
     options.refuse_impossible()
-    return resolve(options.model, options.checkpoints, folder)
+    if options.lists:
+        raise UserError("--checkpoints list: nothing can be cached of a list; write labels, a range, a set or all")
+    return resolve(options.model, options.checkpoints, folder, options.revision, options.subfolder, options.tokenizer)

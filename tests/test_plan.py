@@ -140,9 +140,9 @@ def test_what_a_hub_has_is_shown_with_its_commit_and_what_has_to_come(
     first, second = (replace(checkpoint, commit=COMMIT) for checkpoint in resolve(study.model, [], tmp_path))
     unknown = replace(second, label="main", step=-1, commit=None)
     supplies = [
-        Availability(first, 2_500_000, 2_400_000),
+        Availability(first, 2_500_000, 2_400_000, lacks_files=True),
         Availability(second, 2_500_000, 0),
-        Availability(unknown, None, None),
+        Availability(unknown, None, None, lacks_files=True),
     ]
     monkeypatch.setattr(room, "plan", lambda _checkpoints, _cache: supplies)
     text = describe(study, [first, second, unknown], tmp_path, tmp_path / "s.zarr", "cpu")

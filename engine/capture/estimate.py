@@ -9,8 +9,8 @@ from pathlib import Path
 from ..checkpoints.architecture import Architecture, inspect_architecture, read_config
 from ..checkpoints.availability import Availability, plan
 from ..checkpoints.fetch import description
-from ..checkpoints.files import vocabulary_file
-from ..checkpoints.resolve import DEMO, Checkpoint
+from ..checkpoints.resolve import Checkpoint
+from ..checkpoints.series import demo_seed
 from ..checkpoints.tokenizer import load_tokenizer
 from ..checkpoints.weights import TORCH_DTYPES
 from ..runtime.format import format_bytes, format_time
@@ -66,12 +66,12 @@ def _totals(study: Study, todo: Sequence[Availability], cache: Path, path: Path,
     sizes = [each.to_fetch for each in todo]
     to_fetch = sum(size or 0 for size in sizes)
     unknown = " and files whose size the hub does not give" if None in sizes else ""
-    directory = description(todo[0].checkpoint, cache)
-    if directory is None:
-        assert study.model == DEMO
+    found = description(todo[0].checkpoint, cache)
+    if found is None:
+        assert demo_seed(study.model) is not None
         return ["to fetch: nothing; the series is trained first, on the spot (a minute or two), and then takes seconds"]
-    architecture = inspect_architecture(read_config(directory))
-    tokenizer = load_tokenizer(vocabulary_file(directory).parent)
+    architecture = inspect_architecture(read_config(found.directory))
+    tokenizer = load_tokenizer(found.tokenizer)
     trials = draw_trials(study.task, study.trials, tokenizer, architecture.context)
     cost = cost_of(study, architecture, trials)
     stored = cost.stored * len(todo)
@@ -95,7 +95,7 @@ def _line(availability: Availability, is_missing: bool) -> str:
         state = f"error: {availability.problem}"
     elif not is_missing:
         state = f"{size}, in the store"
-    elif checkpoint.model == DEMO and availability.n_bytes is None:
+    elif demo_seed(checkpoint.model) is not None and availability.n_bytes is None:
         state = "to be trained"
     else:
         state = f"{size}, on disk" if availability.on_disk else f"{size}, to be fetched"
