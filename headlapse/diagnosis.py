@@ -164,9 +164,8 @@ def _files(label: str, step: int, provenance: Mapping[str, Any], folder: Path, l
     from .engine.checkpoints.fetch import on_disk
     from .engine.checkpoints.weight_changes import OnDisk
 
-    fields = {name: value for name, value in provenance.items() if name not in ("sha256", "stamps")}
     try:
-        files = on_disk(Checkpoint(**fields), folder)
+        files = on_disk(Checkpoint.recorded(provenance), folder)
         sha256 = files.sha256 if files is not None else {}
     except UserError as error:
         lines.problems.append(f"{label}: {error}")

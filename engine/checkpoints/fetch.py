@@ -39,6 +39,27 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     return replace(found, tokenizer=_tokenizer(checkpoint.tokenizer)) if checkpoint.tokenizer else found
 
 
+def bring(checkpoint: Checkpoint, cache: Path) -> None:
+    """Have the checkpoint's files on disk, without reading them.  Raises `UserError` as `fetch` does."""
+    if demo_seed(checkpoint.model) is not None:
+        _trained(checkpoint, cache)
+    elif checkpoint.is_remote and not (checkpoint.commit and _whole(checkpoint, checkpoint.commit)):
+        revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+        if isinstance(revision, hub.Revision):
+            _download(revision)
+
+
+def weight_blobs(checkpoint: Checkpoint) -> dict[Path, bool]:
+    """Where the client's cache keeps a checkpoint's weights, or will, and whether each of these files is there.
+
+    Empty outside the hub, and where the hub gives no answer.  Raises `UserError` for what is no checkpoint.
+    """
+    if demo_seed(checkpoint.model) is not None or not checkpoint.is_remote:
+        return {}
+    revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+    return hub.blobs(revision, _weights_of(revision)) if isinstance(revision, hub.Revision) else {}
+
+
 def on_disk(checkpoint: Checkpoint, cache: Path) -> Files | None:
     """The checkpoint's files as they lie on disk, hashed anew; None where they are not there.  Fetches nothing.
 
@@ -181,6 +202,22 @@ def _from_hub(checkpoint: Checkpoint, recorded: Mapping[str, Any] | None) -> Fil
     revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
     if isinstance(revision, hub.Snapshot):
         return _from_hub_cache(revision, recorded)
+    directory, weights = _download(revision)
+    stated = {file: blob for file in weights if (blob := revision.files[file].blob)}
+    return _from_directory(directory, revision.commit, recorded, stated)
+
+
+def _download(revision: hub.Revision) -> tuple[Path, list[str]]:
+    """Download what is needed of a revision; its folder and the names of its weights."""
+    weights = _weights_of(revision)
+    return hub.download(revision, {*weights, *files_beside_weights(revision)}), weights
+
+
+def _weights_of(revision: hub.Revision) -> list[str]:
+    """Names of a revision's weights, after its index was downloaded where it has one.
+
+    Raises `UserError` where it has none, or not all.
+    """
     form = weight_form(revision)
     weights = [form]
     if files.is_index(form):
@@ -189,9 +226,7 @@ def _from_hub(checkpoint: Checkpoint, recorded: Mapping[str, Any] | None) -> Fil
             raise UserError(
                 f"{revision} is incomplete on the hub: {form} names {absent[0]}, which is not there; leave it out"
             )
-    directory = hub.download(revision, {*weights, *files_beside_weights(revision)})
-    stated = {file: blob for file in weights if (blob := revision.files[file].blob)}
-    return _from_directory(directory, revision.commit, recorded, stated)
+    return weights
 
 
 def _from_hub_cache(snapshot: hub.Snapshot, recorded: Mapping[str, Any] | None) -> Files:

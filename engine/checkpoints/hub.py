@@ -215,17 +215,41 @@ def _require_room(revision: Revision, names: Collection[str]) -> int:
 
 def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]:
     """Blob -> bytes of the named files that are not in the client's cache yet; None where the size is not known."""
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub import try_to_load_from_cache
 
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=revision.repo, repo_type="model") / "blobs"
+    folder = _blobs_of(revision.repo)
     absent: dict[str, int | None] = {}
     for name in names:
         file = revision.files[name]
         in_cache = try_to_load_from_cache(revision.repo, revision.path(name), revision=revision.commit)
-        if not isinstance(in_cache, str) and not (file.blob and (blobs / file.blob).exists()):
+        if not isinstance(in_cache, str) and not (file.blob and (folder / file.blob).exists()):
             absent[file.blob or f"{revision.commit}/{revision.path(name)}"] = file.size
     return absent
+
+
+def blobs(revision: Revision, names: Collection[str]) -> dict[Path, bool]:
+    """Where the client's cache keeps the named files, or will, and whether each is there; of those whose place the hub
+    tells."""
+    folder = _blobs_of(revision.repo)
+    places = [folder / blob for name in names if (blob := revision.files[name].blob)]
+    return {place: place.exists() for place in places}
+
+
+def remove_blob(blob: Path) -> None:
+    """Remove a file from the client's cache, under every name that it has there."""
+    for link in (blob.parent.parent / "snapshots").rglob("*"):
+        if _blob(link) == blob:
+            link.unlink(missing_ok=True)
+    for place in (blob, *blob.parent.glob(f"{blob.name}.*.incomplete"), blob.with_name(f"{blob.name}.incomplete")):
+        place.unlink(missing_ok=True)
+
+
+def _blobs_of(repo: str) -> Path:
+    """The folder of a repository's files in the client's cache, which are named by their hashes."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE).absolute() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
 
 
 def digest_of_blob(path: Path) -> str | None:

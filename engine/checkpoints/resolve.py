@@ -5,9 +5,10 @@ stage has to know which.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .revisions import select
 from .series import PYTHIA_TOKENS_PER_STEP, Series, find_series, is_pythia
@@ -47,6 +48,11 @@ class Checkpoint:
 
     tokenizer: str | None = None
     """A hub id or a directory, where the checkpoint does not bring its own."""
+
+    @classmethod
+    def recorded(cls, provenance: Mapping[str, Any]) -> "Checkpoint":
+        """As a store records it, pinned to its commit."""
+        return cls(**{name: value for name, value in provenance.items() if name not in ("sha256", "stamps")})
 
     @property
     def place(self) -> Place:
