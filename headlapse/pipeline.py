@@ -131,7 +131,9 @@ def describe_cache(options: CacheOptions, folder: Path) -> str:
 
     with quiet_libraries():
         device = Machine.from_options(options.device, options.memory).device
-        return estimate.describe(options.study, checkpoints, folder, cache_path(options, folder), device)
+        return estimate.describe(
+            options.study, checkpoints, folder, cache_path(options, folder), device, options.keep_weights
+        )
 
 
 def list_checkpoints(options: CacheOptions, folder: Path) -> "list[Availability]":

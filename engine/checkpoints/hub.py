@@ -197,13 +197,11 @@ def _require_room(revision: Revision, names: Collection[str]) -> int:
 
     Raises `UserError` where the disk has no room for them, or where the hub does not say how large a file is.
     """
-    from huggingface_hub import constants
-
     sizes = missing(revision, names)
     if unknown := [blob for blob, size in sizes.items() if size is None or size < 0]:
         raise UserError(f"{revision}: the hub does not say how large {unknown[0]} is")
     announced = sum(size or 0 for size in sizes.values())
-    cache = Path(constants.HF_HUB_CACHE).absolute()
+    cache = hub_cache()
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
     if announced > free:
         raise UserError(
@@ -244,12 +242,18 @@ def remove_blob(blob: Path) -> None:
         place.unlink(missing_ok=True)
 
 
+def hub_cache() -> Path:
+    """The folder of the client's cache, there or not."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute()
+
+
 def _blobs_of(repo: str) -> Path:
     """The folder of a repository's files in the client's cache, which are named by their hashes."""
-    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    return Path(constants.HF_HUB_CACHE).absolute() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
+    return hub_cache() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
 
 
 def digest_of_blob(path: Path) -> str | None:
