@@ -1,6 +1,7 @@
 """What a model is made of, found by a dry run without weights in place of a table of module names per architecture."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ def inspect_architecture(config: PreTrainedConfig) -> Architecture:
     The model is built without weights, on torch's meta device, and two tokens are run through it: once for all configs
     of the same content.
     """
-    key = type(config), config.to_json_string(use_diff=False)
+    fields = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    key = type(config), json.dumps(fields, sort_keys=True, default=str)
     if key not in _inspected:
         if len(_inspected) >= _MOST_INSPECTED:
             del _inspected[next(iter(_inspected))]
