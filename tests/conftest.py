@@ -21,6 +21,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # tokenizers warns when a process that has used it is forked.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+# The garbage collector starts at every 700 objects, of which imports, figures and tables make millions.
+gc.set_threshold(20_000, 20, 20)
+
 ENGINE = Path(__file__).parent.parent / "engine"
 
 SHAPED = [
