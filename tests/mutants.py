@@ -7,8 +7,8 @@
     python -m tests.mutants --list                         what is known so far, without running anything
     python -m tests.mutants --list --share 0.33 replay     the same, of that sample
 
-mutmut makes the mutants and runs each in a fork of a process that has imported everything once, with those tests of
-the module's files that call the mutated function.  It mutates no decorated function (properties, class methods,
+mutmut makes the mutants and runs each in a fork of a process that has imported everything once, with those of the
+module's test files that call the mutated function.  It mutates no decorated function (properties, class methods,
 context managers) and no line outside functions.  Verdicts are kept in build/mutants: an interrupted run goes on where
 it was, and a module that is changed loses its verdicts.
 """
@@ -33,19 +33,19 @@ TESTS: dict[str, tuple[str, ...]] = {
     "statistics/comparison": ("comparison",),
     "statistics/drops": ("onset",),
     "statistics/head_effects": ("head_effects", "verdict"),
-    "statistics/head_subsets": ("coalitions",),
+    "statistics/head_subsets": ("coalitions", "energy"),
     "statistics/hypotheses": ("onset", "ground_truth"),
     "statistics/joint": ("joint", "splits"),
-    "statistics/means": ("means", "head_effects"),
+    "statistics/means": ("means", "head_effects", "comparison"),
     "statistics/multiple_testing": ("corrections",),
     "statistics/onset": ("onset",),
     "statistics/parity_onset": ("parity_onset", "onset"),
-    "statistics/permutation": ("splits",),
+    "statistics/permutation": ("splits", "primary"),
     "statistics/primary": ("primary",),
     "statistics/rates": ("rates",),
     "statistics/selection": ("selection",),
     "statistics/shapley": ("games", "coalitions"),
-    "measures/logit_diff": ("measures", "findings"),
+    "measures/logit_diff": ("measures", "findings", "head_effects"),
     "store/activations": ("store", "replay"),
     "store/checkpoint_arrays": ("store", "completion"),
     "store/chunk_files": ("chunk_files",),
@@ -82,6 +82,25 @@ LONG = (
 
 LINKED = ("headlapse", "kernels", "engine", "scripts", "README.md", "docs")
 """What tests read besides themselves."""
+
+BY_FILE = """
+import mutmut.__main__ as mutmut
+from mutmut.state import state
+collect = mutmut.collect_or_load_stats
+
+def by_file(*arguments, **options):
+    collect(*arguments, **options)
+    known = state().tests_by_mangled_function_name
+    every = set(state().duration_by_test).union(*known.values())
+    for function, tests in known.items():
+        files = {test.partition("::")[0] for test in tests}
+        known[function] = {test for test in every if test.partition("::")[0] in files}
+
+mutmut.collect_or_load_stats = by_file
+mutmut.cli()
+"""
+"""mutmut with every test of a file that calls the mutated function.  By itself it takes those during which the call was
+seen: of a fixture that several tests share, the first alone, whatever the others say of what it made."""
 
 VERDICTS = {0: "survived", 1: "killed", 3: "killed", 5: "no test", 33: "no test", 36: "timeout", None: "not run"}
 VERDICTS |= dict.fromkeys((-24, 24, 152, 255), "timeout")
@@ -178,7 +197,7 @@ def run(module: str, record: Record, names: list[str], again: bool, workers: int
         return
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     variables.pop("PYTHONPATH", None)
-    words = [sys.executable, "-m", "mutmut", "run", "--max-children", str(workers), *names]
+    words = [sys.executable, "-c", BY_FILE, "run", "--max-children", str(workers), *names]
     with open(place / "log.txt", "w") as log:
         ended = subprocess.run(words, cwd=place, env=variables, stdout=log, stderr=subprocess.STDOUT)
     if ended.returncode:
