@@ -20,7 +20,8 @@ COMPILE = echo torch==$(TORCH) | $(RUN) -m uv pip compile pyproject.toml --quiet
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
-# Training takes one core.  The other seeds have a folder of their own: commands take the newest store.
+# Training takes one core.  The other seeds have a folder of their own (commands take the newest store), and stop once
+# the bug has grown, for five minutes in all.
 demo: $(VENV)/installed  ## set up, then cache, patch and report the embedded series, two controls, and two more seeds
 	@$(MAKE) --no-print-directory --jobs 2 first-seed more-seeds
 	$(VENV)/bin/headlapse compare --verbose cache/demo-decimal.zarr cache/seeds/demo-seed?-decimal.zarr
@@ -36,7 +37,7 @@ first-seed:
 more-seeds: export HEADLAPSE_CACHE = cache/seeds
 more-seeds:
 	@mkdir -p cache/seeds && (for seed in 1 2; do $(VENV)/bin/headlapse cache --model demo-seed$$seed \
-		--then patch --subsets even odd all each balanced || exit 1; done) > cache/seeds/log.txt 2>&1 \
+		--checkpoints step0..step128 --then patch --subsets even odd all each balanced || exit 1; done) > cache/seeds/log.txt 2>&1 \
 		|| { cat cache/seeds/log.txt; exit 1; }
 
 # Type checkers use one core each.

@@ -303,6 +303,14 @@ def test_killed_at_any_renaming_it_goes_on_to_the_same_bytes(
         assert contents(directory) == contents(undisturbed)
 
 
+def test_trained_step_by_step_it_comes_to_the_same_bytes(undisturbed: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "demo"
+    for step in TINY.steps:
+        train(directory, TINY, until=step)
+        assert named_steps(directory) == {f"step{each}" for each in TINY.steps if each <= step}
+    assert contents(directory) == contents(undisturbed)
+
+
 def test_a_half_written_checkpoint_is_swept_up_and_written_again(undisturbed: Path, tmp_path: Path) -> None:
     directory = tmp_path / "demo"
     shutil.copytree(undisturbed, directory)

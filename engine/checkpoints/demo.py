@@ -174,8 +174,8 @@ def numeric_share(model: Model, tokenizer: Tokenizer, exam: Sequence[Document]) 
     return float((number > version).double().mean().item())
 
 
-def train(directory: Path, recipe: Recipe = SERIES) -> None:
-    """Train the series into `directory`/step{N}, continuing where an interrupted run stopped.
+def train(directory: Path, recipe: Recipe = SERIES, until: int | None = None) -> None:
+    """Train the series into `directory`/step{N}, up to a step or to its end, continuing where an earlier run stopped.
 
     A folder of such a name is complete.  On one machine its content is the same bit for bit however often training was
     interrupted.  Nothing is done where all of them exist.  Raises `UserError` for a directory that holds anything else,
@@ -184,9 +184,11 @@ def train(directory: Path, recipe: Recipe = SERIES) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory):
         _claim(directory, recipe)
-        if _complete_steps(directory, recipe) != set(recipe.steps):
-            _train(directory, recipe)
-        (directory / STATE).unlink(missing_ok=True)
+        last = recipe.steps[-1] if until is None else until
+        if not {step for step in recipe.steps if step <= last} <= _complete_steps(directory, recipe):
+            _train(directory, recipe, last)
+        if _complete_steps(directory, recipe) == set(recipe.steps):
+            (directory / STATE).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -230,10 +232,10 @@ def _durable_write(path: Path) -> Iterator[Path]:
     rename(partial, path)
 
 
-def _train(directory: Path, recipe: Recipe) -> None:
+def _train(directory: Path, recipe: Recipe, last: int) -> None:
     import torch
 
-    tokenizer, last, accuracy = make_tokenizer(), recipe.steps[-1], ""
+    tokenizer, accuracy = make_tokenizer(), ""
     exam = list(islice((d for d in documents(recipe, "exam") if d.held_out and len(set(d.winners)) > 1), EXAM))
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.threads)

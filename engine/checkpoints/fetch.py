@@ -161,8 +161,7 @@ def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # of several processes one trains, the others wait for it
         hold(stack, cache / f".{series}.lock", patience=-1)
-        # Even where this step is on disk: an interrupted training is completed before its checkpoints are used.
-        train(cache / series, replace(SERIES, seed=seed))
+        train(cache / series, replace(SERIES, seed=seed), until=checkpoint.step)
     return cache / series / checkpoint.label
 
 
