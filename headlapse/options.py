@@ -22,6 +22,7 @@ from .engine.study.patch_settings import Direction, PatchRequest, Protocol
 from .engine.study.reading import MARGIN, Correction, Reading
 from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
 from .engine.study.tasks.registry import TASKS
+from .slurm import PREFIX, parse_request, refuse_absent
 
 COMPUTING = Group("Computing", sort_key=2)
 
@@ -92,32 +93,59 @@ class ComputeOptions:
     """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
 
     workers: Annotated[str | None, Parameter(group=COMPUTING)] = None
-    """local:N starts N processes here that share the checkpoints, one GPU each where there are GPUs, e.g. local:4"""
+    """who shares the checkpoints: local:N starts N processes here, one GPU each where there are GPUs; slurm:KEY=VALUE,...
+    submits jobs to a cluster, with any of the keys partition account qos constraint gpus cpus mem time jobs,
+    e.g. local:4 | slurm:partition=gpu,gpus=1,time=2:00:00,jobs=8"""
 
     shard: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """this process's share of the checkpoints: I/N takes those whose place is I modulo N, from 0; N processes on one
     store do together what one does, e.g. 0/4"""
+
+    taken: Annotated[tuple[str, ...] | None, Parameter(parse=False)] = None
+    """The labels that are a job's share, set by the command that submits it."""
 
     def refuse_impossible(self) -> None:
         """Raise `UserError` for what no model and no store can answer."""
         if self.memory:
             parse_bytes(self.memory)
         self.share([])
-        if self.n_workers > 1 and self.shard:
+        if (self.n_workers > 1 or self.on_cluster) and self.shard:
             raise UserError("--workers starts the shards itself; leave --shard out")
+        if self.on_cluster:
+            assert self.workers is not None
+            parse_request(self.workers)
+            refuse_absent(self.workers)
+
+    def refuse_replacing_jobs(self, overwrite: bool) -> None:
+        """Raise `UserError` where jobs are to replace something: one that starts late would replace it once more."""
+        if overwrite and self.on_cluster:
+            raise UserError(
+                f"--workers {self.workers} and --overwrite: a job that starts late could not tell the old from the new; "
+                "remove the old (headlapse rm) and leave --overwrite out"
+            )
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether jobs of a cluster do the work."""
+        return self.workers is not None and self.workers.partition(":")[0] == PREFIX
 
     @property
     def n_workers(self) -> int:
-        """Processes to start.  Raises `UserError` where `--workers` cannot be read."""
-        if self.workers is None:
+        """Processes to start here.  Raises `UserError` where `--workers` cannot be read."""
+        if self.workers is None or self.on_cluster:
             return 1
         match = re.fullmatch(r"local:(\d{1,4})", self.workers, re.ASCII)
         if match is None or int(match[1]) < 1:
-            raise UserError(f"--workers {self.workers}: write local:N, e.g. local:4")
+            raise UserError(
+                f"--workers {self.workers}: write local:N, e.g. local:4, or slurm:KEY=VALUE,..., "
+                "e.g. slurm:partition=gpu,gpus=1,time=2:00:00"
+            )
         return int(match[1])
 
     def share(self, labels: list[str]) -> list[str]:
-        """The labels that `--shard` leaves to this process.  Raises `UserError` where it cannot be read."""
+        """The labels that are left to this process or job.  Raises `UserError` where `--shard` cannot be read."""
+        if self.taken is not None:
+            return [label for label in labels if label in self.taken]
         if self.shard is None:
             return labels
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard, re.ASCII)
@@ -175,6 +203,7 @@ class CacheOptions(ComputeOptions):
         from .engine.study.prompts import check_task
 
         super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
         if (self.seeds is None) == (SEED in self.model):
             without = f"--model {self.model}: give the seeds that {SEED} stands for, e.g. --seeds 1-9"
             raise UserError(without if self.seeds is None else _NO_PLACE.format(self.seeds, self.model, SEED))
@@ -273,6 +302,7 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         from .engine.study.subsets import count_subsets, parse_layers
 
         super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
         self.refuse_missing_weights()
         refuse_unknown("--measures", self.measures, MEASURES)
         refuse_unknown("--protocol", [self.protocol], get_args(Protocol))
@@ -323,6 +353,7 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
 
     def refuse_impossible(self) -> None:
         super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
         self.refuse_missing_weights()
         refuse_unknown("--parts", self.parts, PARTS)
         refuse_unknown("--direction", [self.direction], get_args(Direction))

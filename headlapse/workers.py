@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import IO
 
+from .engine.runtime.allotment import gpus, n_cores
+from .engine.runtime.format import parse_whole
 from .options import ComputeOptions
 
 
@@ -29,7 +31,7 @@ def in_processes(command: str, options: ComputeOptions, folder: Path) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env=_environment(number, options.n_workers),
+            env=environment_of(number, options.n_workers, options.device),
         )
         assert process.stdin is not None and process.stderr is not None
         process.stdin.write(pickle.dumps((command, share, folder.absolute())))
@@ -52,13 +54,13 @@ def _forward(lines: IO[bytes], prefix: str) -> None:
         print(prefix, line.decode(errors="replace").rstrip(), file=sys.stderr)
 
 
-def _environment(number: int, n_workers: int) -> dict[str, str]:
-    """One GPU each where there are GPUs, and an equal part of the cores."""
-    import torch
-
-    variables = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_workers))}
-    if n_devices := torch.cuda.device_count():
-        variables["CUDA_VISIBLE_DEVICES"] = str(number % n_devices)
+def environment_of(number: int, n_workers: int, device: str | None) -> dict[str, str]:
+    """An equal part of the cores that this process may use, and one of its GPUs where a device is not named exactly."""
+    threads = max(1, n_cores() // n_workers)
+    asked = parse_whole(os.environ.get("OMP_NUM_THREADS", ""))
+    variables = {**os.environ, "OMP_NUM_THREADS": str(min(threads, asked) if asked else threads)}
+    if device in (None, "cuda") and (names := gpus()):
+        variables["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
     return variables
 
 
