@@ -1,7 +1,7 @@
 """Jobs of a cluster that share one command's checkpoints: `--workers slurm:...`.
 
-Each job takes a slice of what the store lacks, and writes it there, as a process with `--shard` does.  The command waits
-for them: it prints what they log, and gathers what they could not finish.
+Each job takes a slice of what the store lacks, and writes it there, as a process with `--shard` does.  The command
+waits for them: it prints what they log, and gathers what they could not finish.
 """
 
 import os
@@ -81,7 +81,7 @@ class Share:
         return Answer(work.problems, work.by_input, work.device, work.peak_memory)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
-        """What submitit submits when the job is to be queued again: the same, since the store knows what is complete."""
+        """What submitit submits where the job is to be queued again: the same; the store knows what is complete."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -213,8 +213,8 @@ def _take_answer(job: _Job) -> None:
         job.death = f"job {_title(job)} ended early: {printable(str(error).strip().splitlines()[-1])}{_where(job)}"
         return
     job.answer = job.handle.result()
-    n_left = len(job.answer.problems)
-    _print(f"[{_title(job)}] ended, {len(job.share.options.taken) - n_left} of {len(job.share.options.taken)} checkpoints")
+    asked = job.share.options.taken or ()
+    _print(f"[{_title(job)}] ended, {len(asked) - len(job.answer.problems)} of {len(asked)} checkpoints")
 
 
 def _follow(job: _Job, state: JobState, cluster: Cluster) -> None:
@@ -244,13 +244,13 @@ def _follow(job: _Job, state: JobState, cluster: Cluster) -> None:
 
 
 def _ending(state: JobState) -> str:
-    """`FAILED, exit status 1`, `CANCELLED`, `FAILED, killed by signal 9`."""
+    """`CANCELLED`, `FAILED, exit status 1`, `FAILED, killed by signal 9`."""
     status, _, number = state.exit_code.partition(":")
+    if state.state != "FAILED" or not status:
+        return state.state
     # A shell, and srun, report a signal as a status above 128.
-    killed_by = parse_whole(number) or max(0, (parse_whole(status) or 0) - 128)
-    if killed_by:
-        return f"{state.state}, killed by signal {killed_by}"
-    return f"{state.state}, exit status {status}" if status not in ("", "0") else state.state
+    killed_by = parse_whole(number) or max(0, int(status) - 128)
+    return f"FAILED, killed by signal {killed_by}" if killed_by else f"FAILED, exit status {status}"
 
 
 def _where(job: _Job) -> str:

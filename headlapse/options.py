@@ -93,9 +93,9 @@ class ComputeOptions:
     """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
 
     workers: Annotated[str | None, Parameter(group=COMPUTING)] = None
-    """who shares the checkpoints: local:N starts N processes here, one GPU each where there are GPUs; slurm:KEY=VALUE,...
-    submits jobs to a cluster, with any of the keys partition account qos constraint gpus cpus mem time jobs,
-    e.g. local:4 | slurm:partition=gpu,gpus=1,time=2:00:00,jobs=8"""
+    """who shares the checkpoints: local:N starts N processes here, one GPU each where there are GPUs;
+    slurm:KEY=VALUE,... submits jobs to a cluster, with any of the keys partition account qos constraint gpus cpus mem
+    time jobs, e.g. local:4 | slurm:partition=gpu,gpus=1,time=2:00:00,jobs=8"""
 
     shard: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """this process's share of the checkpoints: I/N takes those whose place is I modulo N, from 0; N processes on one
@@ -120,8 +120,8 @@ class ComputeOptions:
         """Raise `UserError` where jobs are to replace something: one that starts late would replace it once more."""
         if overwrite and self.on_cluster:
             raise UserError(
-                f"--workers {self.workers} and --overwrite: a job that starts late could not tell the old from the new; "
-                "remove the old (headlapse rm) and leave --overwrite out"
+                f"--workers {self.workers} and --overwrite: a job that starts late could not tell the old from the "
+                "new; remove the old (headlapse rm) and leave --overwrite out"
             )
 
     @property

@@ -145,7 +145,9 @@ class Slurm:
 
         self.request = request
         self.executor = SlurmExecutor(folder, max_num_timeout=TIMEOUTS)
-        self.executor.update_parameters(job_name=name, **request.parameters)
+        # From 22.05 on srun does not ask for the cores that its job has, unless it is told to.
+        cores = [f"--cpus-per-task={number}"] if (number := request.parameters.get("cpus_per_task")) else []
+        self.executor.update_parameters(job_name=name, srun_args=cores, **request.parameters)
 
     def submit(self, functions: Sequence[Callable[[], object]]) -> "list[submitit.Job[Any]]":
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -215,5 +217,3 @@ def _numbers(text: str) -> list[int]:
         first, _, last = part.partition("-")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
-
-

@@ -46,8 +46,9 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 KillWait=1
 ReturnToService=2
 SlurmdParameters=config_overrides
-NodeName=localhost CPUs={n_cores} RealMemory=1000 State=UNKNOWN
-PartitionName=tests Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+GresTypes=gpu
+NodeName=localhost CPUs={n_cores} RealMemory=64000 Gres=gpu:{n_cores} State=UNKNOWN
+PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
 PATIENCE = 20.0
@@ -56,9 +57,12 @@ PATIENCE = 20.0
 
 def lacking() -> str:
     """What is not installed of it, as words; nothing where all of it is."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    names = [name for name in (*DAEMONS, "sbatch", "srun", "scontrol", "scancel") if shutil.which(name, path=path) is None]
-    return ", ".join(names)
+    names = (*DAEMONS, "sbatch", "srun", "scontrol", "scancel")
+    return ", ".join(name for name in names if shutil.which(name, path=_path()) is None)
+
+
+def _path() -> str:
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 
 @contextmanager
@@ -73,10 +77,13 @@ def one_node(folder: Path, n_cores: int) -> Iterator[dict[str, str]]:
     ports = [_free_port(), _free_port()]
     conf = folder / "slurm.conf"
     conf.write_text(CONFIGURATION.format(folder=folder, ports=ports, user=getpass.getuser(), n_cores=n_cores))
-    env = {"SLURM_CONF": str(conf), "PATH": os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])}
-    munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("socket", "pid-file", "log-file", "seed-file")]
+    for number in range(n_cores):  # GPUs that are only counted
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-{n_cores - 1}]\n")
+    env = {"SLURM_CONF": str(conf), "PATH": _path()}
+    munge = [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
     commands = (
-        ["munged", "--foreground", "--force", f"--key-file={key}", *munge],
+        ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}", *munge],
         ["slurmctld", "-D", "-f", str(conf)],
         ["slurmd", "-D", "-f", str(conf), "-N", "localhost"],
     )
