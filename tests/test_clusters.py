@@ -1,6 +1,7 @@
 """Laws of clusters: jobs do together what one process does, and what becomes of a job is said by who waits for it."""
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -395,4 +396,35 @@ def test_of_four_jobs_one_is_cancelled_and_one_killed_the_others_finish_and_a_re
     assert killed.endswith("_2_0_log.err; the same command does what is left")
     again = run("cache", *words[:-1], f"{words[-1]}1", cache=tmp_path)
     assert again.returncode == 0 and "cached 4 checkpoints" in again.stdout, again.stderr
+    assert files_of(store) == files_of(alone)
+
+
+@pytest.mark.slow
+def test_the_job_array_of_the_page_about_clusters_runs(
+    series: Path,
+    alone: Path,
+    tmp_path: Path,
+    cluster: dict[str, str],
+    importable: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its file as it stands there, as an array of two with one core each, as one process has it here."""
+    [text] = re.findall(r"^```bash\n(.*?)^```", read("docs/cluster.md"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "headlapse.sbatch").write_text(text)
+    program(tmp_path / "headlapse", f'exec {sys.executable} -m headlapse "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    store = tmp_path / "s.zarr"
+    words = ["cache", "--model", str(series), "--trials", "3", "--store", str(store)]
+    submitted = [
+        "sbatch",
+        "--wait",
+        "--array=0-1",
+        "--cpus-per-task=1",
+        f"--chdir={tmp_path}",
+        "headlapse.sbatch",
+        *words,
+    ]
+    done = subprocess.run(submitted, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    logs = [path.read_text() for path in sorted(tmp_path.glob("headlapse-*.log"))]
+    assert done.returncode == 0 and [log.count("cached 4 checkpoints") for log in logs] == [1, 1], (done.stderr, logs)
     assert files_of(store) == files_of(alone)
