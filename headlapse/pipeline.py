@@ -113,13 +113,11 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     checkpoints = _checkpoints(options, folder)
     study, path = options.study, cache_path(options, folder)
     refuse_foreign(path)
-    with importing():
+    with in_processes("cache", options, folder), importing():
         from .engine.capture import run
         from .engine.runtime.resources import Machine
         from .engine.store.store import Store, duplicate_weights
 
-    if options.n_workers > 1:
-        in_processes("cache", options, folder)
     with quiet_libraries():
         machine = Machine() if options.on_cluster else Machine.from_options(options.device, options.memory)
         recover(path)
@@ -155,13 +153,11 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
-    with importing():
+    with in_processes("patch", options, folder), importing():
         from .engine.replay.protocols import protocol_named
         from .engine.runtime.resources import Machine
         from .engine.store.store import Store
 
-    if options.n_workers > 1:
-        in_processes("patch", options, folder)
     jobs = _jobs("patch", options, folder, path)
     protocol = protocol_named(options.protocol)
     request = options.request(protocol.default)
@@ -192,14 +188,12 @@ def mechanism(options: MechanismOptions, folder: Path) -> Work:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
-    with importing():
+    with in_processes("mechanism", options, folder), importing():
         from .engine.mechanism import run as mechanism_run
         from .engine.mechanism import store as mechanism_store
         from .engine.runtime.resources import Machine
         from .engine.store.store import Store
 
-    if options.n_workers > 1:
-        in_processes("mechanism", options, folder)
     jobs = _jobs("mechanism", options, folder, path)
     with quiet_libraries():
         store = Store(path, options.weights)

@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,41 +19,56 @@ from .engine.runtime.format import parse_whole
 from .options import ComputeOptions
 
 
-def in_processes(command: str, options: ComputeOptions, folder: Path) -> None:
-    """Run a command in so many processes as the options say, each with its share, and wait for them.
+@contextmanager
+def in_processes(command: str, options: ComputeOptions, folder: Path) -> Iterator[None]:
+    """Run a command in so many processes as `--workers local:N` says, each with its share, and wait for them.
 
-    What they could not finish is left for the process that calls this, which finds it missing.  Their progress appears
-    on stderr, each line with the number of its process.
+    They start before the body runs, which has imports of its own to wait for, and have ended after it.  What they could
+    not finish is left for the process that calls this, which finds it missing.  Their progress appears on stderr, each
+    line with the number of its process.
     """
-    processes = []
-    for number in range(options.n_workers):
-        share = dataclasses.replace(options, workers=None, shard=f"{number}/{options.n_workers}")
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            env=environment_of(number, options.n_workers, options.device),
-        )
-        assert process.stdin is not None and process.stderr is not None
-        process.stdin.write(pickle.dumps((command, share, folder.absolute())))
-        process.stdin.close()
-        reader = threading.Thread(target=_forward, args=(process.stderr, f"[{number}/{options.n_workers}]"))
-        reader.start()
-        processes.append((process, reader))
+    running: list[tuple[subprocess.Popen[bytes], threading.Thread]] = []
     try:
-        for process, reader in processes:
+        for number in range(options.n_workers if options.n_workers > 1 else 0):
+            running.append(_start(command, options, folder, number))
+        yield
+        for process, reader in running:
             process.wait()
             reader.join()
     except BaseException:
-        for process, _ in processes:
+        for process, _ in running:
             process.terminate()
+        for process, reader in running:
+            process.wait()
+            reader.join()
         raise
 
 
+def _start(
+    command: str, options: ComputeOptions, folder: Path, number: int
+) -> tuple[subprocess.Popen[bytes], threading.Thread]:
+    """A process that does one share, and the thread that passes on what it says."""
+    shard = f"{number}/{options.n_workers}"
+    process = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment_of(number, options.n_workers, options.device),
+    )
+    assert process.stdin is not None and process.stderr is not None
+    share = dataclasses.replace(options, workers=None, shard=shard)
+    process.stdin.write(pickle.dumps((command, share, folder.absolute())))
+    process.stdin.close()
+    reader = threading.Thread(target=_forward, args=(process.stderr, f"[{shard}]"))
+    reader.start()
+    return process, reader
+
+
 def _forward(lines: IO[bytes], prefix: str) -> None:
-    for line in lines:
-        print(prefix, line.decode(errors="replace").rstrip(), file=sys.stderr)
+    with lines:
+        for line in lines:
+            print(prefix, line.decode(errors="replace").rstrip(), file=sys.stderr)
 
 
 def environment_of(number: int, n_workers: int, device: str | None) -> dict[str, str]:
