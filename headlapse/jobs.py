@@ -18,15 +18,14 @@ from .engine.runtime.errors import UserError, printable
 from .engine.runtime.exit_status import prepare_imports
 from .engine.runtime.format import format_count, parse_whole
 from .engine.runtime.outcome import Outcome, describe
+from .options import Sharable, shard_of
 from .slurm import FORGOTTEN, JobRequest, JobState, Slurm, parse_request
 
 if TYPE_CHECKING:
     import submitit
 
-    from .options import ComputeOptions
-
 LOOK, ASK = 1.0, 10.0
-"""Seconds between two looks at the jobs' files, and at least between two questions to SLURM."""
+"""Seconds between two readings of the jobs' files, and at least between two questions to SLURM."""
 
 LATENESS = 60.0
 """Seconds that an answer may take to be seen through a shared file system, after its job has ended."""
@@ -65,8 +64,9 @@ class Share:
     """One job's part of a command, called in the job."""
 
     command: str
-    options: "ComputeOptions"
+    options: Sharable
     folder: Path
+    labels: tuple[str, ...]
 
     def __call__(self) -> Answer:
         from . import pipeline
@@ -77,7 +77,7 @@ class Share:
             work = getattr(pipeline, self.command)(self.options, self.folder)
         except Exception as error:  # whatever it is, it is said where the command was typed, and in full in the log
             traceback.print_exc()
-            return Answer(dict.fromkeys(self.options.taken, describe(error)), isinstance(error, UserError))
+            return Answer(dict.fromkeys(self.labels, describe(error)), isinstance(error, UserError))
         return Answer(work.problems, work.by_input, work.device, work.peak_memory)
 
     def checkpoint(self) -> "submitit.helpers.DelayedSubmission":
@@ -148,7 +148,7 @@ def cluster_for(request: JobRequest, name: str, folder: Path) -> Cluster:
     return Slurm(request, name, folder)
 
 
-def run_jobs(command: str, options: "ComputeOptions", folder: Path, store: Path, labels: Sequence[str]) -> Gathered:
+def run_jobs(command: str, options: Sharable, folder: Path, store: Path, labels: Sequence[str]) -> Gathered:
     """Have the checkpoints `labels` done by jobs and wait for them; Ctrl-C cancels them.
 
     Raises `UserError` where the cluster refuses them.
@@ -159,10 +159,8 @@ def run_jobs(command: str, options: "ComputeOptions", folder: Path, store: Path,
     cluster = cluster_for(request, f"headlapse-{command}", logs)
     n_jobs = min(request.n_jobs, len(labels))
     slices = [tuple(labels[number::n_jobs]) for number in range(n_jobs)]
-    shares = [
-        Share(command, replace(options, workers=None, taken=each, store=store.absolute()), folder.absolute())
-        for each in slices
-    ]
+    given = replace(options, workers=None, store=store.absolute())
+    shares = [Share(command, replace(given, shard=shard_of(each)), folder.absolute(), each) for each in slices]
     jobs = [_Job(share, handle) for share, handle in zip(shares, cluster.submit(shares), strict=True)]
     names = ", ".join(job.name for job in jobs)
     _print(f"submitted {format_count(len(jobs), 'job')}: {names}; Ctrl-C cancels them; logs: {logs}")
@@ -170,8 +168,9 @@ def run_jobs(command: str, options: "ComputeOptions", folder: Path, store: Path,
         _wait(cluster, jobs)
     except BaseException:
         left = [job.name for job in jobs if not job.is_over]
-        cluster.cancel(left)
-        _print(f"cancelled {', '.join(left)}")
+        if left:
+            cluster.cancel(left)
+            _print(f"cancelled {', '.join(left)}")
         raise
     return _gathered(jobs)
 
@@ -213,8 +212,8 @@ def _take_answer(job: _Job) -> None:
         job.death = f"job {_title(job)} ended early: {printable(str(error).strip().splitlines()[-1])}{_where(job)}"
         return
     job.answer = job.handle.result()
-    asked = job.share.options.taken or ()
-    _print(f"[{_title(job)}] ended, {len(asked) - len(job.answer.problems)} of {len(asked)} checkpoints")
+    n_asked = len(job.share.labels)
+    _print(f"[{_title(job)}] ended, {n_asked - len(job.answer.problems)} of {n_asked} checkpoints")
 
 
 def _follow(job: _Job, state: JobState, cluster: Cluster) -> None:
@@ -226,6 +225,7 @@ def _follow(job: _Job, state: JobState, cluster: Cluster) -> None:
         _print(f"[{_title(job)}] {state.state.lower()}")
     job.known = state
     if state.state in _ALIVE:
+        job.ended_at = None
         return
     job.ended_at = job.ended_at or time.monotonic()
     may_be_late = state.state in ("COMPLETED", FORGOTTEN) and time.monotonic() - job.ended_at < LATENESS
@@ -233,14 +233,21 @@ def _follow(job: _Job, state: JobState, cluster: Cluster) -> None:
     if job.is_over or may_be_late:
         return
     _show_log(job)
-    if state.state in _QUEUED_ANEW and job.n_submissions <= RESUBMISSIONS:
-        [handle] = cluster.submit([job.share])
-        _print(f"[{_title(job)}] {_ending(state)}; submitted again as {handle.job_id}")
-        job.handle, job.known, job.n_read, job.ended_at = handle, JobState(""), 0, None
-        job.n_submissions += 1
-        return
-    job.death = f"job {_title(job)} ended as {_ending(state)}{_where(job)}"
     _print(f"[{_title(job)}] {_ending(state)}")
+    job.death = f"job {_title(job)} ended as {_ending(state)}{_where(job)}"
+    if state.state in _QUEUED_ANEW and job.n_submissions <= RESUBMISSIONS:
+        _submit_again(job, cluster)
+
+
+def _submit_again(job: _Job, cluster: Cluster) -> None:
+    try:
+        [handle] = cluster.submit([job.share])
+    except UserError as error:
+        job.death += f"; it was not taken again: {error}"
+        return
+    _print(f"[{_title(job)}] submitted again as {handle.job_id}")
+    job.handle, job.known, job.n_read, job.ended_at, job.death = handle, JobState(""), 0, None, ""
+    job.n_submissions += 1
 
 
 def _ending(state: JobState) -> str:
@@ -263,7 +270,7 @@ def _where(job: _Job) -> str:
 def _gathered(jobs: Sequence[_Job]) -> Gathered:
     reasons: dict[str, Outcome] = {}
     for job in jobs:
-        for label in job.share.options.taken:
+        for label in job.share.labels:
             reason = job.death or f"job {_title(job)} ended without it; log: {job.log}; run this again"
             reasons[label] = Outcome(label, reason, by_input=False)
         if job.answer is not None:

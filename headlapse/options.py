@@ -4,6 +4,7 @@ The docstring beneath a field is its help.  A command takes one of these datacla
 whatever is wrong whatever the model and the store, before torch is imported.
 """
 
+import json
 import math
 import os
 import re
@@ -15,7 +16,7 @@ from typing import Annotated, get_args
 from cyclopts import Group, Parameter
 
 from .engine.runtime.errors import UserError
-from .engine.runtime.format import format_whole, parse_bytes
+from .engine.runtime.format import format_whole, parse_bytes, parse_json
 from .engine.study.known_heads import CHECKS, CheckName
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
@@ -101,9 +102,6 @@ class ComputeOptions:
     """this process's share of the checkpoints: I/N takes those whose place is I modulo N, from 0; N processes on one
     store do together what one does, e.g. 0/4"""
 
-    taken: Annotated[tuple[str, ...] | None, Parameter(parse=False)] = None
-    """The labels that are a job's share, set by the command that submits it."""
-
     def refuse_impossible(self) -> None:
         """Raise `UserError` for what no model and no store can answer."""
         if self.memory:
@@ -144,10 +142,10 @@ class ComputeOptions:
 
     def share(self, labels: list[str]) -> list[str]:
         """The labels that are left to this process or job.  Raises `UserError` where `--shard` cannot be read."""
-        if self.taken is not None:
-            return [label for label in labels if label in self.taken]
         if self.shard is None:
             return labels
+        if (taken := _labels_in(self.shard)) is not None:
+            return [label for label in labels if label in taken]
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard, re.ASCII)
         if match is None or int(match[1]) >= int(match[2]):
             raise UserError(f"--shard {self.shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
@@ -360,6 +358,10 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
 
 
+Sharable = CacheOptions | PatchOptions | MechanismOptions
+"""Options of the commands whose checkpoints processes and jobs can share."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyKnownOptions:
     """Options of `headlapse verify-known`."""
@@ -444,6 +446,18 @@ class DoctorOptions(WeightsOption, StoreOption):
         if self.model is not None and any(given.values()):
             other = next(name for name, is_given in given.items() if is_given)
             raise UserError(f"--model {self.model} and {other}: with --model no store is looked at; give one of them")
+
+
+def shard_of(labels: Sequence[str]) -> str:
+    """The share of a job: its labels themselves, whatever else is missing by the time it begins."""
+    return json.dumps(list(labels))
+
+
+def _labels_in(shard: str) -> list[str] | None:
+    try:
+        return list(parse_json(shard)) if shard.startswith("[") else None
+    except ValueError:
+        return None
 
 
 def parse_seeds(words: str) -> list[int]:

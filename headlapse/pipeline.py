@@ -28,7 +28,7 @@ from .engine.store.locks import claimed, layout_lock
 from .engine.store.zarr_group import package_versions
 from .engine.study.patch_settings import PatchSettings
 from .jobs import Gathered, run_jobs
-from .options import CacheOptions, ComputeOptions, MechanismOptions, PatchOptions, ReportOptions
+from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions, Sharable
 from .workers import in_processes
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ class Series:
         }
 
 
-def _jobs(command: str, options: ComputeOptions, folder: Path, store: Path) -> "Jobs | None":
+def _jobs(command: str, options: Sharable, folder: Path, store: Path) -> "Jobs | None":
     """Who does the work where `--workers` names a cluster."""
     return functools.partial(run_jobs, command, options, folder, store) if options.on_cluster else None
 

@@ -83,7 +83,7 @@ def _gpu(text: str) -> str | None:
 
 def _amount(text: str) -> str | None:
     """SLURM knows `16G`; `16GB` is what other options here take."""
-    return text.rstrip("Bb") if re.fullmatch(r"[1-9]\d{0,9}[KMGT]?B?", text, re.ASCII | re.IGNORECASE) else None
+    return text.rstrip("Bb") if re.fullmatch(r"[1-9]\d{0,9}(?:[KMGT]B?)?", text, re.ASCII | re.IGNORECASE) else None
 
 
 def _minutes(text: str) -> int | None:
@@ -207,7 +207,8 @@ def _accounted(array: str) -> Iterator[tuple[str, JobState]]:
     for line in subprocess.run(["sacct", *words], capture_output=True, text=True).stdout.splitlines():
         if line.count("|") == 3:
             name, state, node, exit_code = line.split("|")
-            yield name, JobState((state.split() or [""])[0], node, exit_code)
+            # `CANCELLED by 1000`, on `None assigned` where it never began
+            yield name, JobState((state.split() or [""])[0], "" if " " in node else node, exit_code)
 
 
 def _numbers(text: str) -> list[int]:

@@ -76,9 +76,18 @@ def environment_of(number: int, n_workers: int, device: str | None) -> dict[str,
     threads = max(1, n_cores() // n_workers)
     asked = parse_whole(os.environ.get("OMP_NUM_THREADS", ""))
     variables = {**os.environ, "OMP_NUM_THREADS": str(min(threads, asked) if asked else threads)}
-    if device in (None, "cuda") and (names := gpus()):
+    if device in (None, "cuda") and (names := _gpus()):
         variables["CUDA_VISIBLE_DEVICES"] = names[number % len(names)]
     return variables
+
+
+def _gpus() -> list[str]:
+    names = gpus()
+    if names is None:
+        import torch
+
+        names = [str(number) for number in range(torch.cuda.device_count())]
+    return names
 
 
 def main() -> int:

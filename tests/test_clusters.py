@@ -217,7 +217,7 @@ def test_every_command_hands_what_is_missing_to_jobs_and_gets_what_one_process_w
 ) -> None:
     cluster = fated()
     store = headlapse.cache(series, trials=3, store=tmp_path / "s.zarr", workers="slurm:jobs=3")
-    assert [share.options.taken for share in cluster.submitted] == [LABELS[0::3], LABELS[1::3], LABELS[2::3]]
+    assert [share.labels for share in cluster.submitted] == [LABELS[0::3], LABELS[1::3], LABELS[2::3]]
     assert files_of(store.path) == files_of(alone)
     one, two = headlapse.open(shutil.copytree(alone, tmp_path / "one.zarr")), list(LABELS[:2])
     for other, workers in ((one, None), (store, "slurm:jobs=2")):
@@ -266,6 +266,27 @@ def test_what_was_preempted_is_submitted_again_so_many_times(
     cluster = fated(preempted, JobState("NODE_FAIL", "n1"))
     assert run("cache", *words, cache=tmp_path).returncode == 0
     assert len(cluster.submitted) == 3 and not cluster.cancelled
+
+
+def test_what_is_not_taken_again_is_told_beside_how_it_ended(
+    tmp_path: Path, fated: Callable[..., Fate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = fated(JobState("PREEMPTED"))
+    submit = cluster.submit
+
+    def once(shares: Sequence[Share]) -> list[Any]:
+        if cluster.submitted:
+            raise UserError("sbatch: no more")
+        return submit(shares)
+
+    monkeypatch.setattr(cluster, "submit", once)
+    asked = CacheOptions(workers="slurm:jobs=1")
+    gathered = jobs.run_jobs("cache", asked, tmp_path, tmp_path / "s.zarr", ["a", "b"])
+    assert [*gathered.reasons] == ["a", "b"] and gathered.device == "1 job"
+    assert str(gathered.reasons["a"].problem).startswith(
+        "job 0 ended as PREEMPTED; its last line: the last thing it said"
+    )
+    assert str(gathered.reasons["b"].problem).endswith("; it was not taken again: sbatch: no more")
 
 
 def test_leaving_early_cancels_the_jobs_that_are_left(

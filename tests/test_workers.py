@@ -49,7 +49,7 @@ def test_else_they_are_all_that_nvidia_smi_lists_and_of_a_divided_one_its_slices
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpus({}) == [], "no driver"
     program(tmp_path / "nvidia-smi", f"echo '{LISTED}'")
-    assert [name[:8] for name in gpus({})] == ["MIG-c6d4", "MIG-cba6", "GPU-1ea4"]
+    assert [name[:8] for name in gpus({}) or ()] == ["MIG-c6d4", "MIG-cba6", "GPU-1ea4"]
     program(tmp_path / "nvidia-smi", "echo 'NVIDIA-SMI has failed'; exit 9")
     assert gpus({}) == []
 
@@ -57,8 +57,10 @@ def test_else_they_are_all_that_nvidia_smi_lists_and_of_a_divided_one_its_slices
 def test_where_only_torch_can_tell_it_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allotment, "_DRIVERS", (str(tmp_path),))
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert gpus({}) == ["0", "1"]
+    assert gpus({}) is None
+    assert [environment_of(number, 3, None)["CUDA_VISIBLE_DEVICES"] for number in range(3)] == ["0", "1", "0"]
 
 
 def test_each_process_has_one_gpu_in_turn_unless_a_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

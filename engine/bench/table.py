@@ -136,8 +136,8 @@ def scaling_line(scaling: WeakScaling) -> str:
         workers: 60 * workers * scaling.n_checkpoints / run.seconds
         for workers, run in ((1, scaling.alone), (n, scaling.together))
     }
-    told = ", ".join(f"local:{workers} {rate:.2f} checkpoints a minute" for workers, rate in rates.items())
-    return f"patch: {told}: {scaling.gain:.2f} x (load before: {scaling.load:.1f})"
+    each = ", ".join(f"local:{workers} {rate:.2f} checkpoints a minute" for workers, rate in rates.items())
+    return f"patch: {each}: {scaling.gain:.2f} x (load before: {scaling.load:.1f})"
 
 
 def overhead_line(overhead: Overhead) -> str:

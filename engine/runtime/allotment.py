@@ -43,22 +43,18 @@ def memory() -> int:
     return min(total, megabytes * 2**20) if megabytes else total
 
 
-def gpus(environment: Mapping[str, str] = os.environ) -> list[str]:
+def gpus(environment: Mapping[str, str] = os.environ) -> list[str] | None:
     """The GPUs that a process started here sees, each as `CUDA_VISIBLE_DEVICES` would name it alone.
 
     Those that the variable names already, be they numbers, GPUs or MIG slices by their id; else all that nvidia-smi
-    lists, by their ids: its numbers need not be CUDA's.  Torch is asked only where a driver is there and no nvidia-smi.
+    lists, by their ids: its numbers need not be CUDA's.  None where a driver but no nvidia-smi is there: torch can tell.
     """
     if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
         return _named(visible)
     if shutil.which("nvidia-smi") is not None:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True)
         return _listed(listed.stdout) if listed.returncode == 0 else []
-    if not any(map(os.path.exists, _DRIVERS)):
-        return []
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
+    return None if any(map(os.path.exists, _DRIVERS)) else []
 
 
 def _named(visible: str) -> list[str]:
