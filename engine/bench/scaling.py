@@ -53,10 +53,9 @@ class WeakScaling:
 
 
 def weak_scaling(shape: str, scripts: Path, series: Path, n_workers: int = 2, n_checkpoints: int = 4) -> WeakScaling:
-    """Whole commands over the first checkpoints of a series, start-up included: 1,024 subsets of the middle layer, or
-    as many as it has, keep one core busy for some seconds a checkpoint."""
-    n_layers, _, n_heads = SHAPES[shape]
-    subsets = f"random:{min(2**n_heads, 1024)}"
+    """Whole commands over the first checkpoints of a series, start-up included: 256 subsets of each layer, or as many
+    as there are, keep one core busy for ten seconds a checkpoint and more."""
+    subsets = f"random:{min(2 ** SHAPES[shape][2], 256)}"
     with TemporaryDirectory(dir=series.parent) as place:
         store = Path(place) / "scaling.zarr"
         steps = [f"step{step}" for step in STUDY[: n_workers * n_checkpoints]]
@@ -64,7 +63,7 @@ def weak_scaling(shape: str, scripts: Path, series: Path, n_workers: int = 2, n_
         load = os.getloadavg()[0]
 
         def patch(n: int) -> CommandRun:
-            words = ("--subsets", subsets, "--layers", n_layers // 2, "--name", f"by-{n}", "--workers", f"local:{n}")
+            words = ("--subsets", subsets, "--layers", "all", "--name", f"by-{n}", "--workers", f"local:{n}")
             chosen = ("--checkpoints", *steps[: n * n_checkpoints])
             return run_command(scripts / "patch.py", store, *words, *chosen, n_threads=1)
 

@@ -130,14 +130,13 @@ class Bench:
 
 
 def scaling_line(scaling: WeakScaling) -> str:
-    """Checkpoints per minute alone and together, and how many times more that is."""
-    n = scaling.n_workers
-    rates = {
-        workers: 60 * workers * scaling.n_checkpoints / run.seconds
-        for workers, run in ((1, scaling.alone), (n, scaling.together))
-    }
-    each = ", ".join(f"local:{workers} {rate:.2f} checkpoints a minute" for workers, rate in rates.items())
-    return f"patch: {each}: {scaling.gain:.2f} x (load before: {scaling.load:.1f})"
+    """Checkpoints per minute alone and together, their processor time, and how many times more that is."""
+    each = ", ".join(
+        f"local:{workers} {60 * workers * scaling.n_checkpoints / run.seconds:.2f} a minute"
+        f" ({run.cpu / workers / scaling.n_checkpoints:.1f} s of processor time each)"
+        for workers, run in ((1, scaling.alone), (scaling.n_workers, scaling.together))
+    )
+    return f"checkpoints patched: {each}: {scaling.gain:.2f} x (load before: {scaling.load:.1f})"
 
 
 def overhead_line(overhead: Overhead) -> str:

@@ -47,7 +47,7 @@ def gpus(environment: Mapping[str, str] = os.environ) -> list[str] | None:
     """The GPUs that a process started here sees, each as `CUDA_VISIBLE_DEVICES` would name it alone.
 
     Those that the variable names already, be they numbers, GPUs or MIG slices by their id; else all that nvidia-smi
-    lists, by their ids: its numbers need not be CUDA's.  None where a driver but no nvidia-smi is there: torch can tell.
+    lists, by their ids: its numbers need not be CUDA's.  None where there is only a driver: torch can tell.
     """
     if (visible := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
         return _named(visible)
