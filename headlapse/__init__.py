@@ -17,12 +17,24 @@ if TYPE_CHECKING:
     from .face import PatchedRun as PatchedRun
     from .face import Store as Store
     from .face import cache as cache
+    from .face import checkpoints as checkpoints
     from .face import compare as compare
     from .face import doctor as doctor
     from .face import open_store as open
     from .version import __version__ as __version__
 
-__all__ = ["PatchedRun", "Store", "UserError", "VerificationError", "__version__", "cache", "compare", "doctor", "open"]
+__all__ = [
+    "PatchedRun",
+    "Store",
+    "UserError",
+    "VerificationError",
+    "__version__",
+    "cache",
+    "checkpoints",
+    "compare",
+    "doctor",
+    "open",
+]
 
 _HOMES = {
     "PatchedRun": ("face", "PatchedRun"),
@@ -31,6 +43,7 @@ _HOMES = {
     "VerificationError": ("engine.runtime.errors", "VerificationError"),
     "__version__": ("version", "__version__"),
     "cache": ("face", "cache"),
+    "checkpoints": ("face", "checkpoints"),
     "compare": ("face", "compare"),
     "doctor": ("face", "doctor"),
     "open": ("face", "open_store"),

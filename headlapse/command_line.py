@@ -1,13 +1,15 @@
 """The command line: options in, one call of the pipeline, lines out.  Only here is anything printed."""
 
+import inspect
 import logging
 import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 
 FLAT = Parameter(name="*")
 """The fields of a dataclass as options of their own."""
+
+THEN = "--then"
+"""Stands between `cache` and the command that works on what it has cached."""
 
 LONGEST_WORD = 10_000
 """Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
@@ -61,13 +66,13 @@ app.register_install_completion_command()
 def run(words: list[str], folder: str) -> int:
     """Run one command and return its exit status.  Raises `UserError`, of one line, for what it cannot do."""
     _refuse_unreadable(words)
-    try:
-        command, bound, injected = app.parse_args(words, exit_on_error=False, print_error=False)
-    except UnusedCliTokensError as error:
-        left = " ".join(error.unused_tokens or ())
-        raise UserError(f"{left}: more than this command takes; {_help(words)} shows what it does take") from None
-    except CycloptsError as error:
-        raise UserError(f"{' '.join(str(error).split())} ({_help(words)} shows what there is)") from None
+    first, *others = _split(words)
+    command, bound, injected = _parse(first)
+    if others:
+        if command is not cache:
+            raise UserError(f"--then {' '.join(others[0])}: only headlapse cache is followed by another command")
+        options = bound.arguments.get("options", _CACHE)
+        bound.arguments["options"] = replace(options, then=tuple(map(_then, others)))
     if command in (cache, patch, mechanism, report, verify_known):
         refuse_small_limits()
     given = {"folder": Path(folder)} if "folder" in injected else {}
@@ -76,29 +81,78 @@ def run(words: list[str], folder: str) -> int:
     return status if isinstance(status, int) else DONE
 
 
+def _split(words: list[str]) -> list[list[str]]:
+    """The words of a command, and those of every command that stands after a `--then`."""
+    commands: list[list[str]] = [[]]
+    for word in words:
+        if word == THEN:
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return commands
+
+
+def _then(words: list[str]) -> PatchOptions | MechanismOptions:
+    command, bound, _ = _parse(words)
+    if command not in (patch, mechanism):
+        raise UserError(f"--then {' '.join(words)}: write patch or mechanism, with its options, e.g. --then patch")
+    default = _PATCH if command is patch else _MECHANISM
+    options: PatchOptions | MechanismOptions = bound.arguments.get("options", default)
+    return options
+
+
+def _parse(words: list[str]) -> tuple[Any, inspect.BoundArguments, dict[str, Any]]:
+    """The command that the words mean, and its arguments.  Raises `UserError` for words that mean none."""
+    try:
+        return app.parse_args(words, exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as error:
+        left = " ".join(error.unused_tokens or ())
+        raise UserError(f"{left}: more than this command takes; {_help(words)} shows what it does take") from None
+    except CycloptsError as error:
+        raise UserError(f"{' '.join(str(error).split())} ({_help(words)} shows what there is)") from None
+
+
 @app.command(
     help_epilogue=_examples(
         "headlapse cache",
         "headlapse cache --model EleutherAI/pythia-160m --task ioi --checkpoints log",
         "headlapse cache --model someone/model --checkpoints main 1000..64000 --plan",
+        "headlapse cache --model EleutherAI/pythia-2.8b --checkpoints all --keep-weights 2 --then patch --subsets each",
         "headlapse cache --model EleutherAI/pythia-160m-seed{seed} --seeds 1-9",
+        "headlapse cache --model allenai/OLMo-2-1124-7B --revision 'stage1-step{step}-*' --checkpoints list",
     )
 )
 def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) -> int:
     """Run every checkpoint of a model once on a contrastive task and keep every head's activations in a zarr store."""
-    if options.seeds is not None:
-        options.refuse_impossible()
-        return max(_cache_one(of_seed, folder) for of_seed in options.each_seed())
-    return _cache_one(options, folder)
+    options.refuse_impossible()
+    return max(_cache_one(each, folder) for each in options.each_series())
 
 
 def _cache_one(options: CacheOptions, folder: Path) -> int:
     from . import pipeline
 
+    if options.lists:
+        from .engine.report.findings.checkpoints import checkpoint_list
+
+        for line in checkpoint_list(options.model, pipeline.list_checkpoints(options, folder)):
+            print(line)
+        return DONE
     if options.plan:
         print(pipeline.describe_cache(options, folder))
         return DONE
     work = pipeline.cache(options, folder)
+    status = _say_cached(options, work)
+    for command, done in zip(options.then, work.then, strict=False):  # nothing is done then where nothing was cached
+        if isinstance(done, pipeline.PatchWork):
+            assert isinstance(command, PatchOptions)
+            status = max(status, _say_patched(command, done))
+        else:
+            assert isinstance(command, MechanismOptions)
+            status = max(status, _say_measured(command, done))
+    return status
+
+
+def _say_cached(options: CacheOptions, work: "pipeline.CacheWork") -> int:
     if not work.n_missing:
         there = f"{work.n_asked} of {work.n_asked} checkpoints are in {work.store}"
         print(f"{there}, captured by {options.workers}" if options.n_workers > 1 else f"nothing to do: {there} already")
@@ -127,9 +181,13 @@ def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) ->
     Ends in a verdict of at most 12 lines; --verbose prints every table.
     """
     from . import pipeline
+
+    return _say_patched(options, pipeline.patch(options, folder))
+
+
+def _say_patched(options: PatchOptions, work: "pipeline.PatchWork") -> int:
     from .results import patch_lines, patch_tables
 
-    work = pipeline.patch(options, folder)
     if work.n_complete:
         if options.verbose:
             for table in patch_tables(work.store, work.name, options.reading):
@@ -150,9 +208,13 @@ def patch(options: Annotated[PatchOptions, FLAT] = _PATCH, *, folder: Folder) ->
 def mechanism(options: Annotated[MechanismOptions, FLAT] = _MECHANISM, *, folder: Folder) -> int:
     """What heads do and how their weights change, at every checkpoint of a store; no prompt is run again."""
     from . import pipeline
+
+    return _say_measured(options, pipeline.mechanism(options, folder))
+
+
+def _say_measured(options: MechanismOptions, work: "pipeline.Work") -> int:
     from .results import mechanism_lines
 
-    work = pipeline.mechanism(options, folder)
     if work.n_complete:
         for line in mechanism_lines(work.store, options.verbose):
             print(line)

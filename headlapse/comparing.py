@@ -139,8 +139,10 @@ def _opened(name: str, store: Path, run: str, study: Mapping[str, Any]) -> compa
     if not (positions_of(finished(dataset)) >= 0).any():
         raise UserError(f"{run} of {store} has no finished checkpoint with a known step; nothing places it in training")
     model, task = str(study["model"]), Path(study["task"]).name
+    if "tokens_seen" not in dataset.coords and (per_step := tokens_per_step(model)):  # an older store
+        dataset = dataset.assign_coords(tokens_seen=dataset.step * per_step)
     group = f"{_SEED.sub('', Path(model).name)} on {task}"
-    return comparison.TrainingRun(name, group, dataset, settings, tokens_per_step(model))
+    return comparison.TrainingRun(name, group, dataset, settings)
 
 
 def _refuse_unlike(

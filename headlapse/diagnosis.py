@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .engine.checkpoints import known_problems, same_weights
-from .engine.checkpoints.resolve import Checkpoint, demo_seed, named
+from .engine.checkpoints.resolve import Checkpoint, named
+from .engine.checkpoints.series import demo_seed
 from .engine.checkpoints.weight_findings import (
     MainDiffers,
     NamedWeights,
@@ -163,9 +164,8 @@ def _files(label: str, step: int, provenance: Mapping[str, Any], folder: Path, l
     from .engine.checkpoints.fetch import on_disk
     from .engine.checkpoints.weight_changes import OnDisk
 
-    fields = {name: value for name, value in provenance.items() if name not in ("sha256", "stamps")}
     try:
-        files = on_disk(Checkpoint(**fields), folder)
+        files = on_disk(Checkpoint.recorded(provenance), folder)
         sha256 = files.sha256 if files is not None else {}
     except UserError as error:
         lines.problems.append(f"{label}: {error}")

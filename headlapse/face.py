@@ -60,7 +60,9 @@ def cache(
     trials: int | None = None,
     sites: Words = "all",
     store: str | Path | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    tokenizer: "str | Path | PreTrainedTokenizerBase | None" = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
     device: str | None = None,
     dtype: Dtype = "float32",
     memory: str | None = None,
@@ -70,19 +72,26 @@ def cache(
 ) -> "Store":
     """Capture every head's activations at every checkpoint, as `headlapse cache` does; what is there stays.
 
-    `model` is a name, a directory, or a loaded transformers model with its `tokenizer`.  A loaded model is one
-    checkpoint: its weights as they are now are saved below the cache folder (`models/<name>-<hash>`), captured and
-    later patched from there, in this process or another; the model itself is only read.
+    `model` is a name, a directory, a template of one of these (as are `revision` and `subfolder`), or a loaded
+    transformers model with its `tokenizer`; a `tokenizer`'s name is for checkpoints that do not bring their own.  A
+    loaded model is one checkpoint: its weights as they are now are saved below the cache folder
+    (`models/<name>-<hash>`), captured and later patched from there, in this process or another; the model itself is
+    only read.
 
     Raises `UserError` where nothing can be captured; of single checkpoints that cannot be had it warns.
     """
     if not isinstance(model, str | Path):
+        if isinstance(tokenizer, str | Path):
+            raise UserError(f"tokenizer: {tokenizer} is a name; pass the loaded one that belongs to the model")
         model = _saved(model, tokenizer, _words(checkpoints))
-        checkpoints = ()
-    elif tokenizer is not None:
-        raise UserError(f"tokenizer: {model} brings its own; pass one only with a loaded model")
+        checkpoints, tokenizer = (), None
+    elif not isinstance(tokenizer, str | Path | None):
+        raise UserError(f"tokenizer: {model} is a name; pass the tokenizer's name or directory, if it brings none")
     options = CacheOptions(
         model=str(model),
+        revision=revision,
+        subfolder=subfolder,
+        tokenizer=None if tokenizer is None else str(tokenizer),
         checkpoints=_words(checkpoints),
         task=str(task),
         trials=trials,
@@ -100,6 +109,36 @@ def cache(
     for warning in work.warnings:
         warnings.warn(warning, stacklevel=2)
     return Store(work.store)
+
+
+def checkpoints(
+    model: str | Path = "demo",
+    *,
+    checkpoints: Words = "all",
+    revision: str | None = None,
+    subfolder: str | None = None,
+) -> pd.DataFrame:
+    """What there is of a model: a row a checkpoint, in order of training; nothing is downloaded.
+
+    Columns: `stage`, `step` and `tokens` (both counted from the start of the stage, -1 where not known), `bytes` of the
+    weights and `to_fetch` of these (NA where not known), `problem` (why one cannot be had).  `model`, `revision`,
+    `subfolder` and the words of `checkpoints` are as in `cache`.
+    Raises `UserError` where there is no such model, or nothing of it can be had.
+    """
+    options = CacheOptions(model=str(model), checkpoints=_words(checkpoints), revision=revision, subfolder=subfolder)
+    rows = [
+        {
+            "checkpoint": each.checkpoint.label,
+            "stage": each.checkpoint.stage,
+            "step": each.checkpoint.step,
+            "tokens": each.checkpoint.tokens_seen,
+            "bytes": each.n_bytes,
+            "to_fetch": each.to_fetch if each.n_bytes is not None else None,
+            "problem": each.problem,
+        }
+        for each in pipeline.list_checkpoints(options, cache_folder())
+    ]
+    return pd.DataFrame(rows).set_index("checkpoint").astype({"bytes": "Int64", "to_fetch": "Int64"})
 
 
 def open_store(store: str | Path | None = None) -> "Store":

@@ -18,7 +18,7 @@ from .engine.runtime.errors import UserError, printable
 from .engine.runtime.exit_status import prepare_imports
 from .engine.runtime.format import format_count, parse_whole
 from .engine.runtime.outcome import Outcome, describe
-from .options import Sharable, shard_of
+from .options import CacheOptions, Sharable, shard_of
 from .slurm import FORGOTTEN, JobRequest, JobState, Slurm, parse_request
 
 if TYPE_CHECKING:
@@ -160,6 +160,8 @@ def run_jobs(command: str, options: Sharable, folder: Path, store: Path, labels:
     n_jobs = min(request.n_jobs, len(labels))
     slices = [tuple(labels[number::n_jobs]) for number in range(n_jobs)]
     given = replace(options, workers=None, store=store.absolute())
+    if isinstance(given, CacheOptions):
+        given = replace(given, then=())  # which have workers of their own
     shares = [Share(command, replace(given, shard=shard_of(each)), folder.absolute(), each) for each in slices]
     jobs = [_Job(share, handle) for share, handle in zip(shares, cluster.submit(shares), strict=True)]
     names = ", ".join(job.name for job in jobs)

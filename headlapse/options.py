@@ -4,6 +4,7 @@ The docstring beneath a field is its help.  A command takes one of these datacla
 whatever is wrong whatever the model and the store, before torch is imported.
 """
 
+import itertools
 import json
 import math
 import os
@@ -30,10 +31,11 @@ COMPUTING = Group("Computing", sort_key=2)
 MOST_LAYERS = MOST_HEADS = 1024
 """No model has more: words that are wrong even then are wrong for every model."""
 
-SEED, MOST_SEEDS = "{seed}", 1000
-"""What stands for a seed in a model's name, and how many are taken at once."""
+MOST_SEEDS = 1000
+"""So many are taken at once."""
 
-_NO_PLACE = "--seeds {}: --model {} has no place for them; write {} where the number stands"
+LIST = "list"
+"""The word of `--checkpoints` that lists what there is."""
 
 LONGEST_TEXT = 100_000
 """Greedy tokens of one patched run; more are refused."""
@@ -150,69 +152,6 @@ class ComputeOptions:
         if match is None or int(match[1]) >= int(match[2]):
             raise UserError(f"--shard {self.shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
         return labels[int(match[1]) :: int(match[2])]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheOptions(ComputeOptions):
-    """Options of `headlapse cache`."""
-
-    model: str = "demo"
-    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory; {seed} in it stands for each of
-    --seeds, e.g. EleutherAI/pythia-160m-seed{seed} (default: demo)"""
-
-    seeds: str | None = None
-    """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
-
-    checkpoints: tuple[str, ...] = ()
-    """labels, globs, a range of steps or tokens, or a set (study = the published eleven, log, all), e.g. step1000 main
-    | 'stage1-*' | step120000..step143000 | study (default: what suits the model)"""
-
-    task: Annotated[str, Parameter(help=_TASK_HELP)] = "decimal"
-
-    trials: int | None = None
-    """distinct prompt pairs, e.g. 30 (default: 15, or all lines of a file)"""
-
-    sites: tuple[str, ...] = ("all",)
-    """what to keep: all, only what patching some layers needs, or z alone, e.g. all | 6 | 4-8 | z (default: all)"""
-
-    store: Path | None = None
-    """where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)"""
-
-    dtype: Annotated[Dtype, Parameter(group=COMPUTING, metavar="DTYPE")] = "float32"
-    """arithmetic and what is stored, e.g. float16 (default: float32)"""
-
-    plan: bool = False
-    """say what would be fetched and stored, and stop"""
-
-    overwrite: bool = False
-    """replace an existing store whose settings differ"""
-
-    @property
-    def study(self) -> Study:
-        """The question.  Raises `UserError` where it is none."""
-        return Study(self.model, self.task, self.trials, self.sites, self.dtype)
-
-    def each_seed(self) -> "Iterator[CacheOptions]":
-        """These options for every seed: the model with its number, each into a store of its own."""
-        for seed in parse_seeds(self.seeds) if self.seeds is not None else ():
-            yield replace(self, model=self.model.replace(SEED, str(seed)), seeds=None)
-
-    def refuse_impossible(self) -> None:
-        from .engine.study.prompts import check_task
-
-        super().refuse_impossible()
-        self.refuse_replacing_jobs(self.overwrite)
-        if (self.seeds is None) == (SEED in self.model):
-            without = f"--model {self.model}: give the seeds that {SEED} stands for, e.g. --seeds 1-9"
-            raise UserError(without if self.seeds is None else _NO_PLACE.format(self.seeds, self.model, SEED))
-        if self.seeds is not None:
-            parse_seeds(self.seeds)
-            if self.store is not None:
-                raise UserError(f"--store {self.store}: each of --seeds has a store of its own; leave --store out")
-        refuse_unknown("--dtype", [self.dtype], DTYPES)
-        if self.store is not None:
-            refuse_bad_store(self.store)
-        check_task(self.study.task)
 
 
 @dataclass(frozen=True)
@@ -356,6 +295,140 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--parts", self.parts, PARTS)
         refuse_unknown("--direction", [self.direction], get_args(Direction))
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(ComputeOptions):
+    """Options of `headlapse cache`."""
+
+    model: str = "demo"
+    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory; {step} and {tokens} in it stand for
+    what differs where every checkpoint has a repository or a directory of its own, {seed} and {size} for each of
+    --seeds and --sizes, e.g. 'EleutherAI/pythia-{size}-seed{seed}' | 'TinyLlama/TinyLlama-1.1B-*step-{step}-{tokens}'
+    (default: demo)"""
+
+    seeds: str | None = None
+    """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
+
+    sizes: str | None = None
+    """sizes to put into --model, each a store of its own, e.g. 70m,160m (default: none)"""
+
+    revision: str | None = None
+    """the branch or tag, or what those of the series look like, with {stage}, {step}, {tokens} and * for what differs,
+    e.g. 'stage1-step{step}-*' (default: all of them)"""
+
+    subfolder: str | None = None
+    """where in a repository or directory the files are, or what folders of a series look like, e.g.
+    'hf_ckpt/{tokens}' (default: at its top)"""
+
+    tokenizer: str | None = None
+    """a hub id or a directory, where checkpoints do not bring their own, e.g. EleutherAI/pythia-160m (default: each
+    checkpoint's own)"""
+
+    checkpoints: tuple[str, ...] = ()
+    """labels, globs, a range of steps or tokens, or a set (study = the published eleven, log, all); with list, say what
+    there is and stop, e.g. step1000 main | 'stage1-*' | step120000..step143000 | study | list (default: what suits the
+    model)"""
+
+    task: Annotated[str, Parameter(help=_TASK_HELP)] = "decimal"
+
+    trials: int | None = None
+    """distinct prompt pairs, e.g. 30 (default: 15, or all lines of a file)"""
+
+    sites: tuple[str, ...] = ("all",)
+    """what to keep: all, only what patching some layers needs, or z alone, e.g. all | 6 | 4-8 | z (default: all)"""
+
+    store: Path | None = None
+    """where to keep it, e.g. cache/mine.zarr (default: cache/<model>-<task>.zarr)"""
+
+    dtype: Annotated[Dtype, Parameter(group=COMPUTING, metavar="DTYPE")] = "float32"
+    """arithmetic and what is stored, e.g. float16 (default: float32)"""
+
+    keep_weights: int | None = None
+    """of what is downloaded, keep the weights of at most so many checkpoints at a time: they are removed once they are
+    cached, and done with by what stands after --then, e.g. 2 (default: all are kept)"""
+
+    plan: bool = False
+    """say what would be fetched and stored, and stop"""
+
+    overwrite: bool = False
+    """replace an existing store whose settings differ"""
+
+    then: Annotated[tuple[PatchOptions | MechanismOptions, ...], Parameter(parse=False)] = ()
+    """What is done with the checkpoints once they are cached, as the words after --then say."""
+
+    @property
+    def study(self) -> Study:
+        """The question.  Raises `UserError` where it is none."""
+        places = self.revision, self.subfolder, self.tokenizer
+        return Study(self.model, self.task, self.trials, self.sites, self.dtype, *places)
+
+    @property
+    def lists(self) -> bool:
+        """Whether the checkpoints are to be listed, not cached."""
+        return LIST in self.checkpoints
+
+    def each_series(self) -> "Iterator[CacheOptions]":
+        """These options for every size and seed, each into a store of its own; themselves where none is asked for."""
+        seeds = list(map(str, parse_seeds(self.seeds))) if self.seeds is not None else [""]
+        for size, seed in itertools.product(self.sizes.split(",") if self.sizes is not None else [""], seeds):
+
+            def filled(text: str, size: str = size, seed: str = seed) -> str:
+                return text.replace("{size}", size).replace("{seed}", seed)
+
+            yield replace(
+                self,
+                model=filled(self.model),
+                revision=self.revision and filled(self.revision),
+                subfolder=self.subfolder and filled(self.subfolder),
+                seeds=None,
+                sizes=None,
+            )
+
+    def refuse_impossible(self) -> None:
+        from .engine.study.prompts import check_task
+
+        super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
+        if self.on_cluster and self.keep_weights is not None:
+            raise UserError(
+                f"--workers {self.workers} and --keep-weights: jobs keep what they fetch; start each share by --shard, "
+                "which lets go (docs/cluster.md)"
+            )
+        self._refuse_misplaced("seed", self.seeds, "1-9")
+        self._refuse_misplaced("size", self.sizes, "70m,160m")
+        if self.seeds is not None:
+            parse_seeds(self.seeds)
+        if self.sizes is not None and not re.fullmatch(r"[\w.-]+(,[\w.-]+)*", self.sizes):
+            raise UserError(f"--sizes {self.sizes}: write words with commas between, e.g. 70m,160m")
+        if self.subfolder is not None and not re.fullmatch(r"(?!/)(?!.*(^|/)\.\.?(/|$)).+", self.subfolder):
+            raise UserError(f"--subfolder {self.subfolder}: write a folder below, e.g. 'hf_ckpt/{{tokens}}'")
+        refuse_unknown("--dtype", [self.dtype], DTYPES)
+        if self.store is not None:
+            refuse_bad_store(self.store)
+        if self.keep_weights is not None and self.keep_weights < 1:
+            raise UserError(f"--keep-weights {self.keep_weights}: at least those of one checkpoint are needed")
+        if self.overwrite and (self.keep_weights is not None or self.then):
+            raise UserError("--overwrite with --keep-weights or --then: remove the old store first, with headlapse rm")
+        for command in self.then:
+            if command.store is not None or command.checkpoints != ("all",):
+                raise UserError("--then: what follows works on the checkpoints that are cached; leave out which")
+            command.refuse_impossible()
+        check_task(self.study.task)
+
+    def _refuse_misplaced(self, field: str, given: str | None, example: str) -> None:
+        """Raise `UserError` for a field that nothing is given for, and what is given for a field that is not there."""
+        place, option = f"{{{field}}}", f"--{field}s"
+        varied = {"--model": self.model, "--revision": self.revision, "--subfolder": self.subfolder}
+        found = [f"{name} {value}" for name, value in varied.items() if value and place in value]
+        if given is None and found:
+            raise UserError(f"{found[0]}: give the {field}s that {place} stands for, e.g. {option} {example}")
+        if given is not None and not found:
+            raise UserError(
+                f"{option} {given}: --model {self.model} has no place for them; write {place} where they stand"
+            )
+        if given is not None and self.store is not None:
+            raise UserError(f"--store {self.store}: each of {option} has a store of its own; leave --store out")
 
 
 Sharable = CacheOptions | PatchOptions | MechanismOptions

@@ -5,17 +5,20 @@ torch, which takes seconds; all raise `UserError` in one line, and `Verification
 """
 
 import functools
+import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from .engine.checkpoints import known_problems
-from .engine.checkpoints.resolve import Checkpoint, resolve
+from .engine.capture.identity import store_name
+from .engine.checkpoints import availability, known_problems
+from .engine.checkpoints.resolve import Checkpoint, named, resolve
 from .engine.checkpoints.revisions import RevisionIndex, select
+from .engine.runtime.errors import UserError
 from .engine.runtime.importing import importing
 from .engine.runtime.outcome import Outcome
 from .engine.runtime.progress import Progress, progress
@@ -28,12 +31,13 @@ from .engine.store.locks import claimed, layout_lock
 from .engine.store.zarr_group import package_versions
 from .engine.study.patch_settings import PatchSettings
 from .jobs import Gathered, run_jobs
-from .options import CacheOptions, MechanismOptions, PatchOptions, ReportOptions, Sharable
+from .options import LIST, CacheOptions, MechanismOptions, PatchOptions, ReportOptions, Sharable
 from .workers import in_processes
 
 if TYPE_CHECKING:
     import xarray as xr
 
+    from .engine.checkpoints.availability import Availability
     from .engine.store.store import Store
 
 logger = logging.getLogger(__name__)
@@ -75,15 +79,6 @@ class Work:
 
 
 @dataclass(frozen=True)
-class CacheWork(Work):
-    """What `cache` did."""
-
-    n_prompts: int
-    warnings: tuple[str, ...]
-    """What a reader should know before believing the numbers."""
-
-
-@dataclass(frozen=True)
 class PatchWork(Work):
     """What `patch` did."""
 
@@ -97,6 +92,39 @@ class PatchWork(Work):
         return run_path(self.store, self.name)
 
 
+@dataclass(frozen=True)
+class CacheWork(Work):
+    """What `cache` did."""
+
+    n_prompts: int
+    warnings: tuple[str, ...]
+    """What a reader should know before believing the numbers."""
+
+    then: tuple[Work, ...] = ()
+    """What was done with the checkpoints then, a command each."""
+
+
+AnyWork = TypeVar("AnyWork", bound=Work)
+
+
+def joined(first: AnyWork, second: AnyWork) -> AnyWork:
+    """What a command did on some checkpoints and then on others."""
+    both = replace(
+        second,
+        n_missing=first.n_missing + second.n_missing,
+        problems=first.problems | second.problems,
+        by_input=first.by_input and second.by_input,
+        seconds=first.seconds + second.seconds,
+        peak_memory=max(first.peak_memory, second.peak_memory),
+    )
+    if isinstance(first, PatchWork) and isinstance(both, PatchWork):
+        return replace(both, n_asked=first.n_asked + second.n_asked, n_runs=first.n_runs + both.n_runs)
+    if isinstance(first, CacheWork) and isinstance(both, CacheWork):
+        then = tuple(map(joined, first.then, both.then)) if first.then and both.then else first.then or both.then
+        return replace(both, then=then, warnings=tuple(dict.fromkeys((*first.warnings, *both.warnings))))
+    return replace(both, n_asked=first.n_asked + second.n_asked)
+
+
 def describe_cache(options: CacheOptions, folder: Path) -> str:
     """What `cache` would fetch and store, and about how long it would take, as text."""
     checkpoints = _checkpoints(options, folder)
@@ -105,15 +133,67 @@ def describe_cache(options: CacheOptions, folder: Path) -> str:
 
     with quiet_libraries():
         device = Machine.from_options(options.device, options.memory).device
-        return estimate.describe(options.study, checkpoints, folder, cache_path(options, folder), device)
+        return estimate.describe(
+            options.study, checkpoints, folder, cache_path(options, folder), device, options.keep_weights
+        )
+
+
+def list_checkpoints(options: CacheOptions, folder: Path) -> "list[Availability]":
+    """What there is of a model, with sizes, in order of training, whether or not it is one training.
+
+    Raises `UserError` where there is no such model.
+    """
+    options.refuse_impossible()
+    words = [word for word in options.checkpoints if word != LIST]
+    found = named(options.model, words or ("all",), folder, options.revision, options.subfolder, options.tokenizer)
+    with quiet_libraries():
+        return availability.plan(found, folder)
 
 
 def cache(options: CacheOptions, folder: Path) -> CacheWork:
-    """Capture the checkpoints that the store lacks.  Raises `UserError` where none can be had."""
+    """Capture the checkpoints that the store lacks, and do with them what is to be done then.
+
+    Raises `UserError` where none can be had.
+    """
     checkpoints = _checkpoints(options, folder)
-    study, path = options.study, cache_path(options, folder)
-    refuse_foreign(path)
+    refuse_foreign(cache_path(options, folder))
     with in_processes("cache", options, folder), importing():
+        importlib.import_module(".engine.capture.run", __package__)
+    if options.keep_weights is not None:
+        from .streaming import stream
+
+        return stream(options, folder, checkpoints)
+    work = capture(options, folder, checkpoints)
+    return replace(work, then=then(options, folder)) if options.then and work.n_complete else work
+
+
+def then(options: CacheOptions, folder: Path, labels: Sequence[str] | None = None) -> tuple[Work, ...]:
+    """Do what is to be done with checkpoints once they are captured: those with these labels, as far as they are, or
+    all that were asked for."""
+    path = cache_path(options, folder)
+    complete = CheckpointArrays(path).complete() if is_store(path) else {}
+    here = [label for label in (complete if labels is None else labels) if label in complete]
+    done: list[Work] = []
+    for command in options.then if here else ():
+        on_these = replace(command, store=path, checkpoints=tuple(here))
+        done.append(patch(on_these, folder) if isinstance(on_these, PatchOptions) else mechanism(on_these, folder))
+    return tuple(done)
+
+
+def then_groups(options: CacheOptions, path: Path) -> list[Path]:
+    """What is written of the store then."""
+    return [
+        run_path(path, _name_of(command)) if isinstance(command, PatchOptions) else path / "mechanism"
+        for command in options.then
+    ]
+
+
+def capture(
+    options: CacheOptions, folder: Path, checkpoints: Sequence[Checkpoint], only: Sequence[str] | None = None
+) -> CacheWork:
+    """Capture those of the checkpoints that the store lacks, or of these the ones with the labels in `only`."""
+    study, path = options.study, cache_path(options, folder)
+    with importing():
         from .engine.capture import run
         from .engine.runtime.resources import Machine
         from .engine.store.store import Store, duplicate_weights
@@ -126,7 +206,8 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
 
         def still_missing() -> list[str]:
             lacking = {checkpoint.label for checkpoint in run.pending(study, checkpoints, site)}
-            return [label for label in options.share(list(by_label)) if label in lacking]
+            wanted = options.share(list(by_label)) if only is None else only
+            return [label for label in wanted if label in lacking]
 
         labels = still_missing()
         known_problems.warn([by_label[label] for label in labels])
@@ -159,12 +240,10 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
         from .engine.store.store import Store
 
     jobs = _jobs("patch", options, folder, path)
-    protocol = protocol_named(options.protocol)
-    request = options.request(protocol.default)
+    protocol, name = protocol_named(options.protocol), _name_of(options)
     with quiet_libraries():
         store = Store(path, options.weights)
-        plan = protocol.make_plan(request, store)
-        name = options.name or protocol.name_of(request)
+        plan = protocol.make_plan(options.request(protocol.default), store)
         options.reading.prompts(store.trials().n_trials)
         machine = Machine() if jobs else Machine.from_options(options.device, options.memory, plan.dtype)
         run = protocol.open_run(store, plan, name, options.overwrite)
@@ -181,6 +260,15 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
             name=name,
             n_runs=plan.n_runs * (len(series.missing) - len(series.outcomes)),
         )
+
+
+def _name_of(options: PatchOptions) -> str:
+    """What the run is called in the store."""
+    with importing():
+        from .engine.replay.protocols import protocol_named
+
+    protocol = protocol_named(options.protocol)
+    return options.name or protocol.name_of(options.request(protocol.default))
 
 
 def mechanism(options: MechanismOptions, folder: Path) -> Work:
@@ -330,9 +418,6 @@ def report(options: ReportOptions, folder: Path) -> Path:
 
 def cache_path(options: CacheOptions, folder: Path) -> Path:
     """Where `cache` keeps its store."""
-    with importing():
-        from .engine.capture.run import store_name
-
     return options.store or folder / store_name(options.study)
 
 
@@ -375,4 +460,6 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
 
 def _checkpoints(options: CacheOptions, folder: Path) -> list[Checkpoint]:
     options.refuse_impossible()
-    return resolve(options.model, options.checkpoints, folder)
+    if options.lists:
+        raise UserError("--checkpoints list: nothing can be cached of a list; write labels, a range, a set or all")
+    return resolve(options.model, options.checkpoints, folder, options.revision, options.subfolder, options.tokenizer)

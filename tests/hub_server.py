@@ -294,6 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(hub.status, "", "out of order", hub.headers)
         elif hub.not_a_hub:
             self._send(200, b"<html>Welcome to our hotel</html>", {"Content-Type": "text/html"})
+        elif path == _MODELS.rstrip("/"):
+            self._answer_search(parse_qs(urlsplit(self.path).query))
         elif path.startswith(_MODELS):
             self._answer_api(path.removeprefix(_MODELS), posted)
         elif "/resolve/" in path:
@@ -302,6 +304,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_file(unquote(repo), unquote(revision), unquote(name))
         else:
             self._refuse(404, "", "no such page")
+
+    def _answer_search(self, asked: Mapping[str, list[str]]) -> None:
+        """Every model of an author whose name holds a word."""
+        author, word = asked["author"][0], asked.get("search", [""])[0]
+        names = [repo for repo in self.server.hub.repos if repo.startswith(f"{author}/") and word in repo]
+        self._send_json([{"id": name, "modelId": name} for name in names])
 
     def _answer_api(self, rest: str, posted: bytes) -> None:
         parts = rest.split("/")

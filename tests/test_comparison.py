@@ -66,15 +66,26 @@ def test_heads_are_matched_by_their_effects_whatever_their_numbers() -> None:
     assert found.over_seeds["tiny"]["capability"].least == 32
 
 
+def in_tokens(run: TrainingRun, per_step: int) -> TrainingRun:
+    """The same training run, which saw so many tokens a step."""
+    return replace(run, run=run.run.assign_coords(tokens_seen=run.run.step * per_step))
+
+
 def test_training_runs_are_compared_where_the_shortest_ends() -> None:
     short = training_run("short", {(1, 0): 3.0}, steps=STEPS[:10])
     long = training_run("long", {(1, 0): 3.0})
     found = compare([short, long])
     assert found.unit == "steps" and found.at == {"short": "step96", "long": "step96"}
-    by_tokens = compare([replace(short, tokens_per_step=200), replace(long, tokens_per_step=100)])
+    by_tokens = compare([in_tokens(short, 200), in_tokens(long, 100)])
     assert by_tokens.unit == "tokens" and by_tokens.at == {"short": "step96", "long": "step192"}
     assert by_tokens.table.loc["long", "head_1_from"] == 4800
     assert by_tokens.timeline.loc["short"]["position"].tolist() == [200 * step for step in STEPS[:10]]
+
+
+def test_training_runs_whose_tokens_are_not_all_known_are_compared_by_steps() -> None:
+    known, unknown = in_tokens(training_run("a", {(1, 0): 3.0}), 200), in_tokens(training_run("b", {(1, 0): 3.0}), 100)
+    unknown.run["tokens_seen"][3] = -1
+    assert compare([known, unknown]).unit == "steps"
 
 
 def test_a_constant_answer_is_no_capability() -> None:

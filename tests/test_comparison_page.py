@@ -1,7 +1,6 @@
 """Laws of the page of a comparison, in a browser: one slider moves every training run, to what its numbers are."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from playwright.sync_api import Locator, Page
 from headlapse.engine.report.comparison_page import write_comparison
 from headlapse.engine.statistics.comparison import Comparison, compare
 from tests.browser import NARROW, WIDE, Open, browser, grave_findings, open_page, picture, sideways_overflow
-from tests.test_comparison import BALANCED, training_run
+from tests.test_comparison import BALANCED, in_tokens, training_run
 from tests.test_page import HOSTILE
 from tests.test_verdict import N_HEADS, STEPS
 
@@ -29,7 +28,7 @@ def comparison() -> Comparison:
         training_run(LONG, {(3, 7): 3.4, (1, 2): 1.2}, onset=64, words=BALANCED, seed=2),
         training_run(PAIRS, {(0, 1): 2.0}, "other", words=("even", "odd", "all"), seed=3),
     ]
-    return compare([replace(run, tokens_per_step=200 if run.name == SHORT else 100) for run in runs])
+    return compare([in_tokens(run, 200 if run.name == SHORT else 100) for run in runs])
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import headlapse
-from headlapse.engine.checkpoints import demo, resolve
+from headlapse.engine.checkpoints import demo, series
 from tests.forked import exit_status, run_code
 
 ROOT = Path(__file__).parent.parent
@@ -199,10 +199,10 @@ def quick_series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     cache = tmp_path_factory.mktemp("cache")
     demo.train(cache / "quick", replace(demo.SERIES, steps=tuple(range(len(demo.STEPS))), batch=4))
-    (cache / resolve.DEMO).mkdir()
-    (cache / resolve.DEMO / demo.RECIPE).write_text(json.dumps(asdict(demo.SERIES), indent=2))
+    (cache / series.DEMO).mkdir()
+    (cache / series.DEMO / demo.RECIPE).write_text(json.dumps(asdict(demo.SERIES), indent=2))
     for quick, step in enumerate(demo.STEPS):
-        (cache / "quick" / f"step{quick}").rename(cache / resolve.DEMO / f"step{step}")
+        (cache / "quick" / f"step{quick}").rename(cache / series.DEMO / f"step{step}")
     return cache
 
 

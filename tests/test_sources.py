@@ -796,14 +796,16 @@ def test_a_plan_of_the_embedded_series_trains_nothing(demo: list[Path], cache: P
 def test_a_description_is_config_and_tokenizer_without_the_weights(
     hub: HubServer, series: Path, demo: list[Path], cache: Path
 ) -> None:
-    directory = description(on_hub("step2000"), cache)
-    assert directory and {path.name for path in directory.iterdir()} == set(COMMON)
+    described = description(on_hub("step2000"), cache)
+    assert described and {path.name for path in described.directory.iterdir()} == set(COMMON)
+    assert described.tokenizer == described.directory
     assert hub.downloads() == sorted(COMMON)
     [local] = resolve(str(series), ["step0"], cache)
-    assert description(local, cache) == series / "step0"
+    found = description(local, cache)
+    assert found and found.directory == series / "step0"
     assert description(resolve("demo", (), cache)[0], cache) is None and not demo
     hub.stop()
-    assert description(on_hub("step2000"), cache) == directory
+    assert description(on_hub("step2000"), cache) == described
 
 
 def test_a_plan_of_nothing_is_nothing(cache: Path) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from ..checkpoints.architecture import Architecture, inspect_architecture, read_config
 from ..checkpoints.availability import Availability, plan
 from ..checkpoints.fetch import description
-from ..checkpoints.files import vocabulary_file
-from ..checkpoints.resolve import DEMO, Checkpoint
+from ..checkpoints.hub import hub_cache
+from ..checkpoints.resolve import Checkpoint
+from ..checkpoints.series import demo_seed
 from ..checkpoints.tokenizer import load_tokenizer
 from ..checkpoints.weights import TORCH_DTYPES
 from ..runtime.format import format_bytes, format_time
@@ -37,8 +38,13 @@ class Cost:
     """Floating-point operations of the forward over all prompts."""
 
 
-def describe(study: Study, checkpoints: Sequence[Checkpoint], cache: Path, path: Path, device: str) -> str:
-    """The plan as text.  Downloads at most the configuration and the tokenizer of one checkpoint."""
+def describe(
+    study: Study, checkpoints: Sequence[Checkpoint], cache: Path, path: Path, device: str, keep: int | None = None
+) -> str:
+    """The plan as text, where the weights of at most `keep` checkpoints are kept at a time, or all.
+
+    Downloads at most the configuration and the tokenizer of one checkpoint.
+    """
     missing = {checkpoint.label for checkpoint in pending(study, checkpoints, path)}
     availabilities = plan(checkpoints, cache)
     lines = [f"{study.model}, task {study.task}, {study.dtype}: {len(checkpoints)} checkpoints, store {path}"]
@@ -47,7 +53,7 @@ def describe(study: Study, checkpoints: Sequence[Checkpoint], cache: Path, path:
     if not missing:
         lines.append("nothing to do: all of them are in the store")
     elif todo:
-        lines += _totals(study, todo, cache, path, device)
+        lines += _totals(study, todo, cache, path, device, keep)
     return "\n".join(lines)
 
 
@@ -62,29 +68,57 @@ def cost_of(study: Study, architecture: Architecture, trials: Trials) -> Cost:
     )
 
 
-def _totals(study: Study, todo: Sequence[Availability], cache: Path, path: Path, device: str) -> list[str]:
+def at_once(sizes: Sequence[int], keep: int | None) -> int:
+    """The most bytes that so many of these files one after another take; of all of them where `keep` is None."""
+    window = len(sizes) if keep is None else min(keep, len(sizes))
+    return max(sum(sizes[first : first + window]) for first in range(len(sizes) - window + 1))
+
+
+def _totals(
+    study: Study, todo: Sequence[Availability], cache: Path, path: Path, device: str, keep: int | None
+) -> list[str]:
     sizes = [each.to_fetch for each in todo]
     to_fetch = sum(size or 0 for size in sizes)
     unknown = " and files whose size the hub does not give" if None in sizes else ""
-    directory = description(todo[0].checkpoint, cache)
-    if directory is None:
-        assert study.model == DEMO
+    found = description(todo[0].checkpoint, cache)
+    if found is None:
+        assert demo_seed(study.model) is not None
         return ["to fetch: nothing; the series is trained first, on the spot (a minute or two), and then takes seconds"]
-    architecture = inspect_architecture(read_config(directory))
-    tokenizer = load_tokenizer(vocabulary_file(directory).parent)
+    architecture = inspect_architecture(read_config(found.directory))
+    tokenizer = load_tokenizer(found.tokenizer)
     trials = draw_trials(study.task, study.trials, tokenizer, architecture.context)
     cost = cost_of(study, architecture, trials)
     stored = cost.stored * len(todo)
     weights = sum(each.n_bytes or 0 for each in todo)
     seconds = cost.flops * len(todo) / matmul_rate(device, TORCH_DTYPES[study.dtype]) + (weights + stored) / DISK_RATE
-    free = shutil.disk_usage(_existing(path)).free
-    room = f"; NOT ENOUGH: {format_bytes(free)} are free" if stored > free else f" ({format_bytes(free)} are free)"
     fetching = f"about {format_time(to_fetch / NETWORK_RATE)} at {format_bytes(NETWORK_RATE)}/s"
     return [
         f"to fetch: {format_bytes(to_fetch)}{unknown}, {fetching}",
-        f"to store: {format_bytes(stored)}{room}",
+        f"to store: {format_bytes(stored)}",
+        *_on_disk(at_once([size or 0 for size in sizes], keep), stored, path, keep),
         f"to read, compute and write: about {format_time(seconds)} on {device}",
     ]
+
+
+def _on_disk(weights: int, stored: int, path: Path, keep: int | None) -> list[str]:
+    """What the weights and the store take at once, a line for each disk, and whether there is room."""
+    needed: dict[int, dict[str, int]] = {}
+    places: dict[int, Path] = {}
+    for what, n_bytes, place in (("weights", weights, _existing(hub_cache())), ("store", stored, _existing(path))):
+        device = place.stat().st_dev
+        needed.setdefault(device, {})[what] = n_bytes
+        places[device] = place
+    return [_room(needed[device], place, keep) for device, place in places.items() if sum(needed[device].values())]
+
+
+def _room(needed: dict[str, int], place: Path, keep: int | None) -> str:
+    free, most = shutil.disk_usage(place).free, sum(needed.values())
+    parts = ", ".join(f"{what} {format_bytes(n_bytes)}" for what, n_bytes in needed.items() if n_bytes)
+    line = f"on disk at most: {format_bytes(most)} ({parts})"
+    if most <= free:
+        return f"{line}, {format_bytes(free)} are free"
+    hint = "; --keep-weights 2 keeps those of two checkpoints at a time" if keep is None and "weights" in needed else ""
+    return f"{line}; NOT ENOUGH: {format_bytes(free)} are free in {place}{hint}"
 
 
 def _line(availability: Availability, is_missing: bool) -> str:
@@ -95,7 +129,7 @@ def _line(availability: Availability, is_missing: bool) -> str:
         state = f"error: {availability.problem}"
     elif not is_missing:
         state = f"{size}, in the store"
-    elif checkpoint.model == DEMO and availability.n_bytes is None:
+    elif demo_seed(checkpoint.model) is not None and availability.n_bytes is None:
         state = "to be trained"
     else:
         state = f"{size}, on disk" if availability.on_disk else f"{size}, to be fetched"

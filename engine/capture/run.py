@@ -12,10 +12,10 @@ import torch
 
 from ..checkpoints.architecture import Architecture
 from ..checkpoints.fetch import fetch
-from ..checkpoints.files import Files, sha256, stamp, vocabulary_file
+from ..checkpoints.files import Files, sha256, stamp
 from ..checkpoints.loader import Loaded, ModelLoader
 from ..checkpoints.prefetch import prefetch
-from ..checkpoints.resolve import Checkpoint, demo_seed
+from ..checkpoints.resolve import Checkpoint
 from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
@@ -27,27 +27,11 @@ from ..store.inventory import is_store
 from ..store.locks import layout_lock
 from ..store.store import Store, create_store
 from ..store.zarr_group import CheckpointRow, refuse_difference
-from ..study.prompts import DEFAULT_TRIALS, Trials, check_task, draw_trials, same_tokens, task_digest
+from ..study.prompts import Trials, check_task, draw_trials, same_tokens
 from ..study.study import Study
 from ..study.subsets import parse_layers
-from ..study.tasks.registry import TASKS
 from .forward import capture
-
-
-def identity(study: Study) -> dict[str, Any]:
-    """The fields that make two studies the same, as JSON: a store keeps them and compares them."""
-    trials = study.trials or (DEFAULT_TRIALS if study.task in TASKS else None)
-    model = str(Path(study.model).expanduser().resolve()) if _is_directory(study.model) else study.model
-    task = study.task if study.task in TASKS else Path(study.task).name
-    fields = {"model": model, "task": task, "task_digest": task_digest(study.task), "trials": trials}
-    return {**fields, "sites": list(study.sites), "dtype": study.dtype}
-
-
-def store_name(study: Study) -> str:
-    """The default name of a study's store: `pythia-160m-decimal.zarr`."""
-    model = Path(study.model).expanduser().resolve().name if _is_directory(study.model) else study.model.split("/")[-1]
-    task = study.task if study.task in TASKS else Path(study.task).stem
-    return f"{model}-{task}.zarr"
+from .identity import identity
 
 
 def building_site(study: Study, path: Path, overwrite: bool) -> Path:
@@ -202,7 +186,7 @@ class _Recorder:
 
         Raises `UserError` when this checkpoint's tokenizer gives other tokens than the store holds.
         """
-        vocabulary = vocabulary_file(files.directory)
+        vocabulary = files.vocabulary
         digest = sha256(vocabulary)
         if self.trials is not None and digest in self.vocabularies:
             return self.trials, ()
@@ -253,11 +237,6 @@ def refuse_non_finite(captured: Capture, trials: Trials, label: str) -> None:
 
 def _non_finite(what: str, label: str) -> str:
     return f"the {what} of {label} is not finite: its weights are damaged, or the numbers too large for this --dtype"
-
-
-def _is_directory(model: str) -> bool:
-    """As in `resolve`: the embedded series takes precedence over a folder of its name."""
-    return demo_seed(model) is None and Path(model).expanduser().is_dir()
 
 
 def _provenance(checkpoint: Checkpoint, files: Files) -> dict[str, Any]:

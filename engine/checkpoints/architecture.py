@@ -1,6 +1,7 @@
 """What a model is made of, found by a dry run without weights in place of a table of module names per architecture."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from .hooks import hook_inputs, hook_outputs
 from .plausible import refuse_impossible_numbers
 
 _PROBE_TOKENS = 2
+
+_MOST_INSPECTED = 32
+"""Architectures that are remembered in one process."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,19 @@ def read_config(directory: Path) -> PreTrainedConfig:
 def inspect_architecture(config: PreTrainedConfig) -> Architecture:
     """The architecture that `config` describes.  Raises `UserError` for one that cannot be patched.
 
-    The model is built without weights, on torch's meta device, and two tokens are run through it.
+    The model is built without weights, on torch's meta device, and two tokens are run through it: once for all configs
+    of the same content.
     """
+    fields = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    key = type(config), json.dumps(fields, sort_keys=True, default=str)
+    if key not in _inspected:
+        if len(_inspected) >= _MOST_INSPECTED:
+            del _inspected[next(iter(_inspected))]
+        _inspected[key] = _inspect(config)
+    return _inspected[key]
+
+
+def _inspect(config: PreTrainedConfig) -> Architecture:
     model = _without_weights(copy.deepcopy(config))  # choosing an attention implementation writes into it
     name = type(model).__name__
     dry_run = _DryRun()
@@ -109,6 +124,10 @@ def inspect_architecture(config: PreTrainedConfig) -> Architecture:
             f"{name} cannot be run through transformers' attention interface: {_said(error)}; not supported"
         ) from error
     return dry_run.architecture(model, config)
+
+
+_inspected: dict[tuple[type[PreTrainedConfig], str], Architecture] = {}
+"""What was found of a config, by its content, the oldest first."""
 
 
 class _DryRun:

@@ -1,7 +1,6 @@
 """What it would take to have checkpoints on disk: bytes to download, or why one cannot be had.  Downloads nothing."""
 
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,8 @@ from pathlib import Path
 from ..runtime.errors import UserError
 from . import files, hub
 from .fetch import files_beside_weights, find_revision, weight_form
-from .resolve import DEMO, Checkpoint
+from .resolve import Checkpoint
+from .series import demo_seed
 
 _REQUESTS_AT_ONCE = 8
 
@@ -31,9 +31,12 @@ class Availability:
     problem: str | None = None
     """Why the checkpoint cannot be had."""
 
+    lacks_files: bool = False
+    """Whether any of its files is still to be downloaded, with whichever checkpoint it is counted."""
+
     @property
     def on_disk(self) -> bool:
-        return self.n_bytes is not None and self.to_fetch == 0 and self.problem is None
+        return self.n_bytes is not None and not self.lacks_files and self.problem is None
 
 
 def plan(checkpoints: Sequence[Checkpoint], cache: Path) -> list[Availability]:
@@ -48,7 +51,7 @@ def plan(checkpoints: Sequence[Checkpoint], cache: Path) -> list[Availability]:
     for need in needs:
         sizes = [size for blob, size in need.missing.items() if blob not in counted]
         counted |= need.missing.keys()
-        availabilities.append(replace(need.availability, to_fetch=_sum(sizes)))
+        availabilities.append(replace(need.availability, to_fetch=_sum(sizes), lacks_files=bool(need.missing)))
     if availabilities and all(each.problem for each in availabilities):
         raise UserError(availabilities[0].problem)
     return availabilities
@@ -64,10 +67,10 @@ class _Need:
 
 def _need(checkpoint: Checkpoint, cache: Path) -> _Need:
     try:
-        if checkpoint.model == DEMO:
-            directory = cache / DEMO / checkpoint.label
+        if demo_seed(checkpoint.model) is not None:
+            directory = cache / checkpoint.model / checkpoint.label
             return _Need(Availability(checkpoint, files.n_bytes(directory) if directory.is_dir() else None))
-        if os.path.isabs(checkpoint.location):
+        if not checkpoint.is_remote:
             directory = files.config_file(Path(checkpoint.location)).parent
             return _Need(Availability(checkpoint, files.n_bytes(directory)))
         return _hub_need(checkpoint)
@@ -76,9 +79,10 @@ def _need(checkpoint: Checkpoint, cache: Path) -> _Need:
 
 
 def _hub_need(checkpoint: Checkpoint) -> _Need:
-    revision = find_revision(checkpoint)
-    if isinstance(revision, Path):
-        return _Need(Availability(replace(checkpoint, commit=revision.name), files.n_bytes(revision)))
+    revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+    if isinstance(revision, hub.Snapshot):
+        known = replace(checkpoint, commit=revision.commit)
+        return _Need(Availability(known, files.n_bytes(revision.directory)))
     form = weight_form(revision)
     weights = [form]
     if files.is_index(form):

@@ -1,10 +1,11 @@
 """From a checkpoint to its files on disk, complete and being hashed; what is not on disk is downloaded or trained."""
 
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from ..runtime.format import format_names
 from . import files, hub
 from .files import Files
 from .hashing import Hashing, require_content
-from .resolve import Checkpoint, demo_seed
+from .resolve import Checkpoint
 from .revisions import unknown
+from .series import demo_seed
+from .training_place import MAIN, read_place
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +31,33 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     Raises `UserError` when the files cannot be had.
     """
     is_demo = demo_seed(checkpoint.model) is not None
-    if not is_demo and not os.path.isabs(checkpoint.location):
-        return _from_hub(checkpoint, recorded)
-    directory = _trained(checkpoint, cache) if is_demo else Path(checkpoint.location)
-    return _from_directory(directory, recorded=recorded)
+    if not is_demo and checkpoint.is_remote:
+        found = _from_hub(checkpoint, recorded)
+    else:
+        directory = _trained(checkpoint, cache) if is_demo else Path(checkpoint.location)
+        found = _from_directory(directory, recorded=recorded)
+    return replace(found, tokenizer=_tokenizer(checkpoint.tokenizer)) if checkpoint.tokenizer else found
+
+
+def bring(checkpoint: Checkpoint, cache: Path) -> None:
+    """Have the checkpoint's files on disk, without reading them.  Raises `UserError` as `fetch` does."""
+    if demo_seed(checkpoint.model) is not None:
+        _trained(checkpoint, cache)
+    elif checkpoint.is_remote and not (checkpoint.commit and _whole(checkpoint, checkpoint.commit)):
+        revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+        if isinstance(revision, hub.Revision):
+            _download(revision)
+
+
+def weight_blobs(checkpoint: Checkpoint) -> dict[Path, bool]:
+    """Where the client's cache keeps a checkpoint's weights, or will, and whether each of these files is there.
+
+    Empty outside the hub, and where the hub gives no answer.  Raises `UserError` for what is no checkpoint.
+    """
+    if demo_seed(checkpoint.model) is not None or not checkpoint.is_remote:
+        return {}
+    revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+    return hub.blobs(revision, _weights_of(revision)) if isinstance(revision, hub.Revision) else {}
 
 
 def on_disk(checkpoint: Checkpoint, cache: Path) -> Files | None:
@@ -40,51 +66,85 @@ def on_disk(checkpoint: Checkpoint, cache: Path) -> Files | None:
     Raises `UserError` for files that are there and are not whole, or cannot be read.
     """
     is_demo = demo_seed(checkpoint.model) is not None
-    if is_demo or os.path.isabs(checkpoint.location):
+    if is_demo or not checkpoint.is_remote:
         directory = cache / checkpoint.model / checkpoint.label if is_demo else Path(checkpoint.location)
         return _from_directory(directory) if directory.is_dir() else None
-    folder = hub.cached(checkpoint.location, checkpoint.commit or checkpoint.label)
-    return _from_directory(folder, folder.name) if folder is not None and files.is_whole(folder) else None
+    snapshot = _whole(checkpoint, checkpoint.revision_name)
+    return _from_directory(snapshot.directory, snapshot.commit) if snapshot else None
 
 
-def description(checkpoint: Checkpoint, cache: Path) -> Path | None:
-    """A directory with the checkpoint's configuration and tokenizer, fetched without its weights.
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is, without its weights."""
+
+    directory: Path
+    """With its configuration."""
+
+    tokenizer: Path
+    """The directory of its tokenizer."""
+
+
+def description(checkpoint: Checkpoint, cache: Path) -> Description | None:
+    """The checkpoint's configuration and tokenizer, fetched without its weights.
 
     None for the embedded series while it is not trained.  Raises `UserError` when they cannot be had.
     """
-    if demo_seed(checkpoint.model) is not None or os.path.isabs(checkpoint.location):
-        directory = Path(checkpoint.location)
-        return files.config_file(directory).parent if directory.is_dir() else None
-    revision = find_revision(checkpoint)
-    return revision if isinstance(revision, Path) else hub.download(revision, files_beside_weights(revision))
+    directory = Path(checkpoint.location)
+    if demo_seed(checkpoint.model) is not None or not checkpoint.is_remote:
+        if not directory.is_dir():
+            return None
+        files.config_file(directory)
+    else:
+        directory = _beside_weights(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+    own = _tokenizer(checkpoint.tokenizer) if checkpoint.tokenizer else directory
+    return Description(directory, files.vocabulary_file(own).parent)
 
 
-def find_revision(checkpoint: Checkpoint) -> hub.Revision | Path:
-    """What the hub says of a checkpoint, or its folder in the client's cache where the hub gives no answer.
+def find_revision(repo: str, name: str, subfolder: str = "") -> hub.Revision | hub.Snapshot:
+    """What the hub says of a checkpoint, or what the client's cache has of it where the hub gives no answer.
 
     Raises `UserError` when there is neither.
     """
-    repo, name = checkpoint.location, checkpoint.commit or checkpoint.label
     try:
-        return hub.look_up(repo, name)
+        return hub.look_up(repo, name, subfolder)
     except hub.NoRevision:
-        raise unknown(name, repo, hub.revisions(repo)) from None
+        raise unknown(name, repo, {label: read_place(label) for label in hub.revisions(repo)}) from None
     except hub.Unreachable as error:
-        directory = hub.cached(repo, name)
-        if directory is None:
+        snapshot = hub.cached(repo, name, subfolder)
+        if snapshot is None:
             raise
         logger.warning("%s; %s %s is read from the cache", error, repo, name)
-        return directory
+        return snapshot
+
+
+@functools.cache
+def _tokenizer(name: str) -> Path:
+    """The directory of a tokenizer that checkpoints do not bring: a directory, or the default branch of a hub id."""
+    return Path(name) if os.path.isabs(name) else _beside_weights(name, MAIN)
+
+
+def _beside_weights(repo: str, name: str, subfolder: str = "") -> Path:
+    """The folder of a revision's configuration and tokenizer, downloaded where they were not yet."""
+    revision = find_revision(repo, name, subfolder)
+    if isinstance(revision, hub.Snapshot):
+        return revision.directory
+    return hub.download(revision, files_beside_weights(revision))
+
+
+def _whole(checkpoint: Checkpoint, revision: str) -> hub.Snapshot | None:
+    """A revision in the client's cache with all that is needed of it; None where something is missing."""
+    snapshot = hub.cached(checkpoint.location, revision, checkpoint.subfolder)
+    return snapshot if snapshot and files.is_whole(snapshot.directory, not checkpoint.tokenizer) else None
 
 
 def weight_form(revision: hub.Revision) -> str:
     """The form of weights that is read.  Raises `UserError` when the revision is no checkpoint."""
-    where, content = f"{revision.repo} revision {revision.name}", format_names(sorted(revision.files))
+    content = format_names(sorted(revision.files))
     if files.CONFIG not in revision.files:
-        raise UserError(f"{where} is no checkpoint: no {files.CONFIG} in it; found there: {content}")
+        raise UserError(f"{revision} is no checkpoint: no {files.CONFIG} in it; found there: {content}")
     form = files.best_form(revision.files)
     if form is None:
-        raise UserError(f"{where} holds no weights ({files.WEIGHT_FORMS}); found there: {content}")
+        raise UserError(f"{revision} holds no weights ({files.WEIGHT_FORMS}); found there: {content}")
     return form
 
 
@@ -136,29 +196,42 @@ def _unchanged(weights: Sequence[Path], recorded: Mapping[str, Any] | None) -> d
 
 
 def _from_hub(checkpoint: Checkpoint, recorded: Mapping[str, Any] | None) -> Files:
-    repo, commit = checkpoint.location, checkpoint.commit
     # A commit never changes: where it is complete in the cache, the hub need not be asked.
-    if commit and (directory := hub.cached(repo, commit)) and files.is_whole(directory):
-        return _from_hub_cache(directory, recorded)
-    revision = find_revision(checkpoint)
-    if isinstance(revision, Path):
+    if checkpoint.commit and (snapshot := _whole(checkpoint, checkpoint.commit)):
+        return _from_hub_cache(snapshot, recorded)
+    revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
+    if isinstance(revision, hub.Snapshot):
         return _from_hub_cache(revision, recorded)
+    directory, weights = _download(revision)
+    stated = {file: blob for file in weights if (blob := revision.files[file].blob)}
+    return _from_directory(directory, revision.commit, recorded, stated)
+
+
+def _download(revision: hub.Revision) -> tuple[Path, list[str]]:
+    """Download what is needed of a revision; its folder and the names of its weights."""
+    weights = _weights_of(revision)
+    return hub.download(revision, {*weights, *files_beside_weights(revision)}), weights
+
+
+def _weights_of(revision: hub.Revision) -> list[str]:
+    """Names of a revision's weights, after its index was downloaded where it has one.
+
+    Raises `UserError` where it has none, or not all.
+    """
     form = weight_form(revision)
     weights = [form]
     if files.is_index(form):
         weights += files.shards(hub.download(revision, weights) / form)
         if absent := [file for file in weights if file not in revision.files]:
             raise UserError(
-                f"{repo} revision {revision.name} is incomplete on the hub: {form} names {absent[0]}, "
-                "which is not there; leave it out"
+                f"{revision} is incomplete on the hub: {form} names {absent[0]}, which is not there; leave it out"
             )
-    directory = hub.download(revision, {*weights, *files_beside_weights(revision)})
-    stated = {file: blob for file in weights if (blob := revision.files[file].blob)}
-    return _from_directory(directory, revision.commit, recorded, stated)
+    return weights
 
 
-def _from_hub_cache(directory: Path, recorded: Mapping[str, Any] | None) -> Files:
+def _from_hub_cache(snapshot: hub.Snapshot, recorded: Mapping[str, Any] | None) -> Files:
+    directory = snapshot.directory
     stated = {path.name: digest for path in directory.iterdir() if (digest := hub.digest_of_blob(path))}
     for name in stated.keys() & set(files.BESIDE_WEIGHTS):
         require_content(directory / name, stated[name], files.sha256(directory / name))
-    return _from_directory(directory, directory.name, recorded, stated)
+    return _from_directory(directory, snapshot.commit, recorded, stated)

@@ -70,6 +70,14 @@ class Files:
     commit: str | None
     """Of the hub's repository; None outside the hub."""
 
+    tokenizer: Path | None = None
+    """The directory of its tokenizer, where that lies elsewhere."""
+
+    @property
+    def vocabulary(self) -> Path:
+        """As `vocabulary_file`; the tokenizer is in its folder."""
+        return vocabulary_file(self.tokenizer or self.directory)
+
     @property
     def sha256(self) -> dict[str, str]:
         """Weight file name -> hex digest; waits until all files are hashed.
@@ -141,13 +149,13 @@ def looks_like_shard(name: str, index: str) -> bool:
     return fnmatch(name, f"{stem}-*-of-*.{suffix}")
 
 
-def is_whole(directory: Path) -> bool:
-    """Whether config, weights and a tokenizer are all in `directory`."""
+def is_whole(directory: Path, with_tokenizer: bool = True) -> bool:
+    """Whether config, weights and, unless it lies elsewhere, a tokenizer are all in `directory`."""
     try:
         config_file(directory), weight_files(directory)
     except UserError:
         return False
-    return any((directory / name).is_file() for name in VOCABULARY)
+    return not with_tokenizer or any((directory / name).is_file() for name in VOCABULARY)
 
 
 def n_bytes(directory: Path) -> int:

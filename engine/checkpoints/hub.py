@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ..runtime.errors import UserError
 from ..runtime.format import format_bytes
 from ..runtime.shortage import shortage_of
-from .files import sha256
+from .files import CONFIG, sha256
 from .hashing import require_content
 from .hub_answers import DistrustedAnswer, guard_client, is_commit, require_revision
 
@@ -68,10 +68,29 @@ class Revision:
 
     commit: str
     files: Mapping[str, RemoteFile]
+    """By their names in the subfolder."""
+
+    subfolder: str = ""
+    """Where in the repository the files are; empty for all of it."""
+
+    def path(self, name: str) -> str:
+        """A file's name in the repository."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+    def __str__(self) -> str:
+        return f"{self.path('').rstrip('/') + ' of ' if self.subfolder else ''}{self.repo} revision {self.name}"
 
 
-def look_up(repo: str, name: str) -> Revision:
-    """Ask the hub what a revision holds, in one request.
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in the client's cache."""
+
+    directory: Path
+    commit: str
+
+
+def look_up(repo: str, name: str, subfolder: str = "") -> Revision:
+    """Ask the hub what a revision, or one folder of it, holds, in one request.
 
     Raises `NoRevision`, `Unreachable`, or `UserError` when the repository is missing or closed to the user.
     """
@@ -80,15 +99,41 @@ def look_up(repo: str, name: str) -> Revision:
     require_revision(name)
     with _explaining(repo, name):
         info = HfApi().model_info(repo, revision=name, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        inside = f"{subfolder}/" if subfolder else ""
         files = {
-            sibling.rfilename: RemoteFile(
+            sibling.rfilename.removeprefix(inside): RemoteFile(
                 size=sibling.size,
                 blob=sibling.lfs.sha256 if sibling.lfs else sibling.blob_id,
                 sha256=sibling.lfs.sha256 if sibling.lfs else None,
             )
             for sibling in info.siblings or ()
+            if sibling.rfilename.startswith(inside)
         }
-        return Revision(repo, name, str(info.sha), files)
+        return Revision(repo, name, str(info.sha), files, subfolder)
+
+
+def folders(repo: str, name: str) -> list[str]:
+    """The folders of a revision that hold a checkpoint's configuration, as far as they are here where the hub gives no
+    answer.  Raises as `look_up` does, but for a revision that is not there, which is a `UserError`."""
+    try:
+        names: Iterable[str] = look_up(repo, name).files
+    except NoRevision:
+        raise UserError(f"--revision {name}: {repo} has no such branch, tag or commit") from None
+    except Unreachable:
+        snapshot = cached(repo, name)
+        if snapshot is None:
+            raise
+        names = (path.relative_to(snapshot.directory).as_posix() for path in snapshot.directory.rglob(CONFIG))
+    return sorted(name.removesuffix(f"/{CONFIG}") for name in names if name.endswith(f"/{CONFIG}"))
+
+
+def repositories(owner: str, start: str) -> list[str]:
+    """Ids of an owner's models whose names begin so.  Raises as `look_up` does."""
+    from huggingface_hub import HfApi
+
+    with _explaining(owner):
+        names = [str(model.id) for model in HfApi().list_models(author=owner, search=start or None)]
+    return sorted(name for name in names if name.startswith(f"{owner}/{start}"))
 
 
 def revisions(repo: str) -> list[str]:
@@ -103,8 +148,9 @@ def revisions(repo: str) -> list[str]:
     return names
 
 
-def cached(repo: str, name: str) -> Path | None:
-    """The folder of a revision in the client's cache, complete or not; None where it has none.  Uses no network."""
+def cached(repo: str, name: str, subfolder: str = "") -> Snapshot | None:
+    """A revision, or a folder of one, in the client's cache, complete or not; None where it has none.  Uses no
+    network."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -114,12 +160,13 @@ def cached(repo: str, name: str) -> Path | None:
         folder = snapshot_download(repo, revision=name, allow_patterns=["config.json"], local_files_only=True)
     except LocalEntryNotFoundError:
         return None
+    directory = Path(folder, subfolder)
     # Whatever the cache has noted of the name: a commit's folder is called after it.
-    return Path(folder) if is_commit(Path(folder).name) else None
+    return Snapshot(directory, Path(folder).name) if is_commit(Path(folder).name) and directory.is_dir() else None
 
 
 def download(revision: Revision, names: Collection[str]) -> Path:
-    """Download the named files into the client's cache, and return their folder.
+    """Download the named files of a revision into the client's cache, and return their folder.
 
     What is in the cache already is not downloaded again.  Raises `UserError` when the download breaks off, the disk is
     full, or a file is not what the hub says: by its size, and the small ones beside the weights by their hash, too.
@@ -131,9 +178,11 @@ def download(revision: Revision, names: Collection[str]) -> Path:
     with _explaining(repo, name, downloading=True), _one_bar(announced) as bar:
         # By name, not by commit: the client then records in its cache which commit the name stands for, and finds the
         # name again without a network.
-        directory = Path(snapshot_download(repo, revision=name, allow_patterns=sorted(names), tqdm_class=bar))
-    if directory.name != revision.commit:
+        paths = sorted(map(revision.path, names))
+        folder = Path(snapshot_download(repo, revision=name, allow_patterns=paths, tqdm_class=bar))
+    if folder.name != revision.commit:
         raise UserError(f"{repo} revision {name} was moved to another commit while it was fetched; run it again")
+    directory = folder / revision.subfolder
     for file in names:
         remote, path = revision.files[file], directory / file
         _require_size(path, remote.size)
@@ -148,17 +197,15 @@ def _require_room(revision: Revision, names: Collection[str]) -> int:
 
     Raises `UserError` where the disk has no room for them, or where the hub does not say how large a file is.
     """
-    from huggingface_hub import constants
-
     sizes = missing(revision, names)
     if unknown := [blob for blob, size in sizes.items() if size is None or size < 0]:
-        raise UserError(f"{revision.repo} revision {revision.name}: the hub does not say how large {unknown[0]} is")
+        raise UserError(f"{revision}: the hub does not say how large {unknown[0]} is")
     announced = sum(size or 0 for size in sizes.values())
-    cache = Path(constants.HF_HUB_CACHE).absolute()
+    cache = hub_cache()
     free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
     if announced > free:
         raise UserError(
-            f"{revision.repo} revision {revision.name} takes {format_bytes(announced)}, {format_bytes(free)} are free "
+            f"{revision} takes {format_bytes(announced)}, {format_bytes(free)} are free "
             f"in {cache}; make room, or set HF_HOME to a larger disk"
         )
     return announced
@@ -166,17 +213,47 @@ def _require_room(revision: Revision, names: Collection[str]) -> int:
 
 def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]:
     """Blob -> bytes of the named files that are not in the client's cache yet; None where the size is not known."""
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub import try_to_load_from_cache
 
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=revision.repo, repo_type="model") / "blobs"
+    folder = _blobs_of(revision.repo)
     absent: dict[str, int | None] = {}
     for name in names:
         file = revision.files[name]
-        in_cache = try_to_load_from_cache(revision.repo, name, revision=revision.commit)
-        if not isinstance(in_cache, str) and not (file.blob and (blobs / file.blob).exists()):
-            absent[file.blob or f"{revision.commit}/{name}"] = file.size
+        in_cache = try_to_load_from_cache(revision.repo, revision.path(name), revision=revision.commit)
+        if not isinstance(in_cache, str) and not (file.blob and (folder / file.blob).exists()):
+            absent[file.blob or f"{revision.commit}/{revision.path(name)}"] = file.size
     return absent
+
+
+def blobs(revision: Revision, names: Collection[str]) -> dict[Path, bool]:
+    """Where the client's cache keeps the named files, or will, and whether each is there; of those whose place the hub
+    tells."""
+    folder = _blobs_of(revision.repo)
+    places = [folder / blob for name in names if (blob := revision.files[name].blob)]
+    return {place: place.exists() for place in places}
+
+
+def remove_blob(blob: Path) -> None:
+    """Remove a file from the client's cache, under every name that it has there."""
+    for link in (blob.parent.parent / "snapshots").rglob("*"):
+        if _blob(link) == blob:
+            link.unlink(missing_ok=True)
+    for place in (blob, *blob.parent.glob(f"{blob.name}.*.incomplete"), blob.with_name(f"{blob.name}.incomplete")):
+        place.unlink(missing_ok=True)
+
+
+def hub_cache() -> Path:
+    """The folder of the client's cache, there or not."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).absolute()
+
+
+def _blobs_of(repo: str) -> Path:
+    """The folder of a repository's files in the client's cache, which are named by their hashes."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return hub_cache() / repo_folder_name(repo_id=repo, repo_type="model") / "blobs"
 
 
 def digest_of_blob(path: Path) -> str | None:

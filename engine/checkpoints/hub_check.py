@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from ..runtime.errors import UserError
 from ..runtime.format import one_line
 from . import hub
-from .resolve import published
 from .same_weights import by_form
+from .series import published
 from .weight_findings import NamedWeights
 
 _REQUESTS_AT_ONCE = 8

@@ -1,7 +1,7 @@
 """The language of `--checkpoints`: labels, globs, steps, ranges and sets, selected from what a model has."""
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -57,22 +57,21 @@ def select(index: RevisionIndex, word: str) -> Mapping[str, Place]:
     return {word: places[word]}
 
 
-def unknown(word: str, model: str, labels: Collection[str]) -> UserError:
-    """The error for a checkpoint that is not among `labels`; it names the nearest steps or spellings."""
+def unknown(word: str, model: str, places: Mapping[str, Place]) -> UserError:
+    """The error for a checkpoint that is not among those of `places`; it names the nearest steps or spellings."""
     wanted = read_amount(word) or read_place(word)
-    steps = {label: read_place(label).step for label in labels}
-    if wanted.stage:
-        steps = {label: step for label, step in steps.items() if read_place(label).stage == wanted.stage}
+    steps = {label: place.step for label, place in places.items() if wanted.stage in ("", place.stage)}
     known = set(steps.values()) - {UNKNOWN}
     if wanted.step >= 0 and known:
         below = max((step for step in known if step <= wanted.step), default=None)
         above = min((step for step in known if step >= wanted.step), default=None)
         near = [label for label, step in steps.items() if step in (below, above)]
     else:
-        near = difflib.get_close_matches(word, labels, n=3, cutoff=0.5) or _in_order(labels)[:3]
+        near = difflib.get_close_matches(word, places, n=3, cutoff=0.5) or training_order(places)[:3]
+    in_order = training_order({label: places[label] for label in near})
     return UserError(
-        f"--checkpoints {word}: not among the {len(labels)} checkpoints of {model}; "
-        f"near it are {', '.join(_in_order(near)) or 'none'}; write labels, a range A..B, study, log or all"
+        f"--checkpoints {word}: not among the {len(places)} checkpoints of {model}; "
+        f"near it are {', '.join(in_order) or 'none'}; write labels, a range A..B, study, log or all"
     )
 
 
@@ -215,11 +214,7 @@ def _amount(index: RevisionIndex, word: str, amount: Place, places: Mapping[str,
 
 
 def _contents(index: RevisionIndex) -> str:
-    labels = _in_order(index.listing())
+    labels = training_order(index.listing())
     if len(labels) <= _LONGEST_LIST:
         return f"it has {', '.join(labels)}"
     return f"it has {len(labels)}, {labels[0]} to {labels[-1]}"
-
-
-def _in_order(labels: Collection[str]) -> list[str]:
-    return training_order({label: read_place(label) for label in labels})

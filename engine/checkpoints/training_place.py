@@ -22,6 +22,10 @@ MAIN = "main"
 _SIZES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _DIGITS = r"[0-9]{1,18}"
 _DECIMAL = rf"{_DIGITS}(?:\.[0-9]{{1,9}})?"
+
+AMOUNT = rf"{_DECIMAL}[kmbt]?"
+"""A number of steps or tokens as names have it: `1000`, `100k`, `16.78B`."""
+
 _END = "(?![0-9A-Za-z])"
 
 _STEP = re.compile(
@@ -109,6 +113,12 @@ def _stage(name: str, end: int) -> str:
     return ""
 
 
+def number_of(amount: str) -> int:
+    """What an amount stands for, in steps or tokens; -1 where it is too large to be stored."""
+    digits = amount.rstrip("kmbtKMBT")
+    return _number(digits, amount[len(digits) :])
+
+
 def _number(digits: str, suffix: str) -> int:
     """An amount with its suffix k, M, B or T; -1 where it is too large to be stored."""
     whole, _, decimals = digits.partition(".")
@@ -181,14 +191,19 @@ def _starts(last: Mapping[str, int]) -> dict[str, int]:
 
 
 def refuse_unordered(places: Mapping[str, Place], what: str) -> None:
-    """Raise `UserError` where the labels are not of one training, or are two at the same place of it.
+    """Raise `UserError` where the labels are not of one training, or are two at the same place of it."""
+    if problem := disorder(places):
+        raise UserError(f"{what}: {problem}")
+
+
+def disorder(places: Mapping[str, Place]) -> str:
+    """Why labels are not of one training, or are two at the same place of it, and which to choose; empty where they are
+    in order.
 
     `main` may be another name of any, and a label without a place has none to be told from.
     """
     known = {label: places[label] for label in training_order(places) if places[label].is_known and label != MAIN}
-    for problem in (_seeds(known), _branches(known), _kinds(known), _units(known), _twice(known)):
-        if problem:
-            raise UserError(f"{what}: {problem}")
+    return _seeds(known) or _branches(known) or _kinds(known) or _units(known) or _twice(known)
 
 
 def _seeds(places: Mapping[str, Place]) -> str:

@@ -26,6 +26,12 @@ def positions_of(run: xr.Dataset) -> Int[np.ndarray, " checkpoint"]:
     return np.array(positions([Place(str(stage), int(step), int(seen)) for stage, step, seen in rows]), dtype=np.int64)
 
 
+def tokens_of(run: xr.Dataset) -> Int[np.ndarray, " checkpoint"]:
+    """Tokens seen from the start of the training, counted on over stages; -1 where unknown."""
+    rows = zip(_along(run, "stage", ""), _along(run, "tokens_seen", UNKNOWN), strict=True)
+    return np.array(positions([Place(str(stage), tokens=int(seen)) for stage, seen in rows]), dtype=np.int64)
+
+
 def placed(run: xr.Dataset) -> xr.Dataset:
     """The run with its positions as a coordinate."""
     return run.assign_coords({POSITION: ("checkpoint", positions_of(run))})

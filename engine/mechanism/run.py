@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checkpoints.files import vocabulary_file
 from ..checkpoints.loader import ModelLoader
 from ..checkpoints.model import ResidentModel
 from ..checkpoints.tokenizer import load_tokenizer
@@ -130,7 +129,7 @@ def measure_series(
         fields: dict[str, Any] = {}
         if "roles" in plan.settings.parts:
             # The first checkpoint's serves all: the store's prompts have the same tokens at each.
-            tokenizers[:] = tokenizers or [load_tokenizer(vocabulary_file(checkpoint.files.directory).parent)]
+            tokenizers[:] = tokenizers or [load_tokenizer(checkpoint.files.vocabulary.parent)]
             roles = _roles(plan, checkpoint, tokenizers[0])
             values |= roles.arrays()
             fields["roles"] = dict(roles.drawn)

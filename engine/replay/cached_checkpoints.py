@@ -39,7 +39,7 @@ def load_each(
     def load(label: str) -> tuple[Loaded, StoredActivations | None]:
         stored = store.activations(label)
         provenance = stored.whereabouts
-        files = fetch(_recorded(provenance), cache, provenance)
+        files = fetch(Checkpoint.recorded(provenance), cache, provenance)
         weights = loader.prefetch(files)  # hashed meanwhile, on other threads
         _refuse_other_weights(provenance, files)
         if first_layer is None:
@@ -72,11 +72,6 @@ def each_outcome(
             yield failed(label, error)
             continue
         yield Outcome(label)
-
-
-def _recorded(provenance: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint as the store records it, pinned to its commit."""
-    return Checkpoint(**{name: value for name, value in provenance.items() if name not in ("sha256", "stamps")})
 
 
 def _refuse_other_weights(provenance: Mapping[str, Any], files: Files) -> None:

@@ -128,7 +128,7 @@ def patch_series(
 
 
 def _write(plan: PublishedPlan, run: TextRun, label: str, checkpoint: LoadedCheckpoint, device: str) -> None:
-    tokenizer = load_tokenizer(checkpoint.files.config.parent)
+    tokenizer = load_tokenizer(checkpoint.files.vocabulary.parent)
     patches = _slice_patches(plan, tokenizer)
     texts = _generate_all(checkpoint, patches)
     _require_same(checkpoint, patches, texts, label, run.seed)

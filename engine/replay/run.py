@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 
 from ...kernels.attend import kernel_for
-from ..checkpoints.files import vocabulary_file
 from ..checkpoints.loader import ModelLoader
 from ..checkpoints.tokenizer import load_tokenizer
 from ..runtime.errors import UserError
@@ -335,7 +334,7 @@ def _unpatched(patch: _CheckpointPatch, measures: VocabularyMeasures) -> Mapping
 
 def _generate_answers(patch: _CheckpointPatch) -> Answers:
     plan, checkpoint = patch.plan, patch.checkpoint
-    tokenizer = load_tokenizer(checkpoint.files.config.parent)
+    tokenizer = load_tokenizer(checkpoint.files.vocabulary.parent)
     runs = (plan.trials, plan.alignment, plan.direction, plan.sites, plan.subsets.mask)
     return answers(checkpoint.resident, tokenizer, *runs, plan.n_tokens, patch.label)
 
@@ -343,7 +342,7 @@ def _generate_answers(patch: _CheckpointPatch) -> Answers:
 def _vocabulary_measures(
     plan: SweepPlan, checkpoint: LoadedCheckpoint, activations: StoredActivations
 ) -> VocabularyMeasures:
-    tokenizer = load_tokenizer(vocabulary_file(checkpoint.files.directory).parent)
+    tokenizer = load_tokenizer(checkpoint.files.vocabulary.parent)
     runs = (plan.trials, plan.alignment, plan.direction)
     return VocabularyMeasures.prepare(
         checkpoint.resident, activations, *runs, plan.measures, known_tokens(tokenizer), checkpoint.memory

@@ -5,6 +5,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -30,12 +31,28 @@ class Progress(Protocol):
         """Print a line on stderr that stays, without disturbing a bar."""
 
 
+_silent = ContextVar("silent", default=False)
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """No piece of work shows how far it is while the body runs: it is a part of one that does."""
+    before = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(before)
+
+
 @contextmanager
 def progress(work: str, unit: str, total: int, initial: int = 0) -> Iterator[Progress]:
     """Show how much of `total` is completed while the body runs, on stderr.
 
     `work` is a word such as `patch`, `unit` what is counted, in the singular.
     """
+    if _silent.get():
+        yield _Silent()
+        return
     if total <= initial or not (sys.stderr.isatty() or _in_notebook()):
         yield _Lines(work, unit, total, initial)
         return
@@ -47,6 +64,19 @@ def progress(work: str, unit: str, total: int, initial: int = 0) -> Iterator[Pro
         bar = tqdm(total=total, initial=initial, desc=work, unit=unit, unit_scale=total >= 10_000, leave=False)
     with bar:
         yield _Bar(bar)
+
+
+class _Silent:
+    """Nothing but the lines that stay."""
+
+    def update(self, n: int) -> object:
+        """Not shown."""
+
+    def describe(self, state: str) -> None:
+        """Not shown."""
+
+    def write(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
 
 
 @dataclass

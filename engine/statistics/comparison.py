@@ -8,7 +8,7 @@ heads of every training run relabelled on their own.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from ..measures.logit_diff import best_layer, effect, finished
-from ..measures.training import positions_of
+from ..measures.training import positions_of, tokens_of
 from ..study.patch_settings import PatchSettings
 from .head_effects import HeadEffect, head_effects, rank_heads
 from .joint import ROUNDING
@@ -54,9 +54,6 @@ class TrainingRun:
     """Its patched run."""
 
     settings: PatchSettings
-
-    tokens_per_step: int | None = None
-    """Tokens seen in a step of training; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +129,10 @@ def compare(training_runs: Sequence[TrainingRun]) -> Comparison:
     """
     if len({run.name for run in training_runs}) < len(training_runs):
         raise ValueError("two training runs have one name")
-    in_tokens = all(run.tokens_per_step for run in training_runs)
-    timelines = {run.name: _Timeline.of(run, run.tokens_per_step or 1 if in_tokens else 1) for run in training_runs}
+    timelines = {run.name: _Timeline.of(run) for run in training_runs}
+    tokens = {name: tokens_of(line.run) for name, line in timelines.items()}
+    if in_tokens := all((seen >= 0).all() for seen in tokens.values()):
+        timelines = {name: replace(line, position=tokens[name]) for name, line in timelines.items()}
     end = min(line.position[-1] for line in timelines.values())
     places = {name: int(np.searchsorted(line.position, end, side="right")) - 1 for name, line in timelines.items()}
     rows = {run.name: _row(timelines[run.name], places[run.name]) for run in training_runs}
@@ -163,12 +162,12 @@ class _Timeline:
     position: Int[np.ndarray, " checkpoint"]
 
     @classmethod
-    def of(cls, run: TrainingRun, per_step: int) -> "_Timeline":
+    def of(cls, run: TrainingRun) -> "_Timeline":
         complete = finished(run.run)
         known = complete.isel(checkpoint=np.flatnonzero(positions_of(complete) >= 0))
         if not known.sizes["checkpoint"]:
             raise ValueError(f"{run.name} has no finished checkpoint with a known step")
-        return cls(known, run.settings, positions_of(known) * per_step)
+        return cls(known, run.settings, positions_of(known))
 
     @property
     def labels(self) -> list[str]:

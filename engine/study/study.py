@@ -44,7 +44,7 @@ class Study:
     """One question, asked of every checkpoint with the same prompts."""
 
     model: str = "demo"
-    """`demo`, a hub id, or a directory."""
+    """`demo`, a hub id, a directory, or a template of one of these for every checkpoint."""
 
     task: str = "decimal"
     """A built-in task or the path of a JSON Lines file."""
@@ -57,6 +57,15 @@ class Study:
 
     dtype: Dtype = "float32"
     """Arithmetic of capture, and the stored precision."""
+
+    revision: str | None = None
+    """Of the hub repository, or a template of such; None for whatever suits the model."""
+
+    subfolder: str | None = None
+    """Where a checkpoint's files are in its repository or directory, or a template of that."""
+
+    tokenizer: str | None = None
+    """A hub id or a directory; None where each checkpoint brings its own."""
 
     def __post_init__(self) -> None:
         if self.trials is not None and not 1 <= self.trials <= MOST_TRIALS:
