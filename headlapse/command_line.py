@@ -117,9 +117,9 @@ def _parse(words: list[str]) -> tuple[Any, inspect.BoundArguments, dict[str, Any
         "headlapse cache",
         "headlapse cache --model EleutherAI/pythia-160m --task ioi --checkpoints log",
         "headlapse cache --model someone/model --checkpoints main 1000..64000 --plan",
-        "headlapse cache --model EleutherAI/pythia-2.8b --checkpoints all --keep-weights 2 --then patch --subsets each",
+        "headlapse cache --checkpoints all --keep-weights 2 --then patch",
         "headlapse cache --model EleutherAI/pythia-160m-seed{seed} --seeds 1-9",
-        "headlapse cache --model allenai/OLMo-2-1124-7B --revision 'stage1-step{step}-*' --checkpoints list",
+        "headlapse cache --model allenai/OLMo-2-0425-1B --checkpoints list",
     )
 )
 def cache(options: Annotated[CacheOptions, FLAT] = _CACHE, *, folder: Folder) -> int:

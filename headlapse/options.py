@@ -354,8 +354,12 @@ class CacheOptions(ComputeOptions):
     overwrite: bool = False
     """replace an existing store whose settings differ"""
 
-    then: Annotated[tuple[PatchOptions | MechanismOptions, ...], Parameter(parse=False)] = ()
-    """What is done with the checkpoints once they are cached, as the words after --then say."""
+    then: Annotated[
+        tuple[PatchOptions | MechanismOptions, ...],
+        Parameter(accepts_keys=False, n_tokens=1, converter=lambda *_: (), metavar="COMMAND..."),
+    ] = ()
+    """another command for the checkpoints once they are cached, with its options, to the end of the line or the next
+    --then, e.g. patch --subsets each (default: nothing)"""
 
     @property
     def study(self) -> Study:

@@ -97,7 +97,7 @@ class CacheWork(Work):
     """What `cache` did."""
 
     n_prompts: int
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     """What a reader should know before believing the numbers."""
 
     then: tuple[Work, ...] = ()
@@ -121,7 +121,7 @@ def joined(first: AnyWork, second: AnyWork) -> AnyWork:
         return replace(both, n_asked=first.n_asked + second.n_asked, n_runs=first.n_runs + both.n_runs)
     if isinstance(first, CacheWork) and isinstance(both, CacheWork):
         then = tuple(map(joined, first.then, both.then)) if first.then and both.then else first.then or both.then
-        return replace(both, then=then, warnings=tuple(dict.fromkeys((*first.warnings, *both.warnings))))
+        return replace(both, then=then)
     return replace(both, n_asked=first.n_asked + second.n_asked)
 
 
@@ -162,9 +162,11 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     if options.keep_weights is not None:
         from .streaming import stream
 
-        return stream(options, folder, checkpoints)
-    work = capture(options, folder, checkpoints)
-    return replace(work, then=then(options, folder)) if options.then and work.n_complete else work
+        work = stream(options, folder, checkpoints)
+    else:
+        work = capture(options, folder, checkpoints)
+        work = replace(work, then=then(options, folder)) if options.then and work.n_complete else work
+    return replace(work, warnings=_weight_warnings(work.store)) if work.n_missing else work
 
 
 def then(options: CacheOptions, folder: Path, labels: Sequence[str] | None = None) -> tuple[Work, ...]:
@@ -196,7 +198,7 @@ def capture(
     with importing():
         from .engine.capture import run
         from .engine.runtime.resources import Machine
-        from .engine.store.store import Store, duplicate_weights
+        from .engine.store.store import Store
 
     with quiet_libraries():
         machine = Machine() if options.on_cluster else Machine.from_options(options.device, options.memory)
@@ -225,8 +227,14 @@ def capture(
             n_complete=len(store.complete()) if store else 0,
             kept_old=site != path and site.exists(),
             n_prompts=store.array("length").size if store else 0,
-            warnings=tuple(duplicate_weights(store)) if store and labels else (),
         )
+
+
+def _weight_warnings(path: Path) -> tuple[str, ...]:
+    """What the weights of a store's checkpoints say against it, where there is one."""
+    from .engine.store.store import Store, duplicate_weights
+
+    return tuple(duplicate_weights(Store(path))) if is_store(path) else ()
 
 
 def patch(options: PatchOptions, folder: Path) -> PatchWork:

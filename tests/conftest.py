@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 from packaging.version import Version
+
+from tests import shapes
 
 # Models here are so small that a second thread only gets in the way.  Torch is not imported yet, and never where tests
 # are only handed out to workers; processes that tests start inherit this too.
@@ -19,6 +20,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # tokenizers warns when a process that has used it is forked.
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+# The garbage collector starts at every 700 objects, of which imports, figures and tables make millions.
+gc.set_threshold(20_000, 20, 20)
 
 ENGINE = Path(__file__).parent.parent / "engine"
 
@@ -30,7 +34,7 @@ SHAPED = [
 """Modules whose functions have the shapes of their arrays checked at each call.  The others have none, and checking
 what mypy has checked already would take a tenth of the time of all tests."""
 
-jaxtyping.install_import_hook(SHAPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+shapes.install(SHAPED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 CHECKED = {"neox-parallel": "denoise", "llama-gqa": "noise"}

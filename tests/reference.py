@@ -6,9 +6,11 @@ output projection (z) of the named heads is overwritten at the aligned positions
 `denoise` has source clean and target corrupt; `noise` the reverse.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -90,6 +92,21 @@ def source_z(model: PreTrainedModel, tokens: Tensor) -> Z:
     return z
 
 
+_FOUND: WeakKeyDictionary[PreTrainedModel, dict[bytes, Z]] = WeakKeyDictionary()
+
+
+def source_z_once(model: PreTrainedModel, tokens: Tensor) -> Z:
+    """`source_z`, run once for the same weights and prompt: patched runs that differ in their heads share it."""
+    digest = hashlib.blake2b(tokens.numpy().tobytes())
+    for held in model.state_dict().values():
+        digest.update(held.contiguous().flatten().view(torch.uint8).numpy())
+    found = _FOUND.setdefault(model, {})
+    key = digest.digest()
+    if key not in found:
+        found[key] = source_z(model, tokens)
+    return found[key]
+
+
 def aligned(positions: str, source_length: int, target_length: int) -> list[tuple[int, int]]:
     """Pairs of (source, target) position: `last`, `end:K` counted from the end, `all`."""
     if positions == "last":
@@ -139,7 +156,7 @@ def logit_diff(
     found = []
     for trial in range(trials.n_trials):
         source_tokens, target_tokens = prompt(trials, source, trial), prompt(trials, target, trial)
-        z = source_z(model, source_tokens)
+        z = source_z_once(model, source_tokens)
         pairs = aligned(positions, len(source_tokens), len(target_tokens))
         logits = patched_logits(model, target_tokens, z, pairs, layers, heads)
         right, wrong = trials.answer_tokens[trial]
@@ -161,7 +178,7 @@ def logit_diffs(
     found = np.empty((len(mask), trials.n_trials))
     for trial in range(trials.n_trials):
         source_tokens, target_tokens = prompt(trials, source, trial), prompt(trials, target, trial)
-        z = source_z(model, source_tokens)
+        z = source_z_once(model, source_tokens)
         pairs = aligned(positions, len(source_tokens), len(target_tokens))
 
         def write(layer: int, z: Z = z, pairs: list[tuple[int, int]] = pairs) -> Callable[[Tensor], Tensor]:

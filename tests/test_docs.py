@@ -166,7 +166,7 @@ def test_a_section_lists_the_options_of_its_command_and_no_other(command: str) -
 
 def _linked(section: str, command: str) -> set[str]:
     """Options in a section that stand behind another command's name: `headlapse report --name`."""
-    return options_in("\n".join(re.findall(rf"headlapse {command} [^`\n]*", section)))
+    return options_in("\n".join(re.findall(rf"(?:headlapse|--then) {command} [^`\n]*", section)))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

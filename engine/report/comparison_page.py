@@ -15,7 +15,7 @@ from .comparison_stage import comparison_stage
 from .figures import SHOWS
 from .findings.comparison import Roles, comparison_table, format_position, lines
 from .page import atomic_file, inline_figure, make_folder, template
-from .plot_style import COLOURS, FAINT, STYLE, WIDTH, place_steps, to_svg
+from .plot_style import COLOURS, FAINT, STYLE, WIDTH, lay_out, place_steps, to_svg
 
 COLUMNS, ROW_HEIGHT = 3, 1.9
 """Of the small multiples: side by side, and inches each."""
@@ -71,8 +71,7 @@ def draw(comparison: Comparison) -> Figure:
             axes.set_xlabel(comparison.unit)
             axes.tick_params(labelbottom=True)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+        lay_out(figure)
     return figure
 
 

@@ -23,6 +23,7 @@ from .plot_style import (
     WIDTH,
     choose_ticks,
     label_steps,
+    lay_out,
     place_steps,
     step_labels,
 )
@@ -57,9 +58,8 @@ def draw(result: Result, shares: pd.DataFrame | None = None) -> dict[str, Figure
             figures["splits"] = splits
         if shares is not None:
             figures["shapley"] = draw_over_training(result, shares_of_heads(result, shares), "Shapley value")
-        for figure in figures.values():  # laid out once, not for every format again
-            figure.draw_without_rendering()
-            figure.set_layout_engine("none")
+        for figure in figures.values():
+            lay_out(figure)
     return figures
 
 

@@ -1,5 +1,6 @@
 """Page, tables and figures of one patched run, written to a folder; all of it is read from the store."""
 
+import functools
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -188,13 +189,18 @@ def _page(
 
 def template(name: str) -> Template:
     """One of the pages that lie beside this module."""
+    return _templates().get_template(name)
+
+
+@functools.cache
+def _templates() -> Environment:
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     templates.filters["signs"] = with_minus_signs
     templates.globals |= {"colours": variables(), "declared": declared}
-    return templates.get_template(name)
+    return templates
 
 
 def with_minus_signs(text: str) -> str:

@@ -49,6 +49,14 @@ WIDTH, CHARACTER = 7.6, 0.075
 PNG_DPI = 160
 
 
+def lay_out(figure: Figure) -> None:
+    """Find every part's place, once and not for each format again."""
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+
+
 # Figure.savefig would draw everything once more beforehand, for a layout that is there already.
 def to_svg(figure: Figure) -> str:
     text = StringIO()

@@ -64,15 +64,11 @@ class CheckpointArrays:
         """Values that never change, as far as they have been read."""
 
         names = self._attributes[SEAL]["metadata"] if self.is_sealed else self.group.array_keys()
-        self._arrays: dict[str, zarr.Array[Any]] = {name: self._open_array(name) for name in names}
-        self._chunks = {name: ChunkFiles.of(self.path / name / "c", a) for name, a in self._arrays.items() if a.ndim}
+        # Opened when they are asked for: of dozens most commands need a few, and zarr takes a millisecond for each.
+        self._arrays: dict[str, zarr.Array[Any] | None] = dict.fromkeys(names)
+        self._chunks: dict[str, ChunkFiles | None] = {}
         self._rows = self._read_rows()
         self._index = {row.label: index for index, row in enumerate(self._rows)}
-
-    def _open_array(self, name: str) -> zarr.Array[Any]:
-        array = self.group[name]
-        assert isinstance(array, zarr.Array)
-        return array
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -86,7 +82,19 @@ class CheckpointArrays:
 
     def array(self, name: str) -> zarr.Array[Any]:
         """The array of that name, on disk."""
-        return self._arrays[name]
+        array = self._arrays[name]
+        if array is None:
+            opened = self.group[name]
+            assert isinstance(opened, zarr.Array)
+            array = self._arrays[name] = opened
+        return array
+
+    def _chunk_files(self, name: str) -> ChunkFiles | None:
+        """The array's files, where it is laid out in our way."""
+        if name not in self._chunks:
+            array = self.array(name)
+            self._chunks[name] = ChunkFiles.of(self.path / name / "c", array) if array.ndim else None
+        return self._chunks[name]
 
     @property
     def array_names(self) -> list[str]:
@@ -164,7 +172,7 @@ class CheckpointArrays:
 
     def put(self, name: str, index: int, values: np.ndarray, first: int = 0) -> None:
         """Write a checkpoint's values of one array, or some of them, from the index `first` of their first axis on."""
-        chunks, array = self._chunks[name], self.array(name)
+        chunks, array = self._chunk_files(name), self.array(name)
         if chunks is not None and (array.shards is None or values.shape == array.shape[1:]):
             chunks.write(index, values, first)
         elif self.has_chunk_a_row(name):
@@ -194,7 +202,7 @@ class CheckpointArrays:
         import xarray as xr  # with pandas; start-up counts
 
         records = self.records()
-        variables = {name: (dims_of(array), self.values(name)) for name, array in self._arrays.items()}
+        variables = {name: (dims_of(self.array(name)), self.values(name)) for name in self._arrays}
         if self.is_sealed:
             whole = [label for label, record in records.items() if self._is_whole(label, record, variables)]
             marks = np.array([row.label in whole for row in self._rows], dtype=bool)
@@ -228,7 +236,7 @@ class CheckpointArrays:
         """
         import xarray as xr
 
-        lengths = {array.shape[0] for name, array in self._arrays.items() if self._has_axis(name)}
+        lengths = {self.array(name).shape[0] for name in self._arrays if self._has_axis(name)}
         if len(lengths) > 1:
             raise UserError(f"{self.path} was cut off while checkpoints were added; run that command again")
         dataset: xr.Dataset = xr.open_zarr(self.path, consolidated=False, mask_and_scale=False)
@@ -333,7 +341,7 @@ class CheckpointArrays:
             raise damaged(self.path / name, one_line(error)) from error
 
     def _read_all(self, name: str) -> np.ndarray:
-        array, chunks = self.array(name), self._chunks.get(name)
+        array, chunks = self.array(name), self._chunk_files(name)
         if not self._has_axis(name):
             return np.asarray(array[...])
         n_checkpoints = self._n_checkpoints(array.shape[0])
@@ -342,7 +350,7 @@ class CheckpointArrays:
         return chunks.read_all(n_checkpoints)
 
     def _read_one(self, name: str, index: int, rows: slice) -> np.ndarray:
-        if (chunks := self._chunks.get(name)) is not None:
+        if (chunks := self._chunk_files(name)) is not None:
             return chunks.read(index, rows)
         return np.asarray(self.array(name)[(index, rows) if self.has_chunk_a_row(name) else index])
 
