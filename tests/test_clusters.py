@@ -116,12 +116,17 @@ def test_where_no_job_can_be_submitted_it_says_what_is_lacking_and_what_needs_no
         asked.refuse_impossible()
 
 
-def test_jobs_take_no_shard_and_replace_nothing() -> None:
+def test_jobs_take_no_shard_and_replace_nothing_and_keep_what_they_fetch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("headlapse.options.refuse_absent", lambda _words: None)
+    with pytest.raises(UserError, match="--keep-weights: jobs keep what they fetch; start each share by --shard"):
+        CacheOptions(workers="slurm:", keep_weights=2).refuse_impossible()
     with pytest.raises(UserError, match="leave --shard out"):
         CacheOptions(workers="slurm:", shard="0/2").refuse_impossible()
     for options in (CacheOptions, PatchOptions, MechanismOptions):
         with pytest.raises(UserError, match=r"remove the old \(headlapse rm\) and leave --overwrite out"):
-            options(workers="slurm:", overwrite=True).refuse_replacing_jobs(True)
+            options(workers="slurm:", overwrite=True).refuse_impossible()
 
 
 def program(path: Path, *lines: str) -> None:
