@@ -93,7 +93,11 @@ def one_node(folder: Path, n_cores: int) -> Iterator[dict[str, str]]:
             if command[0] == "munged":
                 until((folder / "munge.socket").exists)
         until(lambda: "idle" in ask(env, "sinfo", "--noheader", "--format=%T"))
-        yield env
+        try:
+            yield env
+        finally:  # no job outlives the daemons, whose end its srun would wait for
+            ask(env, "scancel", f"--user={getpass.getuser()}")
+            until(lambda: not ask(env, "squeue", "--noheader"))
 
 
 @contextmanager

@@ -326,7 +326,8 @@ class LocalCluster:
         return submitted
 
     def states(self, names: Sequence[str]) -> Mapping[str, JobState]:
-        return {name: JobState({"INTERRUPTED": "CANCELLED"}.get(self.jobs[name].state, "RUNNING")) for name in names}
+        ends = {"INTERRUPTED": "CANCELLED", "FINISHED": "FAILED"}  # unless there is an answer
+        return {name: JobState(ends.get(self.jobs[name].state, "RUNNING")) for name in names}
 
     def cancel(self, names: Sequence[str]) -> None:
         for name in names:
