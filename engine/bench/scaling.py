@@ -52,7 +52,7 @@ class WeakScaling:
         return self.n_workers * self.alone.seconds / self.together.seconds
 
 
-def weak_scaling(shape: str, scripts: Path, series: Path, n_workers: int = 2, n_checkpoints: int = 4) -> WeakScaling:
+def weak_scaling(shape: str, scripts: Path, series: Path, n_workers: int = 2, n_checkpoints: int = 5) -> WeakScaling:
     """Whole commands over the first checkpoints of a series, start-up included: 256 subsets of each layer, or as many
     as there are, keep one core busy for ten seconds a checkpoint and more."""
     subsets = f"random:{min(2 ** SHAPES[shape][2], 256)}"
