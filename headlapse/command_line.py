@@ -155,7 +155,7 @@ def _cache_one(options: CacheOptions, folder: Path) -> int:
 def _say_cached(options: CacheOptions, work: "pipeline.CacheWork") -> int:
     if not work.n_missing:
         there = f"{work.n_asked} of {work.n_asked} checkpoints are in {work.store}"
-        print(f"{there}, captured by {options.workers}" if options.workers else f"nothing to do: {there} already")
+        print(f"{there}, captured by {options.workers}" if options.n_workers > 1 else f"nothing to do: {there} already")
         return DONE
     _print_problems(work)
     if not work.n_finished:

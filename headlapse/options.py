@@ -5,6 +5,7 @@ whatever is wrong whatever the model and the store, before torch is imported.
 """
 
 import itertools
+import json
 import math
 import os
 import re
@@ -16,13 +17,14 @@ from typing import Annotated, get_args
 from cyclopts import Group, Parameter
 
 from .engine.runtime.errors import UserError
-from .engine.runtime.format import format_whole, parse_bytes
+from .engine.runtime.format import format_whole, parse_bytes, parse_json
 from .engine.study.known_heads import CHECKS, CheckName
 from .engine.study.mechanism_settings import PARTS, Part
 from .engine.study.patch_settings import Direction, PatchRequest, Protocol
 from .engine.study.reading import MARGIN, Correction, Reading
 from .engine.study.study import ARITHMETICS, DTYPES, MEASURES, Arithmetic, Dtype, Measure, Study
 from .engine.study.tasks.registry import TASKS
+from .slurm import PREFIX, parse_request, refuse_absent
 
 COMPUTING = Group("Computing", sort_key=2)
 
@@ -94,7 +96,9 @@ class ComputeOptions:
     """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
 
     workers: Annotated[str | None, Parameter(group=COMPUTING)] = None
-    """local:N starts N processes here that share the checkpoints, one GPU each where there are GPUs, e.g. local:4"""
+    """who shares the checkpoints: local:N starts N processes here, one GPU each where there are GPUs;
+    slurm:KEY=VALUE,... submits jobs to a cluster, with any of the keys partition account qos constraint gpus cpus mem
+    time jobs, e.g. local:4 | slurm:partition=gpu,gpus=1,time=2:00:00,jobs=8"""
 
     shard: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """this process's share of the checkpoints: I/N takes those whose place is I modulo N, from 0; N processes on one
@@ -105,23 +109,45 @@ class ComputeOptions:
         if self.memory:
             parse_bytes(self.memory)
         self.share([])
-        if self.n_workers > 1 and self.shard:
+        if (self.n_workers > 1 or self.on_cluster) and self.shard:
             raise UserError("--workers starts the shards itself; leave --shard out")
+        if self.on_cluster:
+            assert self.workers is not None
+            parse_request(self.workers)
+            refuse_absent(self.workers)
+
+    def refuse_replacing_jobs(self, overwrite: bool) -> None:
+        """Raise `UserError` where jobs are to replace something: one that starts late would replace it once more."""
+        if overwrite and self.on_cluster:
+            raise UserError(
+                f"--workers {self.workers} and --overwrite: a job that starts late could not tell the old from the "
+                "new; remove the old (headlapse rm) and leave --overwrite out"
+            )
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether jobs of a cluster do the work."""
+        return self.workers is not None and self.workers.partition(":")[0] == PREFIX
 
     @property
     def n_workers(self) -> int:
-        """Processes to start.  Raises `UserError` where `--workers` cannot be read."""
-        if self.workers is None:
+        """Processes to start here.  Raises `UserError` where `--workers` cannot be read."""
+        if self.workers is None or self.on_cluster:
             return 1
         match = re.fullmatch(r"local:(\d{1,4})", self.workers, re.ASCII)
         if match is None or int(match[1]) < 1:
-            raise UserError(f"--workers {self.workers}: write local:N, e.g. local:4")
+            raise UserError(
+                f"--workers {self.workers}: write local:N, e.g. local:4, or slurm:KEY=VALUE,..., "
+                "e.g. slurm:partition=gpu,gpus=1,time=2:00:00"
+            )
         return int(match[1])
 
     def share(self, labels: list[str]) -> list[str]:
-        """The labels that `--shard` leaves to this process.  Raises `UserError` where it cannot be read."""
+        """The labels that are left to this process or job.  Raises `UserError` where `--shard` cannot be read."""
         if self.shard is None:
             return labels
+        if (taken := _labels_in(self.shard)) is not None:
+            return [label for label in labels if label in taken]
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard, re.ASCII)
         if match is None or int(match[1]) >= int(match[2]):
             raise UserError(f"--shard {self.shard}: write I/N with I from 0 to N - 1, e.g. 0/4")
@@ -213,6 +239,7 @@ class PatchOptions(WeightsOption, ComputeOptions, StoreOption):
         from .engine.study.subsets import count_subsets, parse_layers
 
         super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
         self.refuse_missing_weights()
         refuse_unknown("--measures", self.measures, MEASURES)
         refuse_unknown("--protocol", [self.protocol], get_args(Protocol))
@@ -263,6 +290,7 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
 
     def refuse_impossible(self) -> None:
         super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
         self.refuse_missing_weights()
         refuse_unknown("--parts", self.parts, PARTS)
         refuse_unknown("--direction", [self.direction], get_args(Direction))
@@ -365,6 +393,12 @@ class CacheOptions(ComputeOptions):
         from .engine.study.prompts import check_task
 
         super().refuse_impossible()
+        self.refuse_replacing_jobs(self.overwrite)
+        if self.on_cluster and self.keep_weights is not None:
+            raise UserError(
+                f"--workers {self.workers} and --keep-weights: jobs keep what they fetch; start each share by --shard, "
+                "which lets go (docs/cluster.md)"
+            )
         self._refuse_misplaced("seed", self.seeds, "1-9")
         self._refuse_misplaced("size", self.sizes, "70m,160m")
         if self.seeds is not None:
@@ -399,6 +433,10 @@ class CacheOptions(ComputeOptions):
             )
         if given is not None and self.store is not None:
             raise UserError(f"--store {self.store}: each of {option} has a store of its own; leave --store out")
+
+
+Sharable = CacheOptions | PatchOptions | MechanismOptions
+"""Options of the commands whose checkpoints processes and jobs can share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -485,6 +523,18 @@ class DoctorOptions(WeightsOption, StoreOption):
         if self.model is not None and any(given.values()):
             other = next(name for name, is_given in given.items() if is_given)
             raise UserError(f"--model {self.model} and {other}: with --model no store is looked at; give one of them")
+
+
+def shard_of(labels: Sequence[str]) -> str:
+    """The share of a job: its labels themselves, whatever else is missing by the time it begins."""
+    return json.dumps(list(labels))
+
+
+def _labels_in(shard: str) -> list[str] | None:
+    try:
+        return list(parse_json(shard)) if shard.startswith("[") else None
+    except ValueError:
+        return None
 
 
 def parse_seeds(words: str) -> list[int]:

@@ -5,6 +5,7 @@ torch, which takes seconds; all raise `UserError` in one line, and `Verification
 """
 
 import functools
+import importlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,8 @@ from .engine.store.inventory import is_store
 from .engine.store.locks import claimed, layout_lock
 from .engine.store.zarr_group import package_versions
 from .engine.study.patch_settings import PatchSettings
-from .options import LIST, CacheOptions, MechanismOptions, PatchOptions, ReportOptions
+from .jobs import Gathered, run_jobs
+from .options import LIST, CacheOptions, MechanismOptions, PatchOptions, ReportOptions, Sharable
 from .workers import in_processes
 
 if TYPE_CHECKING:
@@ -155,8 +157,8 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     """
     checkpoints = _checkpoints(options, folder)
     refuse_foreign(cache_path(options, folder))
-    if options.n_workers > 1:
-        in_processes("cache", options, folder)
+    with in_processes("cache", options, folder), importing():
+        importlib.import_module(".engine.capture.run", __package__)
     if options.keep_weights is not None:
         from .streaming import stream
 
@@ -199,7 +201,7 @@ def capture(
         from .engine.store.store import Store
 
     with quiet_libraries():
-        machine = Machine.from_options(options.device, options.memory)
+        machine = Machine() if options.on_cluster else Machine.from_options(options.device, options.memory)
         recover(path)
         site = run.building_site(study, path, options.overwrite)
         by_label = {checkpoint.label: checkpoint for checkpoint in checkpoints}
@@ -211,7 +213,7 @@ def capture(
 
         labels = still_missing()
         known_problems.warn([by_label[label] for label in labels])
-        series = Series(path, "cache", labels, machine.device)
+        series = Series(path, "cache", labels, machine.device, _jobs("cache", options, folder, path))
         with series.begun(still_missing) as mine, progress("cache", "checkpoint", len(mine)) as bar:
             todo = [by_label[label] for label in mine]
             series.follow(run.cache_series(study, todo, site, folder, machine, checkpoints), bar, bar.update)
@@ -240,23 +242,22 @@ def patch(options: PatchOptions, folder: Path) -> PatchWork:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
-    with importing():
+    with in_processes("patch", options, folder), importing():
         from .engine.replay.protocols import protocol_named
         from .engine.runtime.resources import Machine
         from .engine.store.store import Store
 
-    if options.n_workers > 1:
-        in_processes("patch", options, folder)
+    jobs = _jobs("patch", options, folder, path)
     protocol, name = protocol_named(options.protocol), _name_of(options)
     with quiet_libraries():
         store = Store(path, options.weights)
         plan = protocol.make_plan(options.request(protocol.default), store)
         options.reading.prompts(store.trials().n_trials)
-        machine = Machine.from_options(options.device, options.memory, plan.dtype)
+        machine = Machine() if jobs else Machine.from_options(options.device, options.memory, plan.dtype)
         run = protocol.open_run(store, plan, name, options.overwrite)
         missing = _missing(options.share(requested), run)
         say_other_versions(store)
-        series = Series(path, f"patches.{run.path.name}", missing, machine.device)
+        series = Series(path, f"patches.{run.path.name}", missing, machine.device, jobs)
         still_missing = functools.partial(_missing, missing, run)
         with series.begun(still_missing) as mine, progress("patch", "run", plan.n_runs * len(mine)) as bar:
             series.follow(protocol.patch_series(store, plan, run, mine, folder, machine, bar.update), bar)
@@ -283,23 +284,22 @@ def mechanism(options: MechanismOptions, folder: Path) -> Work:
     options.refuse_impossible()
     path = store_path(options.store, folder)
     requested = select_checkpoints(path, options.checkpoints)
-    with importing():
+    with in_processes("mechanism", options, folder), importing():
         from .engine.mechanism import run as mechanism_run
         from .engine.mechanism import store as mechanism_store
         from .engine.runtime.resources import Machine
         from .engine.store.store import Store
 
-    if options.n_workers > 1:
-        in_processes("mechanism", options, folder)
+    jobs = _jobs("mechanism", options, folder, path)
     with quiet_libraries():
         store = Store(path, options.weights)
         plan = mechanism_run.make_plan(store, options.parts, options.direction, options.dtype)
         wanted = mechanism_run.wanted(store, requested)
-        machine = Machine.from_options(options.device, options.memory, plan.dtype)
+        machine = Machine() if jobs else Machine.from_options(options.device, options.memory, plan.dtype)
         run = mechanism_store.open_mechanism(store, plan.settings, options.overwrite)
         missing = options.share(run.missing(wanted))
         say_other_versions(store)
-        series = Series(path, run.path.name, missing, machine.device)
+        series = Series(path, run.path.name, missing, machine.device, jobs)
         with series.begun(lambda: run.missing(wanted)) as mine:
             todo = {label: wanted[label] for label in mine}
             with progress("mechanism", "checkpoint", len(mine)) as bar:
@@ -311,13 +311,22 @@ def mechanism(options: MechanismOptions, folder: Path) -> Work:
         )
 
 
+Jobs = Callable[[Sequence[str]], Gathered]
+"""Has jobs do the checkpoints of these labels."""
+
+
 class Series:
     """A command's way through checkpoints: which it may write, how each ended, how long it took."""
 
-    def __init__(self, store: Path, group: str, missing: Sequence[str], device: str) -> None:
-        self.store, self.group, self.missing, self.device = store, group, list(missing), device
+    def __init__(
+        self, store: Path, group: str, missing: Sequence[str], device: str, jobs: "Jobs | None" = None
+    ) -> None:
+        self.store, self.group, self.missing, self.device, self.jobs = store, group, list(missing), device, jobs
         self.outcomes: dict[str, Outcome] = {}
         """Label -> how a checkpoint ended that could not be finished."""
+
+        self.peak_memory: int | None = None
+        """Bytes, where the work was not done in this process."""
 
         self._started = time.perf_counter()
 
@@ -325,6 +334,10 @@ class Series:
     def begun(self, still_missing: Callable[[], list[str]]) -> Iterator[list[str]]:
         """The missing checkpoints that no other process is writing, nor has finished meanwhile, to be written here."""
         if not self.missing:
+            yield []
+            return
+        if self.jobs is not None:
+            self._hand_out(self.jobs, still_missing)
             yield []
             return
         with layout_lock(self.store):
@@ -338,6 +351,12 @@ class Series:
                     self.outcomes[label] = Outcome(label, problem, by_input=False)
             self._started = time.perf_counter()
             yield [label for label in self.missing if label in mine]
+
+    def _hand_out(self, jobs: "Jobs", still_missing: Callable[[], list[str]]) -> None:
+        """Have jobs of a cluster do it all; what they leave undone is not done here, where there may be no GPU."""
+        gathered = jobs(self.missing)
+        self.outcomes = {label: gathered.reasons[label] for label in still_missing() if label in gathered.reasons}
+        self.device, self.peak_memory = gathered.device, gathered.peak_memory
 
     def follow(
         self, outcomes: Iterable[Outcome], bar: Progress, completed: Callable[[int], object] = lambda _n: None
@@ -354,6 +373,7 @@ class Series:
         """The fields of `Work` that every command shares."""
         from .engine.runtime.resources import peak_memory
 
+        peak = peak_memory(self.device) if self.peak_memory is None else self.peak_memory
         return {
             "n_asked": n_asked,
             "n_missing": len(self.missing),
@@ -362,8 +382,13 @@ class Series:
             "seconds": time.perf_counter() - self._started,
             "device": self.device,
             "dtype": dtype,
-            "peak_memory": peak_memory(self.device),
+            "peak_memory": peak,
         }
+
+
+def _jobs(command: str, options: Sharable, folder: Path, store: Path) -> "Jobs | None":
+    """Who does the work where `--workers` names a cluster."""
+    return functools.partial(run_jobs, command, options, folder, store) if options.on_cluster else None
 
 
 def say_other_versions(store: "Store") -> None:

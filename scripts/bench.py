@@ -15,7 +15,7 @@ CACHE = Path(os.environ.get("HEADLAPSE_CACHE") or os.path.relpath(ROOT / "cache"
 
 TOOLS = """who runs, e.g. headlapse headlapse@bfloat16 hooks nnsight-several (default: all that are
 installed; pip install -e '.[bench]' installs TransformerLens and nnsight)"""
-WORKLOADS = """parity each splits lattice capture loading generation study growth overhead (default: all),
+WORKLOADS = """parity each splits lattice capture loading generation study growth overhead workers (default: all),
 e.g. parity splits"""
 
 

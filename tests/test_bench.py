@@ -16,8 +16,8 @@ from headlapse.engine.bench.contestants import Workload, choose_tools, installed
 from headlapse.engine.bench.end_to_end import CommandRun, Pace, run_command
 from headlapse.engine.bench.overhead import Overhead, overheads
 from headlapse.engine.bench.peers import Hooks, generate_published
-from headlapse.engine.bench.scaling import Growth
-from headlapse.engine.bench.table import WORKLOADS, choose_workloads, overhead_line, patch_workloads
+from headlapse.engine.bench.scaling import Growth, WeakScaling
+from headlapse.engine.bench.table import WORKLOADS, choose_workloads, overhead_line, patch_workloads, scaling_line
 from headlapse.engine.capture.forward import capture
 from headlapse.engine.replay.reference import hooked_logit_diff
 from headlapse.engine.runtime.errors import UserError
@@ -158,6 +158,15 @@ def test_the_rest_of_a_checkpoints_time_is_what_neither_reading_nor_products_tak
 def test_a_command_that_fails_is_refused_with_its_last_line() -> None:
     with pytest.raises(UserError, match="no such directory"):
         run_command(ROOT / "scripts" / "cache.py", "--model", "./nowhere")
+
+
+def test_weak_scaling_is_the_gain_in_checkpoints_a_minute() -> None:
+    scaling = WeakScaling(2, 5, CommandRun(50.0, 45.0, 0), CommandRun(60.0, 100.0, 0), 0.25)
+    assert scaling.gain == pytest.approx(10 / 60 / (5 / 50))
+    assert scaling_line(scaling) == (
+        "checkpoints patched: local:1 6.00 a minute (9.0 s of processor time each), "
+        "local:2 10.00 a minute (10.0 s of processor time each): 1.67 x (load before: 0.2)"
+    )
 
 
 def test_tools_take_an_arithmetic_of_their_own() -> None:

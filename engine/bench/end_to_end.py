@@ -67,11 +67,12 @@ def pace(directory: Path, n_checkpoints: int, n_trials: int, device: str) -> Pac
         return process.submit(_pace, directory, n_checkpoints, n_trials, device).result()
 
 
-def run_command(script: Path, *arguments: object) -> CommandRun:
+def run_command(script: Path, *arguments: object, n_threads: int | None = None) -> CommandRun:
     """Time and memory of a whole command, its output unseen.  Raises `UserError` when it fails."""
     command = [sys.executable, str(script), *map(str, arguments)]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = os.environ if n_threads is None else {**os.environ, "OMP_NUM_THREADS": str(n_threads)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     assert process.stdout is not None
     with process.stdout:
         output = process.stdout.read()

@@ -1,13 +1,16 @@
 """How time scales with the work: measured at doubling sizes, with the exponent fitted to them."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from ..checkpoints.revisions import STUDY
 from .contestants import Contestant, Timing, Tool, Workload, fastest
-from .end_to_end import pace
+from .end_to_end import CommandRun, pace, run_command
 from .random_models import SHAPES, some_trials
 
 REPEATS = 2
@@ -28,6 +31,43 @@ class Growth:
     def exponent(self) -> float:
         """Slope of a straight line through the logarithms: 1 is linear."""
         return float(np.polyfit(np.log(self.sizes), np.log(self.seconds), 1)[0])
+
+
+@dataclass(frozen=True)
+class WeakScaling:
+    """`patch` by one process, and by several of one thread each that have as many times more checkpoints to do."""
+
+    n_workers: int
+    n_checkpoints: int
+    """Of each process."""
+
+    alone: CommandRun
+    together: CommandRun
+    load: float
+    """Processes that waited for a core of this machine just before, on average over a minute."""
+
+    @property
+    def gain(self) -> float:
+        """How many times more checkpoints a minute are done together than alone: as many as processes, at best."""
+        return self.n_workers * self.alone.seconds / self.together.seconds
+
+
+def weak_scaling(shape: str, scripts: Path, series: Path, n_workers: int = 2, n_checkpoints: int = 5) -> WeakScaling:
+    """Whole commands over the first checkpoints of a series, start-up included: 256 subsets of each layer, or as many
+    as there are, keep one core busy for ten seconds a checkpoint and more."""
+    subsets = f"random:{min(2 ** SHAPES[shape][2], 256)}"
+    with TemporaryDirectory(dir=series.parent) as place:
+        store = Path(place) / "scaling.zarr"
+        steps = [f"step{step}" for step in STUDY[: n_workers * n_checkpoints]]
+        run_command(scripts / "cache.py", "--model", series, "--store", store, "--checkpoints", *steps)
+        load = os.getloadavg()[0]
+
+        def patch(n: int) -> CommandRun:
+            words = ("--subsets", subsets, "--layers", "all", "--name", f"by-{n}", "--workers", f"local:{n}")
+            chosen = ("--checkpoints", *steps[: n * n_checkpoints])
+            return run_command(scripts / "patch.py", store, *words, *chosen, n_threads=1)
+
+        return WeakScaling(n_workers, n_checkpoints, patch(1), patch(n_workers), load)
 
 
 def growths(shape: str, checkpoint: Path, series: Path, tool: Tool, device: str) -> Iterator[Growth]:

@@ -19,10 +19,10 @@ from .contestants import OURS, Contestant, Timing, Tool, Workload, fastest
 from .end_to_end import SUBSETS, CommandRun, pace, run_command
 from .overhead import Overhead, overheads
 from .random_models import SHAPES, write_series
-from .scaling import growths
+from .scaling import WeakScaling, growths, weak_scaling
 
 PATCHES = ("parity", "each", "splits", "lattice")
-WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth", "overhead")
+WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth", "overhead", "workers")
 """Everything that can be timed: the words of `--workloads`."""
 
 
@@ -55,6 +55,7 @@ class Bench:
             "study": self._study,
             "growth": self._growth,
             "overhead": self._overhead,
+            "workers": self._workers,
         }
 
     def _patch(self, word: str) -> Iterator[str]:
@@ -121,6 +122,21 @@ class Bench:
         self.series.parent.mkdir(parents=True, exist_ok=True)
         for overhead in overheads(self.scripts, self.series.parent):
             yield overhead_line(overhead)
+
+    def _workers(self) -> Iterator[str]:
+        write_series(self.shape, self.series)
+        yield "weak scaling of headlapse: one process and several, of one thread each, with as many checkpoints each"
+        yield scaling_line(weak_scaling(self.shape, self.scripts, self.series))
+
+
+def scaling_line(scaling: WeakScaling) -> str:
+    """Checkpoints per minute alone and together, their processor time, and how many times more that is."""
+    each = ", ".join(
+        f"local:{workers} {60 * workers * scaling.n_checkpoints / run.seconds:.2f} a minute"
+        f" ({run.cpu / workers / scaling.n_checkpoints:.1f} s of processor time each)"
+        for workers, run in ((1, scaling.alone), (scaling.n_workers, scaling.together))
+    )
+    return f"checkpoints patched: {each}: {scaling.gain:.2f} x (load before: {scaling.load:.1f})"
 
 
 def overhead_line(overhead: Overhead) -> str:

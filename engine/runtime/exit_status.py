@@ -19,6 +19,14 @@ def print_problems(problems: Mapping[str, str]) -> None:
         print(f"error: {labels}: {problem}", file=sys.stderr)
 
 
+def prepare_imports() -> None:
+    """What a process of our own sets before it first imports torch."""
+    # Idle OpenMP threads then go to sleep soon instead of spinning: no slower alone, many times faster on a machine
+    # that others use too.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    import_less()
+
+
 def exit_status_of(main: Callable[[], int]) -> int:
     """Run `main` and return its exit status.
 
@@ -28,10 +36,7 @@ def exit_status_of(main: Callable[[], int]) -> int:
     # A name that the terminal's encoding lacks is shown with escapes, as on stderr, rather than ending the command.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Idle OpenMP threads then go to sleep soon instead of spinning: no slower alone, many times faster on a machine
-    # that others use too.  The variable is read when torch is first imported, which `main` does.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    import_less()
+    prepare_imports()
     try:
         return main()
     except UserError as error:

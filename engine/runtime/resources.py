@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 
+from .allotment import memory as allotted_memory
 from .errors import UserError
 from .format import parse_bytes
 
@@ -62,14 +62,14 @@ def allow_tf32(allowed: bool) -> None:
 
 
 def default_memory(device: str) -> int:
-    """Three quarters of the memory of the device or machine, in bytes.
+    """Three quarters of the memory of the device, or of what this process may use of the machine's, in bytes.
 
     Of all of it, not of what is free at the moment: the same command then splits its work into the same batches, and
     so rounds the same way, every time.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory * 3 // 4
-    return psutil.virtual_memory().total * 3 // 4
+    return allotted_memory() * 3 // 4
 
 
 def peak_memory(device: str) -> int:
