@@ -164,7 +164,7 @@ def test_errors_are_exceptions_with_the_commands_line(store: hl.Store, capsys: p
         (lambda: hl.open(store.path.parent / "nowhere.zarr"), "is no store"),
         (lambda: hl.cache(tiny("gpt2")), "needs its tokenizer"),
         (lambda: hl.cache(tiny("gpt2"), tokenizer=tiny_tokenizer(), checkpoints="all"), "is one checkpoint"),
-        (lambda: hl.cache("demo", tokenizer=tiny_tokenizer()), "brings its own"),
+        (lambda: hl.cache("demo", tokenizer=tiny_tokenizer()), "is a name; pass the tokenizer.s name"),
         (lambda: hl.cache(object()), "neither a name nor a transformers model"),  # type: ignore[arg-type]
     ):
         with pytest.raises(hl.UserError, match=complaint):
