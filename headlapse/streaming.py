@@ -13,9 +13,11 @@ from pathlib import Path
 from . import pipeline
 from .engine.checkpoints.eviction import FetchedWeights
 from .engine.checkpoints.resolve import Checkpoint
+from .engine.runtime.errors import UserError
 from .engine.runtime.progress import progress, silenced
 from .engine.store.checkpoint_arrays import CheckpointArrays
 from .engine.store.inventory import is_store
+from .engine.store.locks import claimed
 from .options import CacheOptions
 
 
@@ -29,13 +31,24 @@ def stream(options: CacheOptions, folder: Path, checkpoints: Sequence[Checkpoint
     todo = [_pinned(each, path) for each in checkpoints if each.label in unfinished]
     total = pipeline.capture(options, folder, checkpoints, ())
     slices = _at_hand(todo, options.keep_weights or len(todo), _record(options, path), folder)
-    with slices as each_slice, progress("checkpoints", "checkpoint", len(todo)) as bar:
+    with _alone(options, path), slices as each_slice, progress("checkpoints", "checkpoint", len(todo)) as bar:
         for labels in each_slice:
             with silenced():
                 cached = pipeline.capture(options, folder, checkpoints, labels)
                 total = pipeline.joined(total, replace(cached, then=pipeline.then(options, folder, labels)))
             bar.update(len(labels))
     return total if todo else replace(total, then=pipeline.then(options, folder, ()))
+
+
+@contextmanager
+def _alone(options: CacheOptions, path: Path) -> Iterator[None]:
+    """Keep others from letting go of this process's weights.  Raises `UserError` where another process is at it."""
+    with claimed(path, "weights", [options.shard or "all"]) as mine:
+        if not mine:
+            raise UserError(
+                f"--keep-weights: another process fetches weights for {path}; wait for it, or give each its --shard I/N"
+            )
+        yield
 
 
 @contextmanager
@@ -67,7 +80,9 @@ def _at_hand(todo: Sequence[Checkpoint], most: int, record: Path, folder: Path) 
         yield slices()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        weights.let_go_all()
+        # What is still on its way, after an interruption, stays in the record for the next command.
+        if all(fetched.done() for _, fetched in ahead):
+            weights.let_go_all()
 
 
 def _unfinished(options: CacheOptions, labels: Sequence[str], path: Path) -> list[str]:

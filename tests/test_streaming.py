@@ -201,6 +201,25 @@ def test_what_a_killed_command_has_fetched_is_let_go_by_the_next(
     assert not weights_in(tmp_path / "home") and not [*(tmp_path / "cache").glob(".*.fetched")]
 
 
+def test_a_second_command_touches_nothing_of_the_first(
+    hub: HubServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(2, N):
+        del hub.repos[REPO][f"step{step}"]
+    seconds: list[int] = []
+
+    def run_again(*_: Any) -> tuple[()]:
+        here = len(weights_in(tmp_path / "home"))
+        seconds.append(run("--trials", "3", "--keep-weights", "2", folder=tmp_path / "cache"))
+        assert len(weights_in(tmp_path / "home")) == here > 0
+        return ()
+
+    monkeypatch.setattr("headlapse.pipeline.then", run_again)
+    assert run("--trials", "3", "--keep-weights", "2", folder=tmp_path / "cache") == 0
+    assert seconds and set(seconds) == {2} and "another process fetches weights" in capsys.readouterr().err
+    assert not weights_in(tmp_path / "home")
+
+
 def test_the_most_that_so_many_take_at_once() -> None:
     assert at_once([1, 5, 4, 1], 2) == 9 and at_once([1, 5, 4, 1], None) == 11 and at_once([3], 5) == 3
     assert at_once([], 2) == 0
