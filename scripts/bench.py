@@ -28,6 +28,7 @@ def parse_args() -> argparse.Namespace:
     add("--trials", type=int, default=15, help="prompt pairs, e.g. 30")
     add("--tokens", type=int, nargs=2, default=[12, 17], metavar="N", help="of clean and corrupt prompts, e.g. 12 17")
     add("--sample", type=int, default=72, help="patched conditions that a peer is timed on, 0 for all, e.g. 144")
+    add("--repeats", type=int, default=5, help="of each workload, of which the fastest counts, e.g. 3")
     add("--device", help="e.g. cpu or cuda:0 (default: cuda where there is one)")
     add("--dtype", default="float32", choices=ARITHMETICS, help="arithmetic where a tool says none, e.g. bfloat16")
     return parser.parse_args()
@@ -51,7 +52,15 @@ def main() -> int:
     series = CACHE / "bench" / f"{args.shape}-series"
     with contestants.at_work(tools, checkpoint, trials, device) as contestants:
         bench = table.Bench(
-            args.shape, checkpoint, series, ROOT / "scripts", contestants, args.sample, args.trials, device
+            args.shape,
+            checkpoint,
+            series,
+            ROOT / "scripts",
+            contestants,
+            args.sample,
+            args.trials,
+            device,
+            args.repeats,
         )
         for text in bench.tables(words):
             print(f"\n{text}", flush=True)

@@ -202,6 +202,7 @@ def test_bench_prints_who_took_how_long_and_how_far_they_are_apart(checkpoint: P
     cache.symlink_to(checkpoint)
     words = ["scripts/bench.py", "--shape", "pythia-14m", "--dtype", "float16", "--trials", "3"]
     words += ["--tools", "headlapse@float32", "hooks@float32", "--workloads", "each", "capture", "loading"]
+    words += ["--repeats", "1"]
     done = run_here(words, tmp_path)
     assert done.returncode == 0 and not done.stderr
     hardware, *tables = done.stdout.strip().split("\n\n")

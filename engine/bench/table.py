@@ -26,6 +26,10 @@ WORKLOADS = (*PATCHES, "capture", "loading", "generation", "study", "growth", "o
 """Everything that can be timed: the words of `--workloads`."""
 
 
+REPEATS = 5
+"""Of each workload, of which the fastest counts."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """What is timed: tools, model and work."""
@@ -40,6 +44,7 @@ class Bench:
 
     trials: int
     device: str
+    repeats: int = REPEATS
 
     def tables(self, words: Sequence[str]) -> Iterator[str]:
         """A table per workload, each as soon as every tool has finished it."""
@@ -63,18 +68,18 @@ class Bench:
         peers = word != "lattice"  # they would take a quarter of an hour
         timed = {name: contestant for name, contestant in self.contestants.items() if peers or contestant.tool.is_ours}
         yield f"{work.name}: {len(work.conditions(SHAPES[self.shape][2])):,} conditions x {self.trials} trials"
-        yield _compared(in_turn(timed, lambda contestant: contestant.patch(work, self.sample)))
+        yield _compared(in_turn(timed, lambda contestant: contestant.patch(work, self.sample), self.repeats))
 
     def _each(self, title: str, work: Callable[[Contestant], Timing]) -> Iterator[str]:
         yield title
-        yield _compared(in_turn(self.contestants, work))
+        yield _compared(in_turn(self.contestants, work, self.repeats))
 
     def _generation(self) -> Iterator[str]:
         yield "the published study's 45 generations of 20 tokens (differences are between token numbers)"
         timed = {
             name: contestant for name, contestant in self.contestants.items() if contestant.tool.name in (OURS, "hooks")
         }
-        yield _compared(in_turn(timed, Contestant.generate))
+        yield _compared(in_turn(timed, Contestant.generate, self.repeats))
 
     def _study(self) -> Iterator[str]:
         write_series(self.shape, self.series)
@@ -147,7 +152,10 @@ def overhead_line(overhead: Overhead) -> str:
 
 
 def in_turn(
-    contestants: Mapping[str, Contestant], work: Callable[[Contestant], Timing], repeats: int = 5, limit: float = 240.0
+    contestants: Mapping[str, Contestant],
+    work: Callable[[Contestant], Timing],
+    repeats: int = REPEATS,
+    limit: float = 240.0,
 ) -> dict[str, Timing]:
     """The fastest repeat of each contestant; no round of all of them begins after `limit` seconds.
 
