@@ -22,7 +22,7 @@ from safetensors.numpy import save
 
 from headlapse.engine.checkpoints import files
 from headlapse.engine.checkpoints.availability import Availability, plan
-from headlapse.engine.checkpoints.fetch import description, fetch
+from headlapse.engine.checkpoints.fetch import description, fetch, prepare
 from headlapse.engine.checkpoints.files import Files
 from headlapse.engine.checkpoints.resolve import Checkpoint, resolve
 from headlapse.engine.checkpoints.training_place import read_place
@@ -88,16 +88,17 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     class Recipe:
         seed: int = 0
 
-    def train(directory: Path, recipe: Recipe, until: int) -> None:
+    def train(directory: Path, recipe: Recipe, until: int | None) -> None:
         assert directory.name == (f"demo-seed{recipe.seed}" if recipe.seed else "demo")
         trained.append(directory)
-        for step in (step for step in DEMO_STEPS if step <= until):
+        for step in (step for step in DEMO_STEPS if until is None or step <= until):
             written(directory / f"step{step}", COMMON, {"model.safetensors": weights(step)})
 
     room = ModuleType("headlapse.engine.checkpoints.demo")
     monkeypatch.setattr(room, "STEPS", DEMO_STEPS, raising=False)
     monkeypatch.setattr(room, "SERIES", Recipe(), raising=False)
     monkeypatch.setattr(room, "train", train, raising=False)
+    monkeypatch.setattr(room, "is_trained", lambda folder, step: (folder / f"step{step}").is_dir(), raising=False)
     monkeypatch.setitem(sys.modules, room.__name__, room)
     return trained
 
@@ -364,10 +365,11 @@ def test_log_of_a_repository_without_steps_is_refused(hub: HubServer, cache: Pat
 @pytest.mark.parametrize("name", ["demo", "demo-seed3"])
 def test_the_embedded_series_is_grown_as_far_as_it_is_needed(name: str, demo: list[Path], cache: Path) -> None:
     checkpoints = resolve(name, (), cache)
-    fetch(checkpoints[1], cache)
+    prepare(checkpoints[:2], cache)
     assert {path.name for path in (cache / name).iterdir()} == set(labels(checkpoints[:2]))
+    # What is there is used; what is not is grown with all the rest before anything is handed out.
     found = [fetch(checkpoint, cache) for checkpoint in checkpoints]
-    assert demo == [cache / name] * (1 + len(checkpoints)), "growing what is there does nothing: asked every time"
+    assert demo == [cache / name] * 2
     assert [files.directory.name for files in found] == labels(checkpoints)
     assert found[2].sha256 == {"model.safetensors": sha256(weights(64))} and found[2].commit is None
 
@@ -790,7 +792,7 @@ def test_a_plan_of_the_embedded_series_trains_nothing(demo: list[Path], cache: P
     assert plan(checkpoints, cache) == [Availability(checkpoint) for checkpoint in checkpoints]
     assert not demo and not plan(checkpoints, cache)[0].on_disk
     fetch(checkpoints[2], cache)
-    assert [supply.n_bytes for supply in plan(checkpoints, cache)] == [len(weights())] * 3 + [None]
+    assert [supply.n_bytes for supply in plan(checkpoints, cache)] == [len(weights())] * 4
 
 
 def test_a_description_is_config_and_tokenizer_without_the_weights(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.architecture import Architecture
-from ..checkpoints.fetch import fetch
+from ..checkpoints.fetch import fetch, prepare
 from ..checkpoints.files import Files, sha256, stamp
 from ..checkpoints.loader import Loaded, ModelLoader
 from ..checkpoints.prefetch import prefetch
@@ -73,7 +73,7 @@ def cache_series(
     take.
     """
     check_task(study.task)
-
+    prepare(missing, cache)
     loader = ModelLoader(study.dtype, machine)
     recorder = _Recorder(study, axis or missing, path, loader)
 

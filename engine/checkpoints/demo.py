@@ -191,6 +191,11 @@ def train(directory: Path, recipe: Recipe = SERIES, until: int | None = None) ->
             (directory / STATE).unlink(missing_ok=True)
 
 
+def is_trained(directory: Path, step: int) -> bool:
+    """Whether the checkpoint of a step is in `directory`, whole."""
+    return all((directory / f"step{step}" / name).is_file() for name in FILES)
+
+
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keep other processes out of the directory while the body runs; the system releases a killed process's lock."""
@@ -220,7 +225,7 @@ def _claim(directory: Path, recipe: Recipe) -> None:
 
 def _complete_steps(directory: Path, recipe: Recipe) -> set[int]:
     """Steps whose checkpoints have all their files."""
-    return {step for step in recipe.steps if all((directory / f"step{step}" / name).is_file() for name in FILES)}
+    return {step for step in recipe.steps if is_trained(directory, step)}
 
 
 @contextmanager

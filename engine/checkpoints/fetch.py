@@ -153,16 +153,33 @@ def files_beside_weights(revision: hub.Revision) -> list[str]:
     return [name for name in files.BESIDE_WEIGHTS if name in revision.files]
 
 
+def prepare(checkpoints: Sequence[Checkpoint], cache: Path) -> None:
+    """Train the embedded series as far as these checkpoints need it, if they are its own.
+
+    Nothing else may go on in the process meanwhile: torch and transformers build models by global settings.
+    """
+    if checkpoints and demo_seed(checkpoints[0].model) is not None:
+        _train(checkpoints[0].model, cache, max(each.step for each in checkpoints))
+
+
 def _trained(checkpoint: Checkpoint, cache: Path) -> Path:
+    """The folder of a checkpoint of the embedded series, trained to its end where this one is not there."""
+    from .demo import is_trained
+
+    if not is_trained(cache / checkpoint.model, checkpoint.step):
+        _train(checkpoint.model, cache)
+    return cache / checkpoint.model / checkpoint.label
+
+
+def _train(series: str, cache: Path, until: int | None = None) -> None:
     from .demo import SERIES, train
 
-    series, seed = checkpoint.model, demo_seed(checkpoint.model)
+    seed = demo_seed(series)
     assert seed is not None, "only the embedded series is trained"
     cache.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:  # of several processes one trains, the others wait for it
         hold(stack, cache / f".{series}.lock", patience=-1)
-        train(cache / series, replace(SERIES, seed=seed), until=checkpoint.step)
-    return cache / series / checkpoint.label
+        train(cache / series, replace(SERIES, seed=seed), until)
 
 
 def _from_directory(
