@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from headlapse.engine.report.findings.shares import together_texts
 from headlapse.engine.report.findings.verdict import verdict
@@ -48,6 +49,17 @@ def test_shares_are_those_of_a_regression_on_single_heads_and_pairs() -> None:
         fitted = design @ np.linalg.lstsq(design, values, rcond=None)[0]
         explained.append(1 - (values - fitted).var() / values.var())
     np.testing.assert_allclose(energy(values)[:2], [explained[0], explained[1] - explained[0]])
+
+
+def test_the_interval_of_a_share_is_students_around_the_jackknife() -> None:
+    """Worked by hand from four prompts: the shares of the mean with each of them left out."""
+    values = by_prompt(np.random.default_rng(3).standard_normal(2**N_HEADS), n_prompts=4, noise=1.0)
+    share, low, high = energy_interval(values)
+    without = np.array([energy(np.delete(values, left_out, axis=1).mean(1)) for left_out in range(4)])
+    reach = stats.t.ppf(0.975, 3) * np.sqrt(3 / 4 * ((without - without.mean(0)) ** 2).sum(0))
+    np.testing.assert_allclose(low, np.maximum(share - reach, 0), rtol=1e-9)
+    np.testing.assert_allclose(high, np.minimum(share + reach, 1), rtol=1e-9)
+    assert all(np.isnan(end).all() and end.shape == share.shape for end in energy_interval(values[:, :1])[1:])
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Laws of the effects of single heads: numbers worked by hand, and a test that rejects as often as it says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -65,6 +67,8 @@ def test_where_single_heads_were_not_patched_there_is_no_row() -> None:
         frame = head_effects(*planted_run({}, **options))  # type: ignore[arg-type]
         assert frame.empty and list(frame) == list(COLUMNS)
         assert list(frame.index.names) == ["checkpoint", "layer", "head"]
+    run, settings = planted_run({}, joint=True)
+    assert head_effects(run, replace(settings, layers=settings.layers[:2])).empty, "two layers are patched together too"
     some = head_effects(*planted_run({}, words=("5", "2", "all"), steps=(0,)))
     assert some.index.unique("head").tolist() == [2, 5], "those that were, in their order"
 

@@ -41,6 +41,12 @@ def test_of_symmetric_values_it_is_students_and_of_one_prompt_unknown() -> None:
     assert np.isnan(p_differs(values[:, :1])).all() and np.isnan(p_equivalent(values[:, :1], 1.0)).all()
 
 
+def test_two_prompts_already_have_a_p_and_one_has_none() -> None:
+    two = np.array([[0.9, 1.1]])
+    np.testing.assert_allclose(p_above(two, 0.8), stats.ttest_1samp(two, 0.8, axis=-1, alternative="greater").pvalue)
+    assert np.isnan(p_above(two[:, :1], 0.0)).all()
+
+
 def test_it_reaches_further_to_the_side_of_the_tail() -> None:
     values = np.array([[0.0, 0.1, 0.2, 0.1, 0.0, 0.1, 4.0]])
     (low,), (high,) = interval(values)

@@ -6,6 +6,7 @@ import pytest
 from headlapse.engine.statistics.changepoint import (
     DIVIDE,
     GAP,
+    NON_MONOTONE,
     WIDEST,
     Shape,
     _verdict,
@@ -50,6 +51,11 @@ def test_a_jump_across_a_gap_is_left_open() -> None:
     x = np.concatenate([np.linspace(0, 0.5, 12), np.linspace(0.75, 1, 6)])
     shape = evaluate_shape(x, noisy(3.0 * (x > 0.6)))
     assert shape.verdict == "undecided" and shape.gap == pytest.approx(0.25)
+
+
+def test_what_rises_and_falls_again_is_neither_and_its_gap_is_known() -> None:
+    shape = evaluate_shape(DENSE, noisy(4.0 * np.sin(np.pi * DENSE), noise=0.1))
+    assert shape.verdict == NON_MONOTONE and shape.gap == pytest.approx(1 / (len(DENSE) - 1))
 
 
 @pytest.mark.slow
