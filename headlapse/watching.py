@@ -4,11 +4,11 @@ Look which checkpoints are there, leave those that are still being written, cach
 page, wait, look again.  All that lasts is in the store: after a kill the next watch goes on where this one was.
 """
 
-import time
 from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic, sleep
 
 from . import pipeline
 from .engine.checkpoints.resolve import Checkpoint
@@ -59,7 +59,7 @@ class Watch:
 
     def __init__(self, options: WatchOptions, folder: Path) -> None:
         self.options, self.folder, self.cached = options, folder, options.cached
-        self._settling = Settling()
+        self._settling = Settling(monotonic)
         self._setbacks: dict[str, _Setback] = {}
         self._lacking: dict[str, str] = {}
         """Label -> what lacks of what is there and at rest, as of the last look."""
@@ -93,7 +93,7 @@ class Watch:
             yield replace(news, waiting=self._unsaid(self._lacking | why_not), problems=self._unsaid(news.problems))
             if self._is_over(there):
                 return
-            time.sleep(min(self.options.seconds, SETTLING) if self._being_written else self.options.seconds)
+            sleep(min(self.options.seconds, SETTLING) if self._being_written else self.options.seconds)
 
     def page(self, reload: float | None = None) -> Path | None:
         """Write the page of what is patched; None where nothing is that has one."""

@@ -1,13 +1,12 @@
 """Whether a checkpoint that somebody else is writing is all there: by what its files say of themselves, and by time.
 
 No tensor is read.  A file that is cut off anywhere lacks something that it announces: a safetensors file says at its
-start how long it is, the zip archive of a `.bin` ends in a record of what is in it, JSON ends in its last bracket.  What
-cannot be seen so (a file of the right size that is still being filled, a file that nothing announces) is left to time:
-nothing in the folder may have changed for a while.
+start how long it is, the zip archive of a `.bin` ends in a record of what is in it, JSON ends in its last bracket.
+What cannot be seen so (a file of the right size that is still being filled, a file that nothing announces) is left to
+time: nothing in the folder may have changed for a while.
 """
 
 import os
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -65,9 +64,10 @@ def snapshot(directory: Path) -> Snapshot:
 
 
 class Settling:
-    """Since when folders have been as they are, as far as they were looked at: their own clocks are not believed."""
+    """Since when folders have been as they are, as far as they were looked at: their own clocks are not believed.
+    `clock` counts seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._since: dict[Path, tuple[Snapshot, float]] = {}
 
