@@ -15,6 +15,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from playwright.sync_api import expect
 from safetensors.torch import load_file, save_file
 
 from headlapse import command_line, pipeline, watching
@@ -22,10 +23,14 @@ from headlapse.__main__ import main
 from headlapse.engine.checkpoints.revisions import has_come_to
 from headlapse.engine.checkpoints.training_place import read_place
 from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
+from headlapse.options import ReportOptions
+from tests.browser import Open, browser, open_page
 from tests.forked import CONTEXT, exit_status, run_code
 from tests.hub_server import HubServer
 from tests.models import save, tiny, tiny_tokenizer
 from tests.test_sources import without_waiting
+
+__all__ = ["browser", "open_page"]
 
 LABELS = ("checkpoint-10", "checkpoint-20", "checkpoint-30")
 EVERY = 60.0
@@ -324,7 +329,7 @@ def test_a_watch_that_is_killed_anywhere_goes_on_where_it_was(
 def train(out: str, callback: str = "", die_at: int = 0, resume_from: str | None = None, seed: int = 0) -> None:
     """A real Trainer that saves every second or so; with a callback's code, or killed while it saves at a step."""
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
     class Slow(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -349,6 +354,7 @@ def train(out: str, callback: str = "", die_at: int = 0, resume_from: str | None
         tiny("neox-parallel"),
         arguments,
         train_dataset=[{"input_ids": row, "labels": row} for row in ids],  # type: ignore[arg-type]
+        data_collator=default_data_collator,
         processing_class=tiny_tokenizer(),
         callbacks=[defined["Lapse"]] if callback else [Slow],
     )
@@ -369,9 +375,21 @@ def test_a_trainer_is_followed_to_its_end_through_a_kill_while_it_saves(
             process.start()
             process.join()
             ends.append(process.exitcode)
-            time.sleep(1.5)  # long enough for the watch to see what was left
+            left_was_seen.wait(60)
 
-    thread = threading.Thread(target=trainings)
+    def patient(seconds: float) -> None:
+        assert time.monotonic() < until and 1 not in ends, "the training does not come to its end"
+        time.sleep(seconds)
+
+    def say_and_note(follower: watching.Watch, news: watching.News) -> None:
+        say_news(follower, news)
+        if "checkpoint-20" in news.waiting:
+            left_was_seen.set()
+
+    thread, left_was_seen, until = threading.Thread(target=trainings), threading.Event(), time.monotonic() + 120
+    say_news = command_line._say_news
+    monkeypatch.setattr(command_line, "_say_news", say_and_note)
+    monkeypatch.setattr(watching, "sleep", patient)
     thread.start()
     assert main([*WORDS[:-1], "0.2", "--until", str(LAST), *THEN]) == 0
     thread.join()
@@ -395,11 +413,10 @@ def test_the_callback_of_the_docs_follows_a_trainer_and_leaves_its_training_as_i
     [code] = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "TrainerCallback" in block]
     code = code.partition("\ntrainer")[0].replace('task="ioi"', "trials=3")
     monkeypatch.chdir(tmp_path)
-    for out, callback in (("plain", ""), ("followed", code)):
-        process = CONTEXT.Process(target=in_folder, args=(str(tmp_path), out, callback))
-        process.start()
-        process.join()
-        assert process.exitcode == 0, out
+    process = CONTEXT.Process(target=train_twice, args=(str(tmp_path), code))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     store = CheckpointArrays(Path("cache/followed-decimal.zarr"))
     assert list(store.complete()) == [f"checkpoint-{step}" for step in range(10, LAST + 1, 10)]
     assert Path("cache/followed-decimal-report/index.html").is_file()
@@ -409,6 +426,37 @@ def test_the_callback_of_the_docs_follows_a_trainer_and_leaves_its_training_as_i
         assert all((plain[name] == followed[name]).all() for name in plain), step
 
 
-def in_folder(folder: str, out: str, callback: str) -> None:
+def train_twice(folder: str, callback: str) -> None:
     os.chdir(folder)
-    train(out, callback)
+    train("plain")
+    train("followed", callback)
+
+
+@pytest.mark.thorough
+def test_a_page_that_loads_itself_anew_keeps_what_is_seen_of_it(
+    open_page: Open, expected: CheckpointArrays, tmp_path: Path
+) -> None:
+    page = pipeline.report(ReportOptions(expected.path, out=tmp_path), tmp_path, 0.6)
+    tab = open_page(page)
+    tab.wait_for_selector("#stage[data-ready]")
+    assert tab.locator("[data-role=reloading]").is_visible()
+    tab.evaluate("document.querySelectorAll('details')[1].open = true")
+    tab.locator("[type=range]").first.focus()
+    tab.keyboard.press("Home")
+    tab.mouse.wheel(0, 1500)
+    tab.wait_for_timeout(300)
+    top, address = tab.evaluate("scrollY"), tab.evaluate("location.hash")
+    assert top > 1000
+    page.write_text(page.read_text().replace("<title>", "<title>anew: "))
+    expect(tab).to_have_title(re.compile("^anew"))
+    tab.wait_for_selector("#stage[data-ready]")
+    assert tab.evaluate("document.querySelectorAll('details')[1].open")
+    assert "checkpoint=checkpoint-10" in address and tab.evaluate("location.hash") == address
+    assert abs(tab.evaluate("scrollY") - top) < 50
+    # While a reader is there, nothing moves.
+    tab.evaluate("document.title = 'mine'")
+    for _ in range(6):
+        tab.mouse.move(1, 1)
+        tab.mouse.move(2, 2)
+        tab.wait_for_timeout(200)
+    assert tab.title() == "mine"
