@@ -174,7 +174,7 @@ def _say_cached(options: CacheOptions, work: "pipeline.CacheWork") -> int:
 @app.command(
     help_epilogue=_examples(
         "headlapse watch --model out/ --task ioi --until checkpoint-10000",
-        "headlapse watch --model owner/model --revision 'step{step}' --keep-weights 2 --then patch --subsets each",
+        "headlapse watch --model owner/model --revision 'step{step}' --keep-weights 2 --then patch --then mechanism",
     )
 )
 def watch(options: Annotated[WatchOptions, FLAT], *, folder: Folder) -> int:
