@@ -67,6 +67,9 @@ class Watch:
         self._being_written: list[str] = []
         """Labels, as of the last look."""
 
+        self._finished: set[str] = set()
+        """Labels that need no look into the store any more, which takes a tenth of a second."""
+
         self._n_looks = 0
         self._said: dict[str, str] = {}
 
@@ -173,8 +176,10 @@ class Watch:
         return News(finished, problems, page=self.page(self.options.seconds) if finished else None)
 
     def _unfinished(self, there: Sequence[Checkpoint]) -> list[Checkpoint]:
-        labels = set(unfinished(self.cached, [each.label for each in there], self.store))
-        return [each for each in there if each.label in labels]
+        left = [each for each in there if each.label not in self._finished]
+        labels = set(unfinished(self.cached, [each.label for each in left], self.store)) if left else set()
+        self._finished |= {each.label for each in left} - labels
+        return [each for each in left if each.label in labels]
 
     def _seen(self, checkpoint: Checkpoint) -> tuple[Snapshot, bool]:
         """What can be seen of a checkpoint, and whether nobody is writing it; on the hub it is there all at once."""
@@ -192,7 +197,7 @@ class Watch:
 
         It may be gone by now, or have been finished by an earlier watch.
         """
-        if self._being_written:
+        if self.options.until is None or self._being_written:
             return False
         if last := [each.label for each in there if self._ends(each.label, each.place)]:
             return not self._lacking.keys() & set(last)
