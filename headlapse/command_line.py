@@ -26,16 +26,18 @@ from .options import (
     PatchOptions,
     ReportOptions,
     VerifyKnownOptions,
+    WatchOptions,
 )
 
 if TYPE_CHECKING:
     from . import pipeline
+    from .watching import News, Watch
 
 FLAT = Parameter(name="*")
 """The fields of a dataclass as options of their own."""
 
 THEN = "--then"
-"""Stands between `cache` and the command that works on what it has cached."""
+"""Stands between `cache` or `watch` and the command that works on what it has cached."""
 
 LONGEST_WORD = 10_000
 """Characters of one word of the command line; the numbers of all heads of the widest layer take 5,000."""
@@ -69,11 +71,12 @@ def run(words: list[str], folder: str) -> int:
     first, *others = _split(words)
     command, bound, injected = _parse(first)
     if others:
-        if command is not cache:
-            raise UserError(f"--then {' '.join(others[0])}: only headlapse cache is followed by another command")
+        if command not in (cache, watch):
+            what = "only headlapse cache and headlapse watch are followed by another command"
+            raise UserError(f"--then {' '.join(others[0])}: {what}")
         options = bound.arguments.get("options", _CACHE)
         bound.arguments["options"] = replace(options, then=tuple(map(_then, others)))
-    if command in (cache, patch, mechanism, report, verify_known):
+    if command in (cache, watch, patch, mechanism, report, verify_known):
         refuse_small_limits()
     given = {"folder": Path(folder)} if "folder" in injected else {}
     with _own_log():
@@ -166,6 +169,51 @@ def _say_cached(options: CacheOptions, work: "pipeline.CacheWork") -> int:
     speed = f"{work.seconds:.1f} s on {work.device}, {work.dtype}, peak memory {format_bytes(work.peak_memory)}"
     print(f"cached {captured} ({speed})")
     return FAILED if work.problems else DONE
+
+
+@app.command(
+    help_epilogue=_examples(
+        "headlapse watch --model out/ --task ioi --until checkpoint-10000",
+        "headlapse watch --model owner/model --revision 'step{step}' --keep-weights 2 --then patch --then mechanism",
+    )
+)
+def watch(options: Annotated[WatchOptions, FLAT], *, folder: Folder) -> int:
+    """Follow a training that goes on: cache and patch each checkpoint once it is whole, and keep the page up to date.
+
+    Ends with the checkpoint of --until, or with Ctrl-C, in the verdict.  Started again it goes on where it was.
+    """
+    options.refuse_impossible()
+    from .watching import Watch
+
+    follower = Watch(options, folder)
+    end = f"until {options.until}" if options.until else "until Ctrl-C"
+    print(f"watching {options.model} every {options.seconds:g} s {end}", file=sys.stderr, flush=True)
+    try:
+        for news in follower.follow():
+            _say_news(follower, news)
+    except KeyboardInterrupt:
+        _say_end(follower)
+        raise
+    return _say_end(follower)
+
+
+def _say_news(follower: "Watch", news: "News") -> None:
+    for label, why in news.waiting.items():
+        print(f"waiting for {label}: {why}" if label else f"waiting: {why}", file=sys.stderr, flush=True)
+    print_problems(news.problems)
+    for line in follower.lines(news):
+        print(line, flush=True)
+
+
+def _say_end(follower: "Watch") -> int:
+    """The page as it stays, the verdict, and what is not finished."""
+    follower.page()
+    for line in follower.warnings():
+        print(f"warning: {line}", file=sys.stderr)
+    for line in follower.verdict():
+        print(line)
+    print_problems(follower.problems)
+    return FAILED if follower.problems else DONE
 
 
 @app.command(

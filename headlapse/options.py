@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -36,6 +36,12 @@ MOST_SEEDS = 1000
 
 LIST = "list"
 """The word of `--checkpoints` that lists what there is."""
+
+FOLDER_EVERY, HUB_EVERY = 10.0, 300.0
+"""Seconds from one look at a training that goes on to the next, where `--every` says nothing."""
+
+_MOVING = (LIST, "log", "study")
+"""Words of `--checkpoints` that mean what a finished training has."""
 
 LONGEST_TEXT = 100_000
 """Greedy tokens of one patched run; more are refused."""
@@ -86,7 +92,7 @@ class WeightsOption:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
+class DeviceOptions:
     """Where a command computes."""
 
     device: Annotated[str | None, Parameter(group=COMPUTING)] = None
@@ -94,6 +100,16 @@ class ComputeOptions:
 
     memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
+
+    def refuse_impossible(self) -> None:
+        """Raise `UserError` for what no model and no store can answer."""
+        if self.memory:
+            parse_bytes(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions(DeviceOptions):
+    """Where a command computes, and in how many processes."""
 
     workers: Annotated[str | None, Parameter(group=COMPUTING)] = None
     """who shares the checkpoints: local:N starts N processes here, one GPU each where there are GPUs;
@@ -105,9 +121,7 @@ class ComputeOptions:
     store do together what one does, e.g. 0/4"""
 
     def refuse_impossible(self) -> None:
-        """Raise `UserError` for what no model and no store can answer."""
-        if self.memory:
-            parse_bytes(self.memory)
+        super().refuse_impossible()
         self.share([])
         if (self.n_workers > 1 or self.on_cluster) and self.shard:
             raise UserError("--workers starts the shards itself; leave --shard out")
@@ -297,21 +311,20 @@ class MechanismOptions(WeightsOption, ComputeOptions, StoreOption):
         refuse_unknown("--dtype", [self.dtype] if self.dtype else [], ARITHMETICS)
 
 
+Then = Annotated[
+    tuple[PatchOptions | MechanismOptions, ...],
+    Parameter(accepts_keys=False, n_tokens=1, converter=lambda *_: (), metavar="COMMAND..."),
+]
+"""What stands behind `--then`: the command line puts it there."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class CacheOptions(ComputeOptions):
-    """Options of `headlapse cache`."""
+class SeriesOptions(DeviceOptions):
+    """Where the checkpoints of a training are, what is asked of them, and what is kept of it."""
 
-    model: str = "demo"
-    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory; {step} and {tokens} in it stand for
-    what differs where every checkpoint has a repository or a directory of its own, {seed} and {size} for each of
-    --seeds and --sizes, e.g. 'EleutherAI/pythia-{size}-seed{seed}' | 'TinyLlama/TinyLlama-1.1B-*step-{step}-{tokens}'
-    (default: demo)"""
-
-    seeds: str | None = None
-    """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
-
-    sizes: str | None = None
-    """sizes to put into --model, each a store of its own, e.g. 70m,160m (default: none)"""
+    model: str
+    """where the training writes its checkpoints: a directory, there or not yet (with a slash at its end, for it to be
+    no hub id), a hub id, or a template of either as in `headlapse cache`, e.g. out/ | 'runs/it_{step}'"""
 
     revision: str | None = None
     """the branch or tag, or what those of the series look like, with {stage}, {step}, {tokens} and * for what differs,
@@ -326,9 +339,7 @@ class CacheOptions(ComputeOptions):
     checkpoint's own)"""
 
     checkpoints: tuple[str, ...] = ()
-    """labels, globs, a range of steps or tokens, or a set (study = the published eleven, log, all); with list, say what
-    there is and stop, e.g. step1000 main | 'stage1-*' | step120000..step143000 | study | list (default: what suits the
-    model)"""
+    """which of them, as they come: labels, globs or ranges, e.g. 'checkpoint-*00' | 1000..8000 (default: all)"""
 
     task: Annotated[str, Parameter(help=_TASK_HELP)] = "decimal"
 
@@ -348,18 +359,37 @@ class CacheOptions(ComputeOptions):
     """of what is downloaded, keep the weights of at most so many checkpoints at a time: they are removed once they are
     cached, and done with by what stands after --then, e.g. 2 (default: all are kept)"""
 
+    then: Then = ()
+    """another command for the checkpoints once they are cached, with its options, to the end of the line or the next
+    --then, e.g. patch --subsets each (default: nothing)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(SeriesOptions, ComputeOptions):
+    """Options of `headlapse cache`."""
+
+    model: str = "demo"
+    """demo (trained here), a hub id such as EleutherAI/pythia-160m, or a directory; {step} and {tokens} in it stand for
+    what differs where every checkpoint has a repository or a directory of its own, {seed} and {size} for each of
+    --seeds and --sizes, e.g. 'EleutherAI/pythia-{size}-seed{seed}' | 'TinyLlama/TinyLlama-1.1B-*step-{step}-{tokens}'
+    (default: demo)"""
+
+    seeds: str | None = None
+    """seeds to put into --model, each a store of its own, e.g. 1-9 or 1,2,5 (default: none)"""
+
+    sizes: str | None = None
+    """sizes to put into --model, each a store of its own, e.g. 70m,160m (default: none)"""
+
+    checkpoints: tuple[str, ...] = ()
+    """labels, globs, a range of steps or tokens, or a set (study = the published eleven, log, all); with list, say what
+    there is and stop, e.g. step1000 main | 'stage1-*' | step120000..step143000 | study | list (default: what suits the
+    model)"""
+
     plan: bool = False
     """say what would be fetched and stored, and stop"""
 
     overwrite: bool = False
     """replace an existing store whose settings differ"""
-
-    then: Annotated[
-        tuple[PatchOptions | MechanismOptions, ...],
-        Parameter(accepts_keys=False, n_tokens=1, converter=lambda *_: (), metavar="COMMAND..."),
-    ] = ()
-    """another command for the checkpoints once they are cached, with its options, to the end of the line or the next
-    --then, e.g. patch --subsets each (default: nothing)"""
 
     @property
     def study(self) -> Study:
@@ -440,7 +470,7 @@ Sharable = CacheOptions | PatchOptions | MechanismOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyKnownOptions:
+class VerifyKnownOptions(DeviceOptions):
     """Options of `headlapse verify-known`."""
 
     only: tuple[CheckName, ...] = ()
@@ -449,19 +479,53 @@ class VerifyKnownOptions:
     trials: int = 50
     """distinct prompt pairs of each, e.g. 100 (default: 50)"""
 
-    device: Annotated[str | None, Parameter(group=COMPUTING)] = None
-    """e.g. cpu or cuda:0 (default: cuda where there is one)"""
-
-    memory: Annotated[str | None, Parameter(group=COMPUTING)] = None
-    """what weights and computing may take together, e.g. 8GB (default: three quarters of what there is)"""
-
     def refuse_impossible(self) -> None:
-        """Raise `UserError` for what no check can do."""
+        super().refuse_impossible()
         refuse_unknown("--only", self.only, CHECKS)
         if self.trials < FEWEST_KNOWN_TRIALS:
             raise UserError(f"--trials {format_whole(self.trials)}: at least {FEWEST_KNOWN_TRIALS} prompt pairs")
-        if self.memory:
-            parse_bytes(self.memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(SeriesOptions):
+    """Options of `headlapse watch`."""
+
+    every: float | None = None
+    """seconds from one look to the next, e.g. 60 (default: 10 for a directory, 300 for the hub)"""
+
+    until: str | None = None
+    """the checkpoint with which it ends, or the first after it where that never comes: a label, a step or tokens, e.g.
+    checkpoint-1000 | 1000 | 2B (default: Ctrl-C ends it)"""
+
+    then: Then = ()
+    """another command for each checkpoint once it is cached, with its options, to the end of the line or the next
+    --then, e.g. patch --subsets each (default: patch)"""
+
+    @property
+    def cached(self) -> CacheOptions:
+        """What is done with the checkpoints that are there: cached, then patched where nothing else is said."""
+        shared = {field.name: getattr(self, field.name) for field in fields(SeriesOptions)}
+        return CacheOptions(**(shared | {"then": self.then or (PatchOptions(),)}))
+
+    @property
+    def seconds(self) -> float:
+        """From one look to the next."""
+        from .engine.checkpoints.series import is_path
+
+        return self.every or (FOLDER_EVERY if is_path(self.model) else HUB_EVERY)
+
+    def refuse_impossible(self) -> None:
+        from .engine.checkpoints.series import demo_seed
+
+        self.cached.refuse_impossible()
+        if demo_seed(self.model) is not None:
+            raise UserError(f"--model {self.model}: headlapse cache trains it to its end; name a training that goes on")
+        if self.every is not None and not 0 < self.every < math.inf:
+            raise UserError(f"--every {self.every}: write seconds above 0, e.g. 60")
+        if moving := [word for word in self.checkpoints if word in _MOVING]:
+            raise UserError(
+                f"--checkpoints {moving[0]}: that changes while a training goes on; write labels, globs, a range or all"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from .engine.capture.identity import store_name
 from .engine.checkpoints import availability, known_problems
-from .engine.checkpoints.resolve import Checkpoint, named, resolve
+from .engine.checkpoints.resolve import Checkpoint, named, resolve, there_by_now
 from .engine.checkpoints.revisions import RevisionIndex, select
 from .engine.runtime.errors import UserError
 from .engine.runtime.importing import importing
@@ -166,7 +166,17 @@ def cache(options: CacheOptions, folder: Path) -> CacheWork:
     else:
         work = capture(options, folder, checkpoints)
         work = replace(work, then=then(options, folder)) if options.then and work.n_complete else work
-    return replace(work, warnings=_weight_warnings(work.store)) if work.n_missing else work
+    return replace(work, warnings=weight_warnings(work.store)) if work.n_missing else work
+
+
+def cache_arrived(options: CacheOptions, folder: Path, arrived: Sequence[Checkpoint]) -> CacheWork:
+    """Capture some checkpoints of a training that goes on, and do with these what is to be done then."""
+    if options.keep_weights is not None:
+        from .streaming import stream
+
+        return stream(options, folder, arrived)
+    work = capture(options, folder, arrived)
+    return replace(work, then=then(options, folder, [each.label for each in arrived]))
 
 
 def then(options: CacheOptions, folder: Path, labels: Sequence[str] | None = None) -> tuple[Work, ...]:
@@ -230,7 +240,7 @@ def capture(
         )
 
 
-def _weight_warnings(path: Path) -> tuple[str, ...]:
+def weight_warnings(path: Path) -> tuple[str, ...]:
     """What the weights of a store's checkpoints say against it, where there is one."""
     from .engine.store.store import Store, duplicate_weights
 
@@ -413,15 +423,19 @@ def _finished(run: CheckpointArrays, path: Path, store: Path, requested: Sequenc
     return {"n_complete": len(CheckpointArrays(path, store).complete()), "kept_old": kept_old}
 
 
-def report(options: ReportOptions, folder: Path) -> Path:
-    """Write the page of a patched run, with its figures and tables; where the page is."""
+def report(options: ReportOptions, folder: Path, reload: float | None = None) -> Path:
+    """Write the page of a patched run, with its figures and tables; where the page is.
+
+    It reloads itself after so many seconds without a reader's hand, where `reload` says so.
+    """
     path = store_path(options.store, folder)
     with importing():
         from .engine.report import page
         from .engine.store.store import Store
 
     with quiet_libraries():
-        return page.write_report(Store(path.absolute()), options.out or report_folder(path.absolute()), options.name)
+        out = options.out or report_folder(path.absolute())
+        return page.write_report(Store(path.absolute()), out, options.name, reload)
 
 
 def cache_path(options: CacheOptions, folder: Path) -> Path:
@@ -464,6 +478,15 @@ def select_checkpoints(store: Path, words: Sequence[str]) -> list[str]:
     index = RevisionIndex(str(store), lambda: places, "all")
     chosen = {label for word in words for label in select(index, word)}
     return [label for label in complete if label in chosen]
+
+
+def arrivals(options: CacheOptions, folder: Path) -> list[Checkpoint]:
+    """The checkpoints of a training that goes on which are there by now, half written or whole, in its order.
+
+    Raises `NothingThereError` where it has not begun, and `UserError` for what will never be right.
+    """
+    places = options.revision, options.subfolder, options.tokenizer
+    return there_by_now(options.model, options.checkpoints, folder, *places)
 
 
 def _checkpoints(options: CacheOptions, folder: Path) -> list[Checkpoint]:

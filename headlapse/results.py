@@ -1,6 +1,6 @@
 """What a store's results say, as lines and as numbers: one way for the command line and for Python."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,16 @@ def patch_lines(store: Path, name: str, reading: Reading = READING) -> list[str]
     run, settings = open_run(store, name)
     with quiet_libraries():
         return verdict(run, settings, study_of(store), _page(store, name), reading)
+
+
+def news_lines(store: Path, name: str | None, labels: Sequence[str]) -> list[str]:
+    """Checkpoints that were just finished, a line each: what a patched run says of them, where there is one."""
+    from .engine.report.findings.news import checkpoint_news
+
+    if name is None:
+        return [f"{label}: finished" for label in labels]
+    run, settings = open_run(store, name)
+    return [checkpoint_news(run, settings, label) for label in labels]
 
 
 def _page(store: Path, name: str) -> str:

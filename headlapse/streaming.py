@@ -27,8 +27,8 @@ def stream(options: CacheOptions, folder: Path, checkpoints: Sequence[Checkpoint
     Raises `UserError` where nothing can be had.
     """
     path = pipeline.cache_path(options, folder)
-    unfinished = set(_unfinished(options, [each.label for each in checkpoints], path))
-    todo = [_pinned(each, path) for each in checkpoints if each.label in unfinished]
+    lacking = set(unfinished(options, [each.label for each in checkpoints], path))
+    todo = [_pinned(each, path) for each in checkpoints if each.label in lacking]
     total = pipeline.capture(options, folder, checkpoints, ())
     slices = _at_hand(todo, options.keep_weights or len(todo), _record(options, path), folder)
     with _alone(options, path), slices as each_slice, progress("checkpoints", "checkpoint", len(todo)) as bar:
@@ -85,7 +85,7 @@ def _at_hand(todo: Sequence[Checkpoint], most: int, record: Path, folder: Path) 
             weights.let_go_all()
 
 
-def _unfinished(options: CacheOptions, labels: Sequence[str], path: Path) -> list[str]:
+def unfinished(options: CacheOptions, labels: Sequence[str], path: Path) -> list[str]:
     """Those that the store lacks, or one of its groups that are to be written then; this process's share of them."""
     mine = options.share(list(labels))
     if not is_store(path):

@@ -13,11 +13,11 @@ import pytest
 from headlapse.__main__ import main
 from headlapse.engine.store.inventory import patch_paths, summarize
 from headlapse.engine.store.store import Store
-from headlapse.options import CacheOptions, MechanismOptions, PatchOptions
+from headlapse.options import CacheOptions, MechanismOptions, PatchOptions, WatchOptions
 from tests.models import save, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("cache", "patch", "mechanism", "report", "doctor", "verify-known", "ls", "info", "rm")
+COMMANDS = ("cache", "watch", "patch", "mechanism", "report", "doctor", "verify-known", "ls", "info", "rm")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,9 @@ def test_help_has_examples_and_a_line_for_every_option(command: str, capsys: pyt
     assert f"usage: headlapse {command}" in text and f"\nexamples:\n  headlapse {command}" in text
     assert all(len(line) <= 100 for line in text.splitlines())
     entries = re.findall(r"^  (?:[A-Z_]+ )?(--[a-z-]+)", text, re.MULTILINE)
-    options = {"cache": CacheOptions, "patch": PatchOptions, "mechanism": MechanismOptions}.get(command)
+    options = {"cache": CacheOptions, "watch": WatchOptions, "patch": PatchOptions, "mechanism": MechanismOptions}.get(
+        command
+    )
     if options is not None:
         assert sorted(entries) == sorted(
             f"--{name.replace('_', '-')}" for name in options.__dataclass_fields__ if name != "_"

@@ -236,7 +236,7 @@ def test_the_most_that_so_many_take_at_once() -> None:
         (["cache", "--then", "patch", "x.zarr"], "leave out which"),
         (["cache", "--then", "patch", "--checkpoints", "step1"], "leave out which"),
         (["cache", "--then", "patch", "--margin", "0"], "--margin"),
-        (["patch", "--then", "mechanism"], "only headlapse cache is followed"),
+        (["patch", "--then", "mechanism"], "only headlapse cache and headlapse watch are followed"),
     ],
 )
 def test_wrong_words_are_refused(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,15 @@ stage has to know which.
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..runtime.errors import NothingThereError
 from .revisions import select
 from .series import PYTHIA_TOKENS_PER_STEP, Series, find_series, is_pythia
-from .training_place import UNKNOWN, Place, read_place, refuse_unordered, training_order
+from .training_place import MAIN, UNKNOWN, Place, read_place, refuse_unordered, training_order
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,34 @@ def named(
     chosen: dict[str, Place] = {}
     for word in words or (series.index.default,):
         chosen |= select(series.index, word)
+    return _in_order(series, chosen, tokenizer)
+
+
+def there_by_now(
+    model: str,
+    words: Sequence[str],
+    cache: Path,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    tokenizer: str | None = None,
+) -> list[Checkpoint]:
+    """As `resolve`, of a training that goes on: what `words` name and is not there yet is left out.
+
+    Without words all that has come so far, but not the hub's `main`, which moves while the training goes on.
+    Raises `NothingThereError` where the whole model is not there yet.
+    """
+    series = find_series(model, cache, revision, subfolder)
+    chosen: dict[str, Place] = {}
+    for word in words or ("all",):
+        with suppress(NothingThereError):
+            chosen |= select(series.index, word)
+    if not words and revision is None:
+        chosen.pop(MAIN, None)
+    refuse_unordered(chosen, f"--checkpoints {' '.join(words)}" if words else f"--model {model}")
+    return _in_order(series, chosen, tokenizer)
+
+
+def _in_order(series: Series, chosen: Mapping[str, Place], tokenizer: str | None) -> list[Checkpoint]:
     if tokenizer is not None and os.path.isdir(path := os.path.expanduser(tokenizer)):
         tokenizer = str(Path(path).resolve())
     return [_checkpoint(series, label, chosen[label], tokenizer) for label in training_order(chosen)]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from ..runtime.errors import UserError
+from ..runtime.errors import NothingThereError, UserError
 from ..runtime.format import format_names, shorten
 from .training_place import MAIN, UNKNOWN, Place, rank_of, read_amount, read_place, training_order
 
@@ -57,7 +57,7 @@ def select(index: RevisionIndex, word: str) -> Mapping[str, Place]:
     return {word: places[word]}
 
 
-def unknown(word: str, model: str, places: Mapping[str, Place]) -> UserError:
+def unknown(word: str, model: str, places: Mapping[str, Place]) -> NothingThereError:
     """The error for a checkpoint that is not among those of `places`; it names the nearest steps or spellings."""
     wanted = read_amount(word) or read_place(word)
     steps = {label: place.step for label, place in places.items() if wanted.stage in ("", place.stage)}
@@ -69,10 +69,20 @@ def unknown(word: str, model: str, places: Mapping[str, Place]) -> UserError:
     else:
         near = difflib.get_close_matches(word, places, n=3, cutoff=0.5) or training_order(places)[:3]
     in_order = training_order({label: places[label] for label in near})
-    return UserError(
+    return NothingThereError(
         f"--checkpoints {word}: not among the {len(places)} checkpoints of {model}; "
         f"near it are {', '.join(in_order) or 'none'}; write labels, a range A..B, study, log or all"
     )
+
+
+def has_come_to(word: str, label: str, place: Place) -> bool:
+    """Whether a checkpoint is the one that a word names (a label, a step, tokens), or comes after it in the training.
+
+    A word without a stage speaks of every stage.
+    """
+    end = read_amount(word) or read_place(word)
+    end = end if end.stage else replace(end, stage=place.stage)
+    return word == label or (end.is_known and (_is_at(end, place) or _is_before(end, place)))
 
 
 def _all(index: RevisionIndex) -> Mapping[str, Place]:

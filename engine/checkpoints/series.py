@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.errors import UserError
+from ..runtime.errors import NothingThereError, UserError
 from ..runtime.format import format_names
 from . import files, hub
 from .revisions import PYTHIA, RevisionIndex
@@ -28,6 +28,9 @@ _PYTHIA_NAME = re.compile(r"EleutherAI/pythia-[0-9.]+[mb](-deduped)?(-(data-|wei
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _CHECKPOINT_FOLDER = re.compile(r"step|checkpoint-")
 """Folders that are checkpoints even without a number, such as `checkpoint-final`."""
+
+_UNFINISHED = re.compile(r"\.|tmp[-_]|.*[._-](tmp|temp|partial|incomplete)$")
+"""Names that a folder has only while it is being written; it gets its own when it is whole."""
 
 FOLDERS = "step*/, checkpoint-*/, ckpt_*/, global_step*/, iter_*/, epoch_*/, stage1-step*/"
 """What folders of checkpoints are called, for errors."""
@@ -105,7 +108,7 @@ def find_series(model: str, cache: Path, revision: str | None = None, subfolder:
 def is_path(model: str) -> bool:
     """Whether a name, or a template, stands for a place on disk, there or not."""
     path = os.path.expanduser(model)
-    if model.startswith((".", "/", "~")) or model.count("/") > 1 or os.path.exists(path):
+    if model.startswith((".", "/", "~")) or model.endswith("/") or model.count("/") > 1 or os.path.exists(path):
         return True
     # Of a template what varies is in the last folder: `runs/iter_{step}`.
     return "{" in model and os.path.isdir(os.path.dirname(path) or ".")
@@ -120,7 +123,9 @@ def _is_local(model: str, template: Template, cache: Path) -> bool:
     if template.is_fixed and os.path.isfile(path):
         raise UserError(f"--model {model} is a file; give the directory that holds {files.CONFIG} and the weights")
     if template.is_fixed and not os.path.isdir(path):
-        raise UserError(f"--model {model}: there is no such directory; give one, a hub id (owner/name) or {DEMO}")
+        raise NothingThereError(
+            f"--model {model}: there is no such directory; give one, a hub id (owner/name) or {DEMO}"
+        )
     return True
 
 
@@ -143,7 +148,7 @@ def _folders(model: str, template: Template, subfolder: str) -> Series:
         if path.is_dir() and (place := written.read(str(path))) is not None:
             found[written.short(str(path))] = place, path.resolve()
     if not found:
-        raise UserError(f"{template.option} {template.text}: no directory fits it; {files.contents(start)}")
+        raise NothingThereError(f"{template.option} {template.text}: no directory fits it; {files.contents(start)}")
     places = {label: place for label, (place, _) in found.items()}
     return Series(
         RevisionIndex(model, lambda: places, "all"), lambda label: Whereabouts(str(found[label][1] / subfolder))
@@ -209,7 +214,7 @@ def _fitting(template: Template, names: Collection[str], what: str) -> dict[str,
     places = {name: place for name in names if (place := template.read(name)) is not None}
     if not places:
         there = format_names(sorted(names)) if names else "none"
-        raise UserError(f"{template.option} {template.text}: no {what} fits it; found there: {there}")
+        raise NothingThereError(f"{template.option} {template.text}: no {what} fits it; found there: {there}")
     return places
 
 
@@ -234,7 +239,7 @@ def _local_index(model: str, directory: Path, subfolder: str) -> tuple[RevisionI
         return RevisionIndex(model, lambda: places, "all"), directory
     if is_one:
         return RevisionIndex(model, lambda: _read_places([directory.name]), "all"), directory.parent
-    raise UserError(
+    raise NothingThereError(
         f"--model {model} is no checkpoint ({files.CONFIG} and weights: {files.WEIGHT_FORMS}) and has no folders of "
         f"checkpoints in it ({FOLDERS}); {files.contents(directory)}"
     )
@@ -243,6 +248,8 @@ def _local_index(model: str, directory: Path, subfolder: str) -> tuple[RevisionI
 def _is_of_series(path: Path, beside_weights: bool) -> bool:
     """Whether a path is a checkpoint's folder, by its name; beside weights also by its content, for trainers keep
     states of their own there, such as DeepSpeed's `global_step500`."""
+    if _UNFINISHED.match(path.name):
+        return False
     if _CHECKPOINT_FOLDER.match(path.name):
         return path.is_dir()
     if read_place(path.name).step < 0 or not path.is_dir():

@@ -51,10 +51,10 @@ SHOWN_PROMPTS = 20
 """Prompt pairs that the page lists; all of them are in the store."""
 
 
-def write_report(store: Store, out: Path, name: str | None = None) -> Path:
+def write_report(store: Store, out: Path, name: str | None = None, reload: float | None = None) -> Path:
     """Write page, figures and tables of a patched run (the newest with a finished checkpoint unless named) into `out`.
 
-    Returns the page's path.
+    Returns the page's path.  While a training is watched, the page loads itself anew after `reload` seconds.
 
     Every file appears whole, the page last.  Raises `UserError` where there is nothing to show.
     """
@@ -74,7 +74,7 @@ def write_report(store: Store, out: Path, name: str | None = None) -> Path:
     drawn = _write_figures(result, _numbers(shown).get("shapley"), out)
     _write_numbers(shown, out)
     with atomic_file(out / "index.html") as partial:
-        partial.write_text(_page(store, result, mechanism, drawn, shown), encoding="utf-8")
+        partial.write_text(_page(store, result, mechanism, drawn, shown, reload), encoding="utf-8")
     return out / "index.html"
 
 
@@ -144,7 +144,12 @@ def _means(result: Result, checkpoint: xr.Dataset, index: int) -> xr.Dataset:
 
 
 def _page(
-    store: Store, result: Result, mechanism: MechanismRun | None, drawn: dict[str, str], shown: Sequence[Finding]
+    store: Store,
+    result: Result,
+    mechanism: MechanismRun | None,
+    drawn: dict[str, str],
+    shown: Sequence[Finding],
+    reload: float | None,
 ) -> str:
     trials, run = store.trials(), store.patch(result.name)
     published = _published(store, result)
@@ -184,6 +189,7 @@ def _page(
         versions=store.attrs["versions"] | run.attrs["versions"],
         device=", ".join(run.devices()),
         ranges=ranges,
+        reload=reload,
     )
 
 

@@ -33,6 +33,15 @@ class UserError(ValueError):
         return f"{self.message}\n{self.table}" if self.table else self.message
 
 
+class NothingThereError(UserError):
+    """What was asked for is not there, and may yet come."""
+
+
+def first_clause(error: UserError) -> str:
+    """What was asked and found, without what to do about it, where there is nothing to do but wait."""
+    return error.message.partition("; ")[0]
+
+
 class DamageError(UserError):
     """A file of a store is not as it was written: a checksum differs, or something is missing."""
 
