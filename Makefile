@@ -24,15 +24,15 @@ help:  ## list these targets
 # the bug has grown, for five minutes in all.
 demo: $(VENV)/installed  ## set up, then cache, patch and report the embedded series, two controls, and two more seeds
 	@$(MAKE) --no-print-directory --jobs 2 first-seed more-seeds
-	$(VENV)/bin/headlapse compare --verbose cache/demo-decimal.zarr cache/seeds/demo-seed?-decimal.zarr
+	@$(VENV)/bin/headlapse compare --verbose cache/demo-decimal.zarr cache/seeds/demo-seed?-decimal.zarr
 
 first-seed:
 	$(VENV)/bin/headlapse cache
-	$(VENV)/bin/headlapse patch --protocol published --layers all --checkpoints step48 step64 step80 step128 step256
+	$(VENV)/bin/headlapse patch --protocol published --layers all --checkpoints step48 step64 step80 step256
 	$(VENV)/bin/headlapse patch --subsets lattice
-	$(VENV)/bin/headlapse mechanism --parts roles
-	$(VENV)/bin/headlapse report
-	$(RUN) scripts/controls.py
+	@$(VENV)/bin/headlapse mechanism --parts roles
+	@$(VENV)/bin/headlapse report
+	@$(RUN) scripts/controls.py
 
 more-seeds: export HEADLAPSE_CACHE = cache/seeds
 more-seeds:
