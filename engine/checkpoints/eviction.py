@@ -4,12 +4,13 @@ What was in the client's cache before, config and tokenizer, and weights outside
 """
 
 import json
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..runtime.durable import rename, sync
 from . import hub
-from .fetch import bring, weight_blobs
+from .fetch import bring
 from .resolve import Checkpoint
 
 
@@ -22,22 +23,30 @@ class FetchedWeights:
         self._at_hand: dict[Checkpoint, set[Path]] = {}
         """Checkpoint -> those of its files that were downloaded here; those of the same content share one."""
 
+        self._lock = threading.Lock()
+        """One checkpoint is let go while another is fetched, on a thread of its own."""
+
     def fetch(self, checkpoint: Checkpoint, cache: Path) -> None:
         """Have the checkpoint's files on disk.  Raises `UserError` as `fetch.fetch` does."""
-        blobs = weight_blobs(checkpoint)
-        self._keep(self._own | {blob for blob, is_there in blobs.items() if not is_there})
-        self._at_hand[checkpoint] = self._own & blobs.keys()
-        bring(checkpoint, cache)
+
+        def remember(blobs: dict[Path, bool]) -> None:
+            with self._lock:
+                self._keep(self._own | {blob for blob, is_there in blobs.items() if not is_there})
+                self._at_hand[checkpoint] = self._own & blobs.keys()
+
+        bring(checkpoint, cache, remember)
 
     def let_go(self, checkpoint: Checkpoint) -> None:
         """Remove what was downloaded for it and no other checkpoint at hand needs."""
-        blobs = self._at_hand.pop(checkpoint, set())
-        self._remove(blobs.difference(*self._at_hand.values()))
+        with self._lock:
+            blobs = self._at_hand.pop(checkpoint, set())
+            self._remove(blobs.difference(*self._at_hand.values()))
 
     def let_go_all(self) -> None:
         """Remove everything that was downloaded here, by commands that were killed too."""
-        self._at_hand.clear()
-        self._remove(self._own)
+        with self._lock:
+            self._at_hand.clear()
+            self._remove(self._own)
 
     def _remove(self, blobs: Iterable[Path]) -> None:
         gone = set(blobs)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,25 +39,20 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     return replace(found, tokenizer=_tokenizer(checkpoint.tokenizer)) if checkpoint.tokenizer else found
 
 
-def bring(checkpoint: Checkpoint, cache: Path) -> None:
-    """Have the checkpoint's files on disk, without reading them.  Raises `UserError` as `fetch` does."""
+def bring(checkpoint: Checkpoint, cache: Path, announce: Callable[[dict[Path, bool]], None]) -> None:
+    """Have the checkpoint's files on disk, without reading them.
+
+    `announce` is told before anything large is downloaded where the client's cache keeps the weights, or will, and
+    whether each of these files is there; of nothing outside the hub, and where the hub gives no answer.
+    Raises `UserError` as `fetch` does.
+    """
     if demo_seed(checkpoint.model) is not None:
         _trained(checkpoint, cache)
-    elif checkpoint.is_remote and not (checkpoint.commit and _whole(checkpoint, checkpoint.commit)):
+    elif checkpoint.is_remote:
         revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
         if isinstance(revision, hub.Revision):
+            announce(hub.blobs(revision, _weights_of(revision)))
             _download(revision)
-
-
-def weight_blobs(checkpoint: Checkpoint) -> dict[Path, bool]:
-    """Where the client's cache keeps a checkpoint's weights, or will, and whether each of these files is there.
-
-    Empty outside the hub, and where the hub gives no answer.  Raises `UserError` for what is no checkpoint.
-    """
-    if demo_seed(checkpoint.model) is not None or not checkpoint.is_remote:
-        return {}
-    revision = find_revision(checkpoint.location, checkpoint.revision_name, checkpoint.subfolder)
-    return hub.blobs(revision, _weights_of(revision)) if isinstance(revision, hub.Revision) else {}
 
 
 def on_disk(checkpoint: Checkpoint, cache: Path) -> Files | None:
