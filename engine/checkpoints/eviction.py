@@ -29,10 +29,10 @@ class FetchedWeights:
     def fetch(self, checkpoint: Checkpoint, cache: Path) -> None:
         """Have the checkpoint's files on disk.  Raises `UserError` as `fetch.fetch` does."""
 
-        def remember(blobs: dict[Path, bool]) -> None:
+        def remember(blobs: set[Path]) -> None:
             with self._lock:
-                self._keep(self._own | {blob for blob, is_there in blobs.items() if not is_there})
-                self._at_hand[checkpoint] = self._own & blobs.keys()
+                self._keep(self._own | {blob for blob in blobs if not blob.exists()})
+                self._at_hand[checkpoint] = self._own & blobs
 
         bring(checkpoint, cache, remember)
 

@@ -39,11 +39,11 @@ def fetch(checkpoint: Checkpoint, cache: Path, recorded: Mapping[str, Any] | Non
     return replace(found, tokenizer=_tokenizer(checkpoint.tokenizer)) if checkpoint.tokenizer else found
 
 
-def bring(checkpoint: Checkpoint, cache: Path, announce: Callable[[dict[Path, bool]], None]) -> None:
+def bring(checkpoint: Checkpoint, cache: Path, announce: Callable[[set[Path]], None]) -> None:
     """Have the checkpoint's files on disk, without reading them.
 
-    `announce` is told before anything large is downloaded where the client's cache keeps the weights, or will, and
-    whether each of these files is there; of nothing outside the hub, and where the hub gives no answer.
+    `announce` is told before anything large is downloaded where the client's cache keeps the weights, or will; nothing
+    outside the hub, and where the hub gives no answer.
     Raises `UserError` as `fetch` does.
     """
     if demo_seed(checkpoint.model) is not None:

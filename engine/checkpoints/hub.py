@@ -225,12 +225,10 @@ def missing(revision: Revision, names: Collection[str]) -> dict[str, int | None]
     return absent
 
 
-def blobs(revision: Revision, names: Collection[str]) -> dict[Path, bool]:
-    """Where the client's cache keeps the named files, or will, and whether each is there; of those whose place the hub
-    tells."""
+def blobs(revision: Revision, names: Collection[str]) -> set[Path]:
+    """Where the client's cache keeps the named files, or will; of those whose place the hub tells."""
     folder = _blobs_of(revision.repo)
-    places = [folder / blob for name in names if (blob := revision.files[name].blob)]
-    return {place: place.exists() for place in places}
+    return {folder / blob for name in names if (blob := revision.files[name].blob)}
 
 
 def remove_blob(blob: Path) -> None:
