@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from headlapse.__main__ import main
 from headlapse.engine.capture.estimate import at_once
 from headlapse.engine.checkpoints.eviction import FetchedWeights
 from headlapse.engine.checkpoints.fetch import fetch
-from headlapse.engine.checkpoints.resolve import resolve
+from headlapse.engine.checkpoints.resolve import Checkpoint, resolve
 from headlapse.engine.store.checkpoint_arrays import CheckpointArrays
 from tests.hub_server import Cut, HubServer
 from tests.models import save as save_model
@@ -165,6 +166,28 @@ def test_weights_of_the_same_content_stay_until_the_last_is_done_with_them(hub: 
     assert fetch(second, tmp_path).sha256
     weights.let_go(second)
     assert not weights_in(tmp_path / "home")
+
+
+def test_one_is_let_go_while_another_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads, 300 times, as fast as they can: nothing of what was fetched is forgotten."""
+    fetched = [Checkpoint(f"step{step}", step, REPO, REPO) for step in range(300)]
+
+    def bring(checkpoint: Checkpoint, _cache: Path, announce: Callable[[set[Path]], None]) -> None:
+        announce({tmp_path / checkpoint.label})
+        (tmp_path / checkpoint.label).touch()
+
+    monkeypatch.setattr("headlapse.engine.checkpoints.eviction.bring", bring)
+    monkeypatch.setattr("headlapse.engine.checkpoints.hub.remove_blob", Path.unlink)
+    weights, interval = FetchedWeights(tmp_path / "record"), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for done in [pool.submit(weights.fetch, each, tmp_path) for each in fetched]:
+                done.result()
+                weights.let_go(fetched.pop(0))
+    finally:
+        sys.setswitchinterval(interval)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_that_cannot_be_had_is_named_and_the_others_go_on(
